@@ -1,0 +1,187 @@
+"""The R2M head: one cross-attention from the reward token embedding to the policy's hidden states, and φ.
+
+Axes: N rows, T packed tokens (row n is `offsets[n]:offsets[n+1]`), P policy width, D reward-model width,
+E attention width.
+
+A row asks a single query, so keys and values of the T states need never be formed: with
+`u = (H_last W_q) W_kᵀ / √E`, the scores are `h u` and the feedback is `(a h) W_v W_o`, which is Eq. 3
+with its products in another order. Hidden states are read once, in the type they come in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from r2m_ray.core.segment import segment_sum
+
+
+def omega(step: int, total_steps: int, floor: float) -> float:
+    """Weight of the original embedding, `max((cos(π t/T) + 1)/2, Ω)` (Eq. 4), for t = 0 … T.
+
+    Training steps are t = 1 … T; evaluation uses t = T; t = 0 gives 1, the reward model untouched.
+    Raises ValueError for a step outside 0 … T or a floor outside [0, 1].
+    """
+    if not 0 <= step <= total_steps or total_steps < 1:
+        raise ValueError(f"step {step} is outside 0 … total_steps = {total_steps}")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"omega floor must be in [0, 1], got {floor}")
+    return max((math.cos(math.pi * step / total_steps) + 1) / 2, floor)
+
+
+def attention(u_NP: Tensor, hidden_TP: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """`a = softmax(h u)` over each row's states and `c = a h`, without gradients.
+
+    Returns weight_T and context_NP in u's dtype, in which all arithmetic is done. A row without states has
+    context 0. Rows are computed one by one: states of a narrower type are widened one row at a time, no row
+    reads another's states, and at the widths of real models (multiples of 16) a row's result is the same to
+    the last bit whatever lies beside it.
+    """
+    weight_T = u_NP.new_empty(hidden_TP.shape[0])
+    context_NP = torch.zeros_like(u_NP)
+    bounds = offsets.tolist()
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        if start == stop:
+            continue
+        states = hidden_TP[start:stop].to(u_NP.dtype)
+        weights = torch.softmax(torch.mv(states, u_NP[row]), 0)
+        weight_T[start:stop] = weights
+        context_NP[row] = torch.mv(states.T, weights)
+    return weight_T, context_NP
+
+
+class _Attend(torch.autograd.Function):
+    """`c = softmax(h u) h`, differentiable in u alone: h is data, and is neither copied nor projected."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, u_NP: Tensor, hidden_TP: Tensor, offsets: Tensor) -> Tensor:
+        weight_T, context_NP = attention(u_NP, hidden_TP, offsets)
+        ctx.save_for_backward(hidden_TP, offsets, weight_T)
+        return context_NP
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_NP: Tensor) -> tuple[Tensor, None, None]:
+        """`∂u = Σ_t a_t (s_t − a·s) h_t` with `s = h g`, g the gradient of c."""
+        hidden_TP, offsets, weight_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_u_NP = torch.zeros_like(grad_NP)
+        bounds = offsets.tolist()
+        for row, (start, stop) in enumerate(pairwise(bounds)):
+            states = hidden_TP[start:stop].to(grad_NP.dtype)
+            weights, slope = weight_T[start:stop], torch.mv(states, grad_NP[row])
+            grad_u_NP[row] = torch.mv(states.T, weights * (slope - torch.dot(weights, slope)))
+        return grad_u_NP, None, None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadDiagnostics:
+    """What the attention looked at. weight_T: attention per token, sums to 1 in each row. entropy_N: of those
+    weights, in nats. norm_ratio_N: `‖Ĥ‖ / ‖H_last‖`. All detached."""
+
+    weight_T: Tensor
+    entropy_N: Tensor
+    norm_ratio_N: Tensor
+
+
+class R2MHead(nn.Module):
+    """Cross-attention and scoring head, `r = φ((1−ω) Ĥ + ω H_last)` (Eqs. 3–4); all of R2M that is trained.
+
+    policy_width P may be 0, for a run without feedback: then hidden_TP is [T, 0] and Ĥ is 0.
+    score_weight ([D] or [1, D]) and score_bias (one number, or None where the reward model has none) are
+    those of the reward model's own final layer. W_q, W_k, W_v and W_o are drawn from N(0, init_std), W_o is 0
+    with wo_init "zero"; `generator` makes the draw repeatable. Parameters are float32 whatever the reward
+    model's type: at learning rates near 1e-6 bfloat16 would round most updates away. `.double()` works too.
+
+    Raises ValueError where score_weight does not have D numbers, score_bias not one, or wo_init is unknown.
+    """
+
+    def __init__(
+        self,
+        policy_width: int,
+        reward_width: int,
+        width: int,
+        score_weight: Tensor,
+        score_bias: Tensor | None = None,
+        *,
+        wo_init: str = "random",
+        init_std: float = 0.02,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if score_weight.numel() != reward_width:
+            raise ValueError(
+                f"score_weight {list(score_weight.shape)} must hold reward_width = {reward_width} numbers: "
+                "the reward model's final layer must have one output"
+            )
+        if score_bias is not None and score_bias.numel() != 1:
+            raise ValueError(f"score_bias must be one number, got {list(score_bias.shape)}")
+        if wo_init not in ("random", "zero"):
+            raise ValueError(f"wo_init must be random or zero, got {wo_init!r}")
+
+        def drawn(rows: int, columns: int, std: float = init_std) -> nn.Parameter:
+            return nn.Parameter(torch.randn(rows, columns, generator=generator) * std)
+
+        self.w_q = drawn(reward_width, width)
+        self.w_k = drawn(policy_width, width)
+        self.w_v = drawn(policy_width, width)
+        self.w_o = drawn(width, reward_width, init_std if wo_init == "random" else 0.0)
+        self.score_weight = nn.Parameter(score_weight.detach().float().flatten().clone())
+        self.score_bias = (
+            None if score_bias is None else nn.Parameter(score_bias.detach().float().reshape(1).clone())
+        )
+
+    def query(self, rte_ND: Tensor) -> Tensor:
+        """`u = H_last W_q W_kᵀ / √E`, [N, P]: the query, carried into the policy's space."""
+        return (rte_ND.to(self.w_q.dtype) @ self.w_q) @ self.w_k.T / math.sqrt(self.w_q.shape[1])
+
+    def attend(self, u_NP: Tensor, hidden_TP: Tensor, offsets: Tensor) -> Tensor:
+        """`c = softmax(h u) h`, [N, P]: the only part that reads the hidden states, and it has no parameters.
+
+        hidden_TP may be of any float type and must not require gradients.
+        """
+        if hidden_TP.requires_grad:
+            raise ValueError("hidden_TP must be detached: the head sends no gradient to the policy")
+        context_NP: Tensor = _Attend.apply(u_NP, hidden_TP, offsets)  # type: ignore[no-untyped-call]
+        return context_NP
+
+    def feedback(self, context_NP: Tensor) -> Tensor:
+        """`Ĥ = c W_v W_o`, [N, D] (Eq. 3); 0 where P is 0."""
+        return context_NP @ self.w_v @ self.w_o
+
+    def score(self, embedding_ND: Tensor) -> Tensor:
+        """`φ(H)`, [N]: the reward model's final layer."""
+        return nn.functional.linear(embedding_ND, self.score_weight[None], self.score_bias)[:, 0]
+
+    def output(self, rte_ND: Tensor, context_NP: Tensor, omega: float) -> Tensor:
+        """`r = φ((1−ω) Ĥ + ω H_last)`, [N] (Eq. 4).
+
+        At ω = 1 this is φ(H_last) to the last bit, and the cross-attention takes no part: its gradients are
+        None.
+        """
+        if not 0 <= omega <= 1:
+            raise ValueError(f"omega must be in [0, 1], got {omega}")
+        rte_ND = rte_ND.to(self.score_weight.dtype)
+        # 0·Ĥ would be NaN where Ĥ overflows.
+        if omega == 1:
+            return self.score(rte_ND)
+        return self.score((1 - omega) * self.feedback(context_NP) + omega * rte_ND)
+
+    def forward(self, rte_ND: Tensor, hidden_TP: Tensor, offsets: Tensor, omega: float) -> Tensor:
+        """Reward of each row, [N] (Eqs. 3–4): query, attend, output."""
+        return self.output(rte_ND, self.attend(self.query(rte_ND), hidden_TP, offsets), omega)
+
+    @torch.no_grad()
+    def diagnostics(self, rte_ND: Tensor, hidden_TP: Tensor, offsets: Tensor) -> HeadDiagnostics:
+        """Attention per token, its entropy, and the size of Ĥ beside H_last; reads h once more."""
+        weight_T, context_NP = attention(self.query(rte_ND), hidden_TP, offsets)
+        smallest = torch.finfo(weight_T.dtype).tiny
+        return HeadDiagnostics(
+            weight_T=weight_T,
+            entropy_N=segment_sum(-weight_T * weight_T.clamp(min=smallest).log(), offsets),
+            norm_ratio_N=self.feedback(context_NP).norm(dim=1)
+            / rte_ND.to(weight_T.dtype).norm(dim=1).clamp(min=smallest),
+        )

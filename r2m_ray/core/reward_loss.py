@@ -1,0 +1,135 @@
+"""GREBT, the reward head's loss: Bradley–Terry on each group's best and worst row plus group reward entropy.
+
+Axes: G groups, K rows per group. Losses come as sums and counts over *valid* groups, so that replicas
+which skip different groups can add both up and still take the mean of the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from r2m_ray.core.advantages import tied
+
+SMALLEST_STD = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrebtSums:
+    """Scalar sums over some groups; adding two of them field by field describes their union.
+
+    bradley_terry, entropy: the losses of Eqs. 5 and 6, with gradients, over `pairs` and `groups`.
+    pairs: groups with a valid winner–loser pair; groups: those with a valid entropy; all_groups: every one.
+    margin: winner minus loser under the current reward; flips: pairs where it is negative, so that the
+    current reward contradicts the pair's order; both over `pairs`.
+    std: of each group's current reward (ddof 0), over `all_groups`.
+    All but the two losses are detached; counts are in the reward's dtype.
+    """
+
+    bradley_terry: Tensor
+    entropy: Tensor
+    pairs: Tensor
+    groups: Tensor
+    all_groups: Tensor
+    margin: Tensor
+    flips: Tensor
+    std: Tensor
+
+
+def bradley_terry(winner_r: Tensor, loser_r: Tensor) -> Tensor:
+    """`−log σ(r_w − r_l)` of each pair (Eq. 5), any shape; finite wherever the rewards are."""
+    return -logsigmoid(winner_r - loser_r)
+
+
+def group_reward_entropy(
+    reward_GK: Tensor, *, detach_stats: bool = False, ddof: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Entropy of each group's standardised rewards (Eq. 6): `z = (r−mean)/std; p = softmax(z); −Σ p log p`.
+
+    Returns loss_G and valid_G (bool). It depends on z only, so its gradient does not change a group's spread,
+    unless `detach_stats` takes mean and std as constants. A group with std below 1e-6 has loss 0, gradient 0
+    and valid false. Not-a-number passes through as valid, so that it is seen. Raises ValueError for K < 2.
+    """
+    if reward_GK.ndim != 2 or reward_GK.shape[1] < 2:
+        raise ValueError(f"reward_GK must be [G, K] with K >= 2, got {list(reward_GK.shape)}")
+    valid_G = ~(reward_GK.detach().std(1, correction=ddof) < SMALLEST_STD)
+    # Masked before the square root and again after it: the root's gradient at 0 is infinite, and 0·∞ is NaN.
+    safe_GK = torch.where(valid_G[:, None], reward_GK, 0)
+    source_GK = safe_GK.detach() if detach_stats else safe_GK
+    mean_G1 = source_GK.mean(1, keepdim=True)
+    variance_G1 = torch.where(valid_G[:, None], source_GK.var(1, correction=ddof, keepdim=True), 1)
+    logp_GK = torch.log_softmax((safe_GK - mean_G1) / variance_G1.sqrt(), 1)
+    entropy_G = -(logp_GK.exp() * logp_GK).sum(1)
+    return torch.where(valid_G, entropy_G, 0), valid_G
+
+
+def group_pairs(pair_reward_GK: Tensor, response_id_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Winner and loser of each group: columns int64 [G] of highest and lowest reward, and valid_G (bool).
+
+    A pair is not valid when max − min < 1e-6·max(1, |mean|), or when both rows are the same tokens (equal
+    response ids): a zero-margin pair would push with gradient ½ in a random direction.
+    """
+    pair_reward_GK = pair_reward_GK.detach()
+    winner_G, loser_G = pair_reward_GK.argmax(1), pair_reward_GK.argmin(1)
+    same_G = (response_id_GK.gather(1, winner_G[:, None]) == response_id_GK.gather(1, loser_G[:, None]))[:, 0]
+    return winner_G, loser_G, ~(tied(pair_reward_GK) | same_G)
+
+
+def grebt_sums(
+    reward_GK: Tensor, pair_reward_GK: Tensor, response_id_GK: Tensor, *, detach_stats: bool = False
+) -> GrebtSums:
+    """Sums of both losses over the valid groups of a batch or of one shard of it.
+
+    reward_GK: the head's current rewards, with gradients. pair_reward_GK: the rewards that define winner and
+    loser (the annotation's; pass reward_GK itself to recompute pairs). response_id_GK: int64, equal for
+    rows of a group that are the same tokens.
+    """
+    winner_G, loser_G, pair_G = group_pairs(pair_reward_GK, response_id_GK)
+    winner_r = reward_GK.gather(1, winner_G[:, None])[:, 0]
+    loser_r = reward_GK.gather(1, loser_G[:, None])[:, 0]
+    entropy_G, entropy_valid_G = group_reward_entropy(reward_GK, detach_stats=detach_stats)
+    margin_G = torch.where(pair_G, (winner_r - loser_r).detach(), 0)
+    dtype = reward_GK.dtype
+    return GrebtSums(
+        bradley_terry=torch.where(pair_G, bradley_terry(winner_r, loser_r), 0).sum(),
+        entropy=entropy_G.sum(),
+        pairs=pair_G.sum().to(dtype),
+        groups=entropy_valid_G.sum().to(dtype),
+        all_groups=torch.full((), reward_GK.shape[0], dtype=dtype, device=reward_GK.device),
+        margin=margin_G.sum(),
+        flips=(margin_G < 0).sum().to(dtype),
+        std=reward_GK.detach().std(1, correction=0).sum(),
+    )
+
+
+def grebt_loss(
+    sums: GrebtSums,
+    *,
+    entropy_weight: float,
+    pairs: Tensor | float | None = None,
+    groups: Tensor | float | None = None,
+) -> Tensor:
+    """`(1−α)·mean BT + α·mean GRE` (Eq. 7), means over valid groups; a mean over none is 0.
+
+    `pairs` and `groups` replace the counts of `sums` where it holds only one replica's share: pass the counts
+    of the whole batch on every replica, then *sum* losses and gradients over replicas.
+    """
+    pairs = torch.as_tensor(sums.pairs if pairs is None else pairs).clamp(min=1)
+    groups = torch.as_tensor(sums.groups if groups is None else groups).clamp(min=1)
+    return (1 - entropy_weight) * (sums.bradley_terry / pairs) + entropy_weight * (sums.entropy / groups)
+
+
+def grebt(
+    reward_GK: Tensor,
+    pair_reward_GK: Tensor,
+    response_id_GK: Tensor,
+    *,
+    entropy_weight: float,
+    detach_stats: bool = False,
+) -> tuple[Tensor, GrebtSums]:
+    """GREBT of a whole batch (Eq. 7): the scalar loss, and the sums it was made of as statistics."""
+    sums = grebt_sums(reward_GK, pair_reward_GK, response_id_GK, detach_stats=detach_stats)
+    return grebt_loss(sums, entropy_weight=entropy_weight), sums

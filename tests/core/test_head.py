@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from r2m_ray.core.head import R2MHead, attention, omega
+from r2m_ray.core.reward_loss import grebt
+
+Packed = Callable[[Sequence[int]], Tensor]
+Literal = Callable[[R2MHead, Tensor, Tensor, Tensor], Tensor]
+CROSS_ATTENTION = {"w_q", "w_k", "w_v", "w_o"}
+P, D, E = 11, 7, 5
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def head(
+    policy_width: int = P, reward_width: int = D, width: int = E, *, bias: bool = True, std: float = 0.4
+) -> R2MHead:
+    return R2MHead(
+        policy_width,
+        reward_width,
+        width,
+        random(1, reward_width, seed=1),
+        random(1, seed=2) if bias else None,
+        init_std=std,
+        generator=torch.Generator().manual_seed(3),
+    )
+
+
+def gradients(module: R2MHead) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def test_omega_by_hand() -> None:
+    assert [omega(t, 4, 0.0) for t in range(5)] == pytest.approx([1, 0.853553, 0.5, 0.146447, 0], abs=5e-7)
+    assert [omega(t, 4, 0.6) for t in range(1, 5)] == pytest.approx([0.853553, 0.6, 0.6, 0.6], abs=5e-7)
+
+
+def test_omega_of_a_paper_length_run() -> None:
+    weights = [omega(t, 100, 0.7) for t in range(1, 101)]
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] == pytest.approx(0.999753, abs=5e-7)
+    # cos(π t/T) = 0.4 at t/T = 0.369: the floor holds from step 37 on.
+    assert [weights.index(0.7) + 1, weights[-1]] == [37, 0.7]
+
+
+def test_omega_of_the_original_reward_model_is_exactly_one() -> None:
+    assert {omega(t, 7, 1.0) for t in range(8)} == {1.0}
+
+
+@pytest.mark.parametrize(("step", "total", "floor"), [(-1, 4, 0.5), (5, 4, 0.5), (0, 0, 0.5), (1, 4, 1.1)])
+def test_omega_refuses_what_is_no_schedule(step: int, total: int, floor: float) -> None:
+    with pytest.raises(ValueError, match=r"outside 0 … total_steps|must be in \[0, 1\]"):
+        omega(step, total, floor)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    weight=st.sampled_from([0.0, 0.3, 0.6, 0.999]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_head_is_equation_3_and_4_with_all_gradients(
+    packed: Packed, literal_feedback: Literal, lengths: list[int], weight: float, bias: bool, seed: int
+) -> None:
+    module, offsets = head(bias=bias).double(), packed(lengths)
+    rte_ND = random(len(lengths), D, seed=seed).double()
+    hidden_TP = 2 * random(sum(lengths), P, seed=seed + 1).double()
+    upstream_N = random(len(lengths), seed=seed + 2).double()
+
+    reward_N = module(rte_ND, hidden_TP, offsets, weight)
+    torch.autograd.backward((reward_N * upstream_N).sum())
+    actual = gradients(module)
+
+    module.zero_grad()
+    final_ND = (1 - weight) * literal_feedback(module, rte_ND, hidden_TP, offsets) + weight * rte_ND
+    literal_N = nn.functional.linear(final_ND, module.score_weight[None], module.score_bias)[:, 0]
+    torch.autograd.backward((literal_N * upstream_N).sum())
+
+    def relative(value: Tensor | None, expected: Tensor | None) -> float:
+        assert value is not None
+        assert expected is not None
+        return float(torch.dist(value, expected).item() / max(expected.norm().item(), 1e-6))
+
+    assert relative(reward_N, literal_N) < 1e-12
+    for name, expected in gradients(module).items():
+        assert relative(actual[name], expected) < 1e-12, name
+
+
+def test_attend_gradcheck(packed: Packed) -> None:
+    hidden_TP = random(9, 4).double()
+    offsets = packed([3, 0, 1, 5])
+    u_NP = random(4, 4, seed=1).double().requires_grad_()
+    module = head(4)
+    assert torch.autograd.gradcheck(lambda u: module.attend(u, hidden_TP, offsets), (u_NP,))
+
+
+def test_whole_head_gradcheck(packed: Packed) -> None:
+    module = head(4, 3, 2).double()
+    rte_ND, hidden_TP, offsets = random(3, 3).double(), random(8, 4, seed=1).double(), packed([4, 1, 3])
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def rewards(*parameters: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(
+            module, dict(zip(names, parameters, strict=True)), (rte_ND, hidden_TP, offsets, 0.6)
+        )
+        return result
+
+    assert torch.autograd.gradcheck(rewards, values)
+
+
+def test_rows_without_states_have_no_feedback(packed: Packed) -> None:
+    module = head()
+    context_NP = module.attend(random(3, P), random(4, P, seed=1), packed([3, 0, 1]))
+    assert context_NP[1].count_nonzero() == 0
+    assert context_NP[0].count_nonzero() == P
+    torch.testing.assert_close(context_NP[2], random(4, P, seed=1)[3])
+
+
+def test_a_row_does_not_depend_on_its_neighbours(packed: Packed) -> None:
+    lengths = [5, 40, 1, 17]
+    offsets, u_NP, hidden_TP = packed(lengths), random(4, 64) / 8, random(63, 64, seed=1)
+    weight_T, context_NP = attention(u_NP, hidden_TP, offsets)
+    for row, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        alone = attention(u_NP[row : row + 1].clone(), hidden_TP[start:stop].clone(), packed([stop - start]))
+        assert torch.equal(alone[0], weight_T[start:stop])
+        assert torch.equal(alone[1][0], context_NP[row])
+
+
+def test_scores_far_apart_pick_one_state(packed: Packed) -> None:
+    hidden_TP = torch.eye(3) * 1e4
+    u_NP = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
+    context_NP = head(3).attend(u_NP, hidden_TP, packed([3]))
+    assert context_NP.tolist() == [[1e4, 0, 0]]
+    assert torch.autograd.grad(context_NP.sum(), u_NP)[0].tolist() == [[0, 0, 0]]
+
+
+def test_bfloat16_states_are_read_in_float32(packed: Packed) -> None:
+    module, offsets = head(64, 48, 32, std=0.16), packed([30, 50])
+    rte_ND, hidden_TP = random(2, 48), random(80, 64, seed=1).bfloat16()
+    reward_N = module(rte_ND, hidden_TP, offsets, 0.6)
+    assert reward_N.dtype == torch.float32
+    assert torch.equal(reward_N, module(rte_ND, hidden_TP.float(), offsets, 0.6))
+    assert torch.equal(
+        module(rte_ND.bfloat16(), hidden_TP, offsets, 0.6),
+        module(rte_ND.bfloat16().float(), hidden_TP, offsets, 0.6),
+    )
+
+
+def test_nothing_of_the_size_of_keys_or_values_is_kept(packed: Packed) -> None:
+    module, offsets = head(64, 48, 32), packed([300, 500])
+    hidden_TP = random(800, 64).bfloat16()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(random(2, 48), hidden_TP, offsets, 0.6)
+    large = [tensor for tensor in kept if tensor.numel() >= 800 * 32]
+    assert large
+    assert {tensor.data_ptr() for tensor in large} == {hidden_TP.data_ptr()}
+
+
+def test_states_must_be_detached(packed: Packed) -> None:
+    with pytest.raises(ValueError, match="hidden_TP must be detached"):
+        head().attend(random(1, P), random(2, P).requires_grad_(), packed([2]))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e30, 3e38])
+@pytest.mark.parametrize("bias", [False, True])
+def test_at_omega_one_the_score_is_the_reward_models_own(packed: Packed, size: float, bias: bool) -> None:
+    module = head(bias=bias, std=50.0)
+    original = nn.Linear(D, 1, bias=bias)
+    with torch.no_grad():
+        original.weight.copy_(random(1, D, seed=1))
+        if bias:
+            original.bias.copy_(random(1, seed=2))
+    rte_ND = random(3, D)
+    reward_N = module(rte_ND, random(6, P, seed=4).clamp(-1, 1) * size, packed([2, 3, 1]), 1.0)
+    assert torch.equal(reward_N, original(rte_ND)[:, 0])
+    torch.autograd.backward(reward_N.sum())
+    assert {name for name, grad in gradients(module).items() if grad is None} == CROSS_ATTENTION
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
+def test_omega_outside_its_range_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"omega must be in \[0, 1\]"):
+        head().output(random(1, D), random(1, P), weight)
+
+
+@pytest.mark.parametrize("weight", [0.6, 1.0])
+def test_without_feedback_the_head_is_the_scoring_layer(packed: Packed, weight: float) -> None:
+    module, rte_ND, offsets = head(0), random(4, D), packed([2, 3, 1, 5])
+    reward_N = module(rte_ND, torch.zeros(11, 0), offsets, weight)
+    assert module.score_bias is not None
+    by_hand = [
+        weight * sum((row * module.score_weight).tolist()) + module.score_bias.item() for row in rte_ND
+    ]
+    assert reward_N.tolist() == pytest.approx(by_hand, rel=1e-5)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.autograd.backward((reward_N * random(4, seed=1)).sum())
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"score_weight", "score_bias"}
+    diagnostics = module.diagnostics(rte_ND, torch.zeros(11, 0), offsets)
+    assert diagnostics.norm_ratio_N.tolist() == [0, 0, 0, 0]
+    assert diagnostics.entropy_N.tolist() == pytest.approx([math.log(n) for n in (2, 3, 1, 5)])
+
+
+def test_parameters_and_their_names() -> None:
+    shapes = {name: list(value.shape) for name, value in head().state_dict().items()}
+    assert shapes == {
+        "w_q": [D, E],
+        "w_k": [P, E],
+        "w_v": [P, E],
+        "w_o": [E, D],
+        "score_weight": [D],
+        "score_bias": [1],
+    }
+    assert "score_bias" not in head(bias=False).state_dict()
+
+
+def test_initialisation_is_repeatable_and_of_the_given_scale() -> None:
+    first, second = head(300, 200, 100, std=0.02), head(300, 200, 100, std=0.02)
+    for name in CROSS_ATTENTION:
+        value = first.get_parameter(name)
+        assert torch.equal(value, second.get_parameter(name))
+        # 20 000 draws or more: the sample std is within 2.5 % at five standard errors.
+        assert value.std().item() == pytest.approx(0.02, rel=0.025)
+        assert abs(value.mean().item()) < 0.001
+
+
+def test_phi_starts_as_a_copy_in_float32() -> None:
+    weight = random(1, D).bfloat16()
+    module = R2MHead(P, D, E, weight)
+    assert module.score_weight.dtype == torch.float32
+    assert module.score_weight.tolist() == weight[0].tolist()
+    with torch.no_grad():
+        module.score_weight.zero_()
+    assert weight.count_nonzero() == D
+
+
+def test_zero_output_projection_starts_without_feedback(packed: Packed) -> None:
+    module = R2MHead(P, D, E, random(D), wo_init="zero", init_std=0.4)
+    rte_ND = random(2, D)
+    torch.autograd.backward(module(rte_ND, random(5, P), packed([2, 3]), 0.6).sum())
+    assert module.feedback(random(2, P)).count_nonzero() == 0
+    grads = gradients(module)
+    assert grads["w_o"] is not None
+    assert grads["w_o"].count_nonzero() == E * D
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score_weight": torch.zeros(2, D)}, "must hold reward_width = 7 numbers"),
+        ({"score_bias": torch.zeros(2)}, "score_bias must be one number"),
+        ({"wo_init": "ones"}, "wo_init must be random or zero"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        R2MHead(P, D, E, **{"score_weight": torch.zeros(D), **arguments})  # type: ignore[arg-type]
+
+
+def test_diagnostics_equal_the_literal_form(packed: Packed, literal_feedback: Literal) -> None:
+    module, offsets = head().double(), packed([4, 1, 3])
+    rte_ND, hidden_TP = random(3, D).double(), random(8, P, seed=1).double()
+    result = module.diagnostics(rte_ND, hidden_TP, offsets)
+    rows = torch.split(result.weight_T, [4, 1, 3])
+    assert [row.sum().item() for row in rows] == pytest.approx([1, 1, 1])
+    expected = [-(row * row.log()).sum().item() for row in rows]
+    assert result.entropy_N.tolist() == pytest.approx(expected)
+    feedback_ND = literal_feedback(module, rte_ND, hidden_TP, offsets)
+    torch.testing.assert_close(result.norm_ratio_N, (feedback_ND.norm(dim=1) / rte_ND.norm(dim=1)).detach())
+    assert not result.norm_ratio_N.requires_grad
+
+
+def trained_loss(module: R2MHead, packed: Packed, rte_ND: Tensor, hidden_TP: Tensor) -> Tensor:
+    rows = rte_ND.shape[0]
+    offsets = packed([hidden_TP.shape[0] // rows] * rows)
+    reward_GK = module(rte_ND, hidden_TP, offsets, 0.6).reshape(-1, 4)
+    ids = torch.arange(rows).reshape(-1, 4)
+    return grebt(reward_GK, reward_GK.detach(), ids, entropy_weight=0.3)[0]
+
+
+def test_only_cross_attention_and_phi_receive_gradients(packed: Packed) -> None:
+    module, rte_ND, hidden_TP = head(), random(8, D), random(40, P, seed=1)
+    torch.autograd.backward(trained_loss(module, packed, rte_ND, hidden_TP))
+    grads = gradients(module)
+    assert set(grads) == CROSS_ATTENTION | {"score_weight", "score_bias"}
+    # A common bias cancels in every pair and in every standardised reward.
+    largest = {name: grad.abs().max().item() for name, grad in grads.items() if grad is not None}
+    assert largest.pop("score_bias") < 1e-6
+    assert min(largest.values()) > 1e-5
+    assert rte_ND.grad is None
+    assert hidden_TP.grad is None
+
+
+@pytest.mark.parametrize("flat", ["all", "one"])
+def test_equal_rewards_put_no_nan_into_any_parameter(packed: Packed, flat: str) -> None:
+    module, rte_ND, hidden_TP = head(), random(8, D), random(40, P, seed=1)
+    last = 8 if flat == "all" else 4
+    rte_ND[:last] = rte_ND[0]
+    hidden_TP[: 5 * last] = hidden_TP[0]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0)
+    loss = trained_loss(module, packed, rte_ND, hidden_TP)
+    torch.autograd.backward(loss)
+    assert (loss.item() == 0) == (flat == "all")
+    optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [(torch.float32, 0.99, 1.0), (torch.bfloat16, 0.0, 0.05)])
+def test_small_learning_rates_need_float32(
+    packed: Packed, dtype: torch.dtype, low: float, high: float
+) -> None:
+    module = head(64, 48, 32, bias=False, std=0.16)
+    torch.autograd.backward(trained_loss(module, packed, random(8, 48), random(40, 64, seed=1)))
+    module.to(dtype)
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in module.parameters()])
+    torch.optim.Adam(module.parameters(), lr=1e-6).step()
+    after = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    assert low < (before != after).float().mean().item() <= high

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from r2m_ray.core.packing import microbatches, position_ids, select_rows
+
+Packed = Callable[[Sequence[int]], Tensor]
+row_lengths = st.lists(st.integers(0, 60), max_size=40)
+
+
+def test_first_fit_decreasing_by_hand() -> None:
+    assert microbatches([3, 7, 5, 5, 2, 8], 10) == [[4, 5], [0, 1], [2, 3]]
+
+
+@settings(deadline=None, max_examples=100)
+@given(row_lengths, st.integers(1, 100))
+def test_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = microbatches(lengths, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch == sorted(batch)
+        assert sum(lengths[row] for row in batch) <= budget or len(batch) == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(row_lengths, st.integers(1, 100))
+def test_no_two_batches_could_be_one(lengths: list[int], budget: int) -> None:
+    loads = [sum(lengths[row] for row in batch) for batch in microbatches(lengths, budget)]
+    assert all(a + b > budget for i, a in enumerate(loads) for b in loads[:i])
+
+
+@settings(deadline=None, max_examples=100)
+@given(row_lengths, st.integers(1, 100), st.randoms(use_true_random=False))
+def test_the_rows_order_does_not_matter(lengths: list[int], budget: int, rng: random.Random) -> None:
+    def contents(values: list[int]) -> list[list[int]]:
+        return [sorted(values[row] for row in batch) for batch in microbatches(values, budget)]
+
+    shuffled = rng.sample(lengths, len(lengths))
+    assert contents(shuffled) == contents(lengths)
+
+
+def test_a_tensor_of_lengths_is_accepted() -> None:
+    assert microbatches(torch.tensor([4, 4, 4]), 8) == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "message"),
+    [([1], 0, "token_budget must be at least 1"), ([3, -1], 4, "row 1 has negative length -1")],
+)
+def test_bad_input_is_refused(lengths: list[int], budget: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        microbatches(lengths, budget)
+
+
+@settings(deadline=None, max_examples=50)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_positions_restart_with_each_row(packed: Packed, lengths: list[int]) -> None:
+    expected = [position for length in lengths for position in range(length)]
+    assert position_ids(packed(lengths)).tolist() == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_selected_rows_keep_their_tokens(packed: Packed, data: st.DataObject, lengths: list[int]) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=8))
+    value_T = torch.arange(sum(lengths))
+    index, offsets = select_rows(packed(lengths), rows)
+    assert offsets.tolist() == packed([lengths[row] for row in rows]).tolist()
+    by_row = torch.split(value_T, lengths)
+    expected = [value for row in rows for value in by_row[row].tolist()]
+    assert value_T[index].tolist() == expected
+
+
+def test_microbatches_cover_the_packed_axis(packed: Packed) -> None:
+    lengths = [5, 1, 4, 2, 6, 3]
+    offsets = packed(lengths)
+    tokens = [select_rows(offsets, batch)[0] for batch in microbatches(offsets.diff(), 8)]
+    assert torch.cat(tokens).sort().values.tolist() == list(range(sum(lengths)))
