@@ -1,0 +1,177 @@
+"""The half of the configuration schema that surrounds the method: run, task, preparation and operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from r2m_ray.choices import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Overlong,
+    Positive,
+    SyncBackend,
+    TaskName,
+    WandbMode,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Which run this is."""
+
+    name: str = "run"
+    """Directory of the run below ``root``: letters, digits, ``.``, ``_`` and ``-``."""
+    root: str = "runs"
+    """Directory under which runs are written, one directory each."""
+    seed: Natural = 0
+    """Seeds sampling, data order and every initialisation."""
+    resume: bool = False
+    """Continue the run of this name from its newest checkpoint; without it the run must be new."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TaskConfig:
+    """What the policy is trained on, and how long its texts may be."""
+
+    name: TaskName = TaskName.note2answer
+    """The self-contained world with a known gold score, or preference pairs of your own."""
+    train_file: str | None = None
+    """Preferences: JSONL or Parquet (plain or .gz) or a `datasets` id, the pairs to train on."""
+    eval_file: str | None = None
+    """Preferences: the held-out pairs, in any form that ``train_file`` takes."""
+    prompt_field: str = "prompt"
+    """Preferences: name of the field that holds the prompt."""
+    chosen_field: str = "chosen"
+    """Preferences: name of the field that holds the preferred response."""
+    rejected_field: str = "rejected"
+    """Preferences: name of the field that holds the other response."""
+    max_prompt_tokens: Count = 64
+    """Policy tokens of a prompt at most; longer ones are treated as ``overlong`` says."""
+    max_new_tokens: Count = 48
+    """Tokens of a sampled response at most, the end token included."""
+    overlong: Overlong = Overlong.error
+    """Whether a row of the data over the limits is an error or dropped and counted."""
+    self_correct_prob: Fraction = 0.6
+    """note2answer: how often the demonstrator corrects a wrong fact right after it."""
+    annotator_bias: Fraction = 0.3
+    """note2answer: fraction of the preference pairs labelled by an annotator who sees only style."""
+    label_temperature: Positive = 0.3
+    """note2answer: Bradley–Terry temperature at which the other pairs are labelled by gold."""
+    reward_reads_prompt: bool = False
+    """note2answer: whether the reward model sees the note, or the response alone."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    """Models that `r2m-ray prepare` trains from scratch, so that a run needs no download."""
+
+    root: str = "prepared"
+    """Directory of prepared models, one directory per digest of what went into them."""
+    policy_layers: Count = 3
+    """Layers of the policy."""
+    policy_width: Count = 96
+    """Width P of the policy."""
+    policy_heads: Count = 4
+    """Attention heads of the policy; they divide its width."""
+    reward_layers: Count = 2
+    """Layers of the reward model."""
+    reward_width: Count = 64
+    """Width D of the reward model."""
+    reward_heads: Count = 4
+    """Attention heads of the reward model; they divide its width."""
+    vocabulary: Count = 2048
+    """Preferences: entries of the byte-level BPE vocabulary that is trained on the data."""
+    sft_rows: Count = 20000
+    """note2answer: demonstrations to generate."""
+    sft_steps: Natural = 600
+    """Optimizer steps of supervised fine-tuning."""
+    sft_batch: Count = 64
+    """Rows of each of these steps."""
+    sft_learning_rate: NonNegative = 2e-3
+    """AdamW's learning rate in supervised fine-tuning."""
+    pair_rows: Count = 4000
+    """note2answer: preference pairs to generate."""
+    reward_steps: Natural = 300
+    """Optimizer steps of reward-model training."""
+    reward_batch: Count = 64
+    """Pairs of each of these steps."""
+    reward_learning_rate: NonNegative = 1e-3
+    """AdamW's learning rate in reward-model training."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SyncConfig:
+    """How the learner's weights reach the rollout engines."""
+
+    backend: SyncBackend = SyncBackend.object_store
+    """Ray's object store works everywhere; nccl and ipc need GPUs."""
+    bucket_mb: Count = 256
+    """Megabytes of one transfer."""
+    verify_every: Natural = 10
+    """Steps between digest checks, 0 for none; the first sync is always checked."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is measured on held-out data during a run."""
+
+    every: Natural = 5
+    """Steps between evaluations; 0 evaluates only at the start and at the end."""
+    prompts: Count = 64
+    """Held-out prompts, the same ones each time."""
+    pairs: Natural = 128
+    """Held-out preference pairs on which reward-model accuracy is measured."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the state of a run is committed."""
+
+    every: Natural = 10
+    """Steps between checkpoints, 0 for none; the last step is always saved."""
+    keep: Count = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """Where the actors run, what each may use, and how long to wait for them."""
+
+    address: str = "local"
+    """``local`` starts a cluster for the run, ``auto`` joins the one in the environment."""
+    cpus: Count = 2
+    """Logical CPUs of a local cluster."""
+    object_store_gb: Positive = 1.0
+    """GiB of a local cluster's object store, which holds trajectories and hidden states."""
+    threads_per_actor: Count = 1
+    """CPU threads of each actor; 1 makes runs repeat exactly."""
+    cpus_per_actor: NonNegative = 0.25
+    """Logical CPUs that each actor reserves; a fraction lets several share one."""
+    gpus_per_rollout: NonNegative = 0.0
+    """GPUs of each rollout engine; 0 runs it on the CPU."""
+    gpus_per_learner: NonNegative = 0.0
+    """GPUs of each learner rank; 0 runs it on the CPU."""
+    gpus_per_reference: NonNegative = 0.0
+    """GPUs of each reference replica; 0 runs it on the CPU."""
+    gpus_per_reward: NonNegative = 0.0
+    """GPUs of each reward replica; 0 runs it on the CPU."""
+    placement: str = "PACK"
+    """Ray's placement strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
+    start_timeout_s: Positive = 300.0
+    """Seconds until every actor must be placed and ready."""
+    phase_timeout_s: Positive = 600.0
+    """Seconds until each phase of a step must have ended."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is written beside the run's own files."""
+
+    wandb: WandbMode = WandbMode.offline
+    """Whether Weights & Biases logs to the run's directory, to its server, or not at all."""
+    wandb_project: str = "r2m_ray"
+    """Project that the runs appear under."""
+    rollouts_per_step: Natural = 8
+    """Rows of each step written to rollouts.jsonl."""

@@ -1,0 +1,123 @@
+"""Two reward replicas over gloo update their heads as one replica with all shards would.
+
+The test starts this file twice as a program, one process per replica.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from r2m_ray.batch import Annotation, Hidden, Layout, RewardBatch
+from r2m_ray.config import Config, RewardConfig
+from r2m_ray.models.reward import RewardEngine
+
+K, P, D = 4, 64, 48
+
+
+def shard(seed: int, *, tied: bool = False, broken: bool = False) -> RewardBatch:
+    """Two groups; `tied` makes the first one's rows equal, `broken` puts a NaN into the hidden states."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 13, (2 * K,), generator=generator)
+    rte_ND = torch.randn(2 * K, D, generator=generator)
+    response_id_N = torch.arange(2 * K)
+    if tied:
+        lengths[:K], rte_ND[:K], response_id_N[:K] = 5, rte_ND[0].clone(), 0
+    layout = Layout.from_lengths(lengths.tolist(), K)
+    hidden_TP = torch.randn(layout.tokens, P, generator=generator)
+    if tied:
+        hidden_TP[: 5 * K] = hidden_TP[:5].repeat(K, 1)
+    if broken:
+        hidden_TP[0, 0] = float("nan")
+    annotation = Annotation(
+        layout=layout,
+        reward_N=torch.randn(2 * K, generator=generator),
+        frozen_reward_N=torch.randn(2 * K, generator=generator),
+        rte_ND=rte_ND,
+        response_id_N=response_id_N,
+    )
+    return RewardBatch(hidden=Hidden(layout=layout, hidden_TP=hidden_TP), annotation=annotation)
+
+
+# Each update's shards by rank: uneven, a replica without any, one with NaN, and an ordinary one after it.
+UPDATES = (
+    ([shard(1), shard(2, tied=True)], [shard(3)]),
+    ([shard(4)], []),
+    ([shard(5)], [shard(6, broken=True)]),
+    ([shard(7)], [shard(8), shard(9)]),
+)
+
+
+def engine(model_dir: str, rank: int, world_size: int) -> RewardEngine:
+    config = Config(reward=RewardConfig(attention_width=16, init_std=0.2, learning_rate=1e-3))
+    return RewardEngine(
+        config=config,
+        model_dir=model_dir,
+        policy_width=P,
+        rank=rank,
+        world_size=world_size,
+        device=torch.device("cpu"),
+    )
+
+
+def replica(model_dir: str, rank: int, directory: Path) -> None:
+    """Take all updates with this rank's shards, then write head, statistics and digest."""
+    reward = engine(model_dir, rank, world_size=2)
+    stats = [reward.update(shards[rank], 0.6, step) for step, shards in enumerate(UPDATES)]
+    reward.save(directory)
+    (directory / "report.json").write_text(json.dumps({"stats": stats, "digest": reward.digest()}))
+
+
+def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    directories = [tmp_path / "rank0", tmp_path / "rank1"]
+    replicas = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tiny_reward_dir), str(rank), str(directory)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, directory in enumerate(directories)
+    ]
+    try:
+        for process in replicas:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in replicas:
+            process.kill()
+    reports = [json.loads((directory / "report.json").read_text()) for directory in directories]
+
+    alone = engine(str(tiny_reward_dir), 0, world_size=1)
+    stats = [alone.update([*left, *right], 0.6, step) for step, (left, right) in enumerate(UPDATES)]
+    assert reports[0]["digest"] == reports[1]["digest"]
+    assert [s["skipped_steps"] for s in stats] == [0, 0, 1, 0]
+    assert [s["valid_pairs"] for s in stats] == [5 / 6, 1, 1, 1]
+    for report in reports:
+        for found, expected in zip(report["stats"], stats, strict=True):
+            assert found == pytest.approx(expected, abs=1e-5, nan_ok=True)
+    heads = load_file(directories[0] / "reward_head" / "head.safetensors")
+    for name, value in alone.head.named_parameters():
+        torch.testing.assert_close(heads[name], value.detach(), atol=1e-6, rtol=0)
+
+
+if __name__ == "__main__":
+    replica(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
