@@ -1,0 +1,143 @@
+"""What R2M costs a training step: the whole real loop, vanilla and R2M taking turns step by step.
+
+Both sides run in one Ray cluster, each with its own four roles, on the same prompts; a side works only
+while it is its turn. Compare with the paper's 4.5 h / 4.4 h = 1.02 for LLaMA3-8B.
+
+    python benchmarks/step_time.py [--steps 12] [--out step_time.json] [hydra overrides]
+
+Needs the demo's models: `r2m-ray prepare experiment=demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from measure import machine, summary, write
+
+from r2m_ray.compose import load_config
+from r2m_ray.config import Config
+from r2m_ray.data import PromptStream
+from r2m_ray.driver import train
+from r2m_ray.progress import PhaseClock
+from r2m_ray.roles import Roles
+from r2m_ray.runtime.launch import Models, cluster, start_roles
+from r2m_ray.runtime.placement import Placement
+from r2m_ray.tasks import load_task
+
+WARM_UP_STEPS = 2
+
+
+class Turns:
+    """Lets one side work at a time, a step each, in order."""
+
+    def __init__(self, sides: int) -> None:
+        self._turn = 0
+        self._sides = sides
+        self._changed = asyncio.Condition()
+
+    async def wait(self, side: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._turn % self._sides == side)
+
+    async def over(self) -> None:
+        async with self._changed:
+            self._turn += 1
+            self._changed.notify_all()
+
+
+class Side:
+    """The driver's observers for one side: they keep times, and hand over the turn after each step."""
+
+    def __init__(self, index: int, turns: Turns) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._clock = PhaseClock()
+        self._index = index
+        self._turns = turns
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._clock.phase(name):
+            yield
+
+    def rewind(self, step: int) -> None:
+        """Nothing was logged before."""
+
+    async def step(self, *records: Any) -> None:
+        self.rows.append(self._clock.collect())
+
+    async def evaluate(self, step: int) -> None:
+        """No evaluation: it is the same on both sides."""
+
+    async def restore(self, roles: Roles, prompts: PromptStream) -> int:
+        await self._turns.wait(self._index)
+        return 0
+
+    async def save(self, step: int, roles: Roles, prompts: PromptStream) -> None:
+        await self._turns.over()
+        await self._turns.wait(self._index)
+
+
+async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]]]:
+    turns = Turns(len(configs))
+    placements, sides, runs = [], {}, []
+    try:
+        for index, (name, config) in enumerate(configs.items()):
+            placements.append(Placement(config))
+            roles = await start_roles(config, Models.of(config), placements[-1])
+            side: Any = Side(index, turns)
+            stream = PromptStream(load_task(config).train_prompts(), seed=config.run.seed)
+            sides[name] = side
+            runs.append(train(config, roles, stream, side, side, side))
+        await asyncio.gather(*[_finish(run, turns) for run in runs])
+    finally:
+        for placement in placements:
+            placement.release()
+    return {name: side.rows[WARM_UP_STEPS:] for name, side in sides.items()}
+
+
+async def _finish(run: Any, turns: Turns) -> None:
+    await run
+    await turns.over()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="steps of each side, the first two unmeasured")
+    parser.add_argument("--out", type=Path, default=Path("step_time.json"))
+    arguments, overrides = parser.parse_known_args()
+    common = [
+        "experiment=demo",
+        f"algo.steps={arguments.steps}",
+        "checkpoint.every=1",
+        "evaluate.every=0",
+        "cluster.cpus=4",
+        *overrides,
+    ]
+    configs = {name: load_config([*common, f"reward={name}"]) for name in ("vanilla", "r2m")}
+    with cluster(configs["r2m"].cluster):
+        rows = asyncio.run(measure(configs))
+    phases = sorted(rows["r2m"][0])
+    result = {
+        "benchmark": "step_time",
+        "machine": machine(),
+        "overrides": overrides,
+        "seconds": {
+            side: {phase: summary([row[phase] for row in rows[side]]) for phase in phases} for side in rows
+        },
+    }
+    medians = {side: result["seconds"][side]["time/step"]["median"] for side in rows}
+    result["step_ratio_r2m_over_vanilla"] = medians["r2m"] / medians["vanilla"]
+    result["step_ratio_by_pair"] = summary(
+        [r["time/step"] / v["time/step"] for r, v in zip(rows["r2m"], rows["vanilla"], strict=True)]
+    )
+    write(arguments.out, result)
+    print(f"R2M / vanilla: {result['step_ratio_r2m_over_vanilla']:.3f}  →  {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""R2M, Algorithm 1 of arXiv 2601.22664, as a driver.
+
+It passes references between the four roles and never touches their tensors; only the rewards,
+one number per row, are read here, to become advantages. It knows the roles as Protocols: Ray
+actors on a cluster, plain objects in a test.
+"""
+
+from __future__ import annotations
+
+from asyncio import gather
+
+import torch
+from torch import Tensor
+
+from r2m_ray.batch import Annotation, ReferenceLogprobs, Trajectories
+from r2m_ray.checkpoint import Checkpoints
+from r2m_ray.config import AlgoConfig, Config, KLPlace, OmegaSchedule
+from r2m_ray.core.advantages import ADVANTAGES
+from r2m_ray.core.head import omega
+from r2m_ray.core.kl import row_kl
+from r2m_ray.data import PromptStream
+from r2m_ray.evaluate import Evaluator
+from r2m_ray.recorder import Recorder
+from r2m_ray.roles import Roles, Shards, sample_plans
+
+
+async def train(
+    config: Config,
+    roles: Roles,
+    prompts: PromptStream,
+    checkpoints: Checkpoints,
+    evaluator: Evaluator,
+    record: Recorder,
+) -> None:
+    """Run R2M (Algorithm 1). One loop body is one training step t."""
+    algo, rollout, policy, reward = config.algo, roles.rollout, roles.policy, roles.reward
+
+    start = await checkpoints.restore(roles, prompts)
+    record.rewind(start)
+    await roles.sync(version=start)
+    if start == 0:
+        await evaluator.evaluate(0)
+
+    for t in range(start + 1, algo.steps + 1):
+        w = omega_at(config, t)  # Eq. 4
+
+        with record.phase("sample"):  # Trajectory Sampling
+            plans = sample_plans(config, prompts.take(algo.prompts_per_step), step=t)
+            trajectories, hidden = await rollout.sample(plans)
+
+        with record.phase("annotate"):  # Reward Annotation, Eqs. 3–4
+            annotation, reference = await gather(
+                reward.annotate(trajectories, hidden, omega=w, step=t),
+                roles.reference.logprobs(trajectories),
+            )
+            advantage = await advantages(algo, trajectories, annotation, reference)  # Eq. 1
+
+        with record.phase("policy"):  # Policy Optimization, Eq. 2: k epochs; the last one refreshes h
+            policy_stats, hidden = await policy.update(trajectories, advantage, reference, hidden)
+
+        with record.phase("reward"):  # Reward Model Optimization, Eqs. 5–7, while π_old ← π_θ
+            reward_stats, sync_stats = await gather(
+                reward.update(hidden, annotation, omega=w, step=t), roles.sync(version=t)
+            )
+
+        await record.step(
+            t, w, trajectories, hidden, annotation, advantage, policy_stats, reward_stats, sync_stats
+        )
+        if t == algo.steps or (config.evaluate.every and t % config.evaluate.every == 0):
+            await evaluator.evaluate(t)
+        if t == algo.steps or (config.checkpoint.every and t % config.checkpoint.every == 0):
+            with record.phase("checkpoint"):
+                await checkpoints.save(t, roles, prompts)
+
+
+def omega_at(config: Config, step: int) -> float:
+    """ω(t) of Eq. 4, or its floor throughout with ``reward.omega_schedule=constant``."""
+    if config.reward.omega_schedule is OmegaSchedule.constant:
+        return config.reward.omega_floor
+    return omega(step, config.algo.steps, config.reward.omega_floor)
+
+
+async def advantages(
+    algo: AlgoConfig,
+    trajectories: Shards[Trajectories],
+    annotation: Shards[Annotation],
+    reference: Shards[ReferenceLogprobs],
+) -> list[Tensor]:
+    """Advantages of the whole batch (Eq. 1 and its siblings), float32 [N] per shard.
+
+    With ``algo.kl_place=reward`` each row's reward first loses β times its KL to the reference,
+    estimated on the log-probs it was sampled with.
+    """
+    reward_N = [(await shard).reward_N for shard in annotation]
+    if algo.kl_place is KLPlace.reward:
+        for i, (shard, shard_reference) in enumerate(zip(trajectories, reference, strict=True)):
+            rows, base = await shard, await shard_reference
+            kl_N = row_kl(
+                rows.rollout_logp_T,
+                base.tempered_T,
+                rows.action_T,
+                rows.layout.offsets,
+                algo.kl_estimator.value,
+            )
+            reward_N[i] = reward_N[i] - algo.kl_weight * kl_N
+    advantage_N = ADVANTAGES[algo.advantage.value](torch.cat(reward_N), algo.responses_per_prompt)
+    return list(advantage_N.split([len(r) for r in reward_N]))

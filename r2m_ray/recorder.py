@@ -1,0 +1,130 @@
+"""What the driver hands over at the end of a step, turned into numbers and rows worth reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from r2m_ray.batch import Annotation, Hidden, Trajectories
+from r2m_ray.config import Config
+from r2m_ray.metrics import merge_stats, rollout_records, step_metrics
+from r2m_ray.roles import Reward, Shards, Stats
+from r2m_ray.tasks import GoldScorer
+
+
+class Log(Protocol):
+    """Where a recorder writes; a run's is ``r2m_ray.runlog.RunLog``."""
+
+    def rewind(self, step: int) -> None: ...
+
+    def phase(self, name: str) -> AbstractContextManager[None]: ...
+
+    def step(
+        self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
+    ) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class Unlogged:
+    """A log that keeps nothing, for a measurement outside a run."""
+
+    def rewind(self, step: int) -> None:
+        return
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(
+        self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        return
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        return
+
+
+class Recorder:
+    """Reads a step's records once, scores them by gold where the task knows it, and logs them.
+
+    tokenizer: the policy's, for the words beside the head's attention weights.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        log: Log,
+        *,
+        reward: Reward,
+        tokenizer: PreTrainedTokenizerBase,
+        gold: GoldScorer | None,
+    ) -> None:
+        self._config = config
+        self._log = log
+        self._reward = reward
+        self._tokenizer = tokenizer
+        self._gold = gold
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after ``step``, which the run is about to compute again."""
+        self._log.rewind(step)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time a phase of the step, and show that it is running."""
+        return self._log.phase(name)
+
+    async def step(
+        self,
+        step: int,
+        omega: float,
+        trajectories: Shards[Trajectories],
+        hidden: Shards[Hidden],
+        annotation: Shards[Annotation],
+        advantage: Sequence[Tensor],
+        policy: Stats,
+        reward: Stats,
+        sync: Stats,
+    ) -> None:
+        """Log one training step: its metrics and its first rows."""
+        rows = [await shard for shard in trajectories]
+        notes = [await shard for shard in annotation]
+        gold = self.gold(rows)
+        metrics = step_metrics(rows, notes, advantage, omega, gold)
+        for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
+            metrics |= merge_stats(prefix, stats)
+        limit = self._config.logging.rollouts_per_step
+        attention = None
+        if limit and self._config.uses_feedback:
+            weight_T = await self._reward.attention(hidden[0], annotation[0])
+            attention = self._attended_words(rows[0], weight_T, limit)
+        records = rollout_records(step, rows, notes, advantage, omega, gold, limit=limit, attention=attention)
+        self._log.step(step, metrics, records)
+
+    def evaluation(self, step: int, metrics: Stats) -> None:
+        self._log.evaluation(step, metrics)
+
+    def gold(self, shards: Sequence[Trajectories]) -> list[dict[str, float]] | None:
+        """The gold score of every row, where the task knows one."""
+        if self._gold is None:
+            return None
+        return [
+            dict(self._gold(prompt, response, bool(truncated)))
+            for rows in shards
+            for prompt, response, truncated in zip(
+                rows.row_prompts, rows.responses, rows.truncated_N, strict=True
+            )
+        ]
+
+    def _attended_words(
+        self, rows: Trajectories, weight_T: Tensor, limit: int
+    ) -> dict[int, list[tuple[str, float]]]:
+        words: dict[int, list[tuple[str, float]]] = {}
+        for n in range(min(limit, rows.layout.rows)):
+            part = rows.layout.slice_of(n)
+            texts = [self._tokenizer.decode([token]) for token in rows.input_T[part].tolist()]
+            words[n] = list(zip(texts, weight_T[part].tolist(), strict=True))
+        return words

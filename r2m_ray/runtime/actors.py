@@ -1,0 +1,182 @@
+"""What runs inside each Ray actor: an engine, started once its peers are known, and nothing else.
+
+Every method returns something light first and the heavy records after it as separate objects, so
+the driver can wait for the light part without pulling a tensor through its own node.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from r2m_ray.batch import Annotation, Hidden, PolicyBatch, ReferenceLogprobs, RewardBatch, Trajectories
+from r2m_ray.config import Config
+from r2m_ray.models.weights import WeightBucket, WeightDigest
+from r2m_ray.roles import SamplePlan
+from r2m_ray.runtime.device import device_of, join_environment
+
+
+class RolloutActor:
+    """A vLLM engine."""
+
+    def start(self, config: Config, model_dir: str, export_hidden: bool) -> None:
+        from r2m_ray.models.rollout import RolloutEngine
+
+        self._engine = RolloutEngine(
+            model_dir=model_dir,
+            dtype=config.model.dtype.value,
+            seed=config.run.seed,
+            max_model_len=config.task.max_prompt_tokens + config.task.max_new_tokens,
+            export_hidden=export_hidden,
+            hidden_norm=config.feedback.norm.value,
+            engine_args=config.rollout.engine_args,
+            weight_backend=config.sync.backend.value,
+        )
+
+    def sample(self, plans: Sequence[SamplePlan]) -> tuple[Any, ...]:
+        """One (light) count of tokens, then Trajectories and Hidden of each plan in turn."""
+        shards = self._engine.sample(plans)
+        tokens = sum(int(trajectories.action_T.sum()) for trajectories, _ in shards)
+        return tokens, *(record for shard in shards for record in shard)
+
+    def begin_weight_update(self, verify: bool) -> None:
+        self._engine.begin_weight_update(verify=verify)
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        self._engine.load_bucket(bucket)
+
+    def finish_weight_update(self, version: int, digest: str | None) -> None:
+        self._engine.finish_weight_update(version=version, digest=digest)
+
+
+class PolicyActor:
+    """One rank of the DeepSpeed learner."""
+
+    def address(self) -> tuple[str, int]:
+        return _free_address()
+
+    def start(self, config: Config, model_dir: str, rank: int, address: tuple[str, int], gpus: float) -> None:
+        from r2m_ray.models.learner import PolicyLearner
+
+        join_environment(rank, config.policy.ranks, address)
+        self._learner = PolicyLearner(
+            config=config,
+            model_dir=model_dir,
+            rank=rank,
+            world_size=config.policy.ranks,
+            device=device_of(gpus),
+        )
+
+    def update(self, shard_ids: Sequence[int], advantage: Sequence[torch.Tensor], *records: Any) -> Any:
+        """Stats, then each shard's fresh Hidden if any; records are Trajectories, then ReferenceLogprobs."""
+        count = len(shard_ids)
+        trajectories: Sequence[Trajectories] = records[:count]
+        reference: Sequence[ReferenceLogprobs] = records[count:]
+        batches = [
+            PolicyBatch(trajectories=t, advantage_N=a, reference=r)
+            for t, a, r in zip(trajectories, advantage, reference, strict=True)
+        ]
+        stats, hidden = self._learner.update(batches, shard_ids)
+        return (stats, *hidden) if hidden else stats
+
+    def hidden(self, *trajectories: Trajectories) -> tuple[Any, ...]:
+        return len(trajectories), *self._learner.hidden(trajectories)
+
+    def begin_weights(self, bucket_bytes: int, digest: bool) -> None:
+        self._buckets: Iterator[WeightBucket] = self._learner.weight_buckets(bucket_bytes)
+        self._digest = WeightDigest() if digest else None
+
+    def next_bucket(self) -> tuple[int | None, WeightBucket | None]:
+        """The next bucket's size in bytes and the bucket; (None, None) after the last."""
+        bucket = next(self._buckets, None)
+        if bucket is None:
+            return None, None
+        if self._digest:
+            self._digest.update(bucket)
+        return bucket.data.numel(), bucket
+
+    def weight_digest(self) -> str | None:
+        return self._digest.hexdigest() if self._digest else None
+
+    def save(self, directory: Path) -> None:
+        self._learner.save(directory)
+
+    def load(self, directory: Path) -> None:
+        self._learner.load(directory)
+
+
+class ReferenceActor:
+    """The frozen reference policy."""
+
+    def start(self, config: Config, model_dir: str, gpus: float) -> None:
+        from r2m_ray.models.reference import ReferencePolicy
+
+        self._reference = ReferencePolicy(config=config, model_dir=model_dir, device=device_of(gpus))
+
+    def logprobs(self, trajectories: Trajectories) -> tuple[int, ReferenceLogprobs]:
+        return trajectories.layout.tokens, self._reference.logprobs(trajectories)
+
+
+class RewardActor:
+    """The frozen reward model with its R2M head, one replica."""
+
+    def address(self) -> tuple[str, int]:
+        return _free_address()
+
+    def start(
+        self,
+        config: Config,
+        model_dir: str,
+        policy_width: int,
+        rank: int,
+        address: tuple[str, int],
+        gpus: float,
+    ) -> None:
+        from r2m_ray.models.reward import RewardEngine
+
+        join_environment(rank, config.reward.replicas, address)
+        self._rank = rank
+        self._engine = RewardEngine(
+            config=config,
+            model_dir=model_dir,
+            policy_width=policy_width,
+            rank=rank,
+            world_size=config.reward.replicas,
+            device=device_of(gpus),
+        )
+
+    def annotate(
+        self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int
+    ) -> tuple[int, Annotation]:
+        return trajectories.layout.rows, self._engine.annotate(trajectories, hidden, omega, step)
+
+    def update(self, omega: float, step: int, *records: Any) -> dict[str, float]:
+        """One update from this replica's shards; records are Hidden…, then Annotation…."""
+        count = len(records) // 2
+        batches = [
+            RewardBatch(hidden=h, annotation=a) for h, a in zip(records[:count], records[count:], strict=True)
+        ]
+        return self._engine.update(batches, omega, step)
+
+    def attention(self, hidden: Hidden, annotation: Annotation) -> torch.Tensor:
+        return self._engine.attention(hidden, annotation)
+
+    def save(self, directory: Path) -> None:
+        # Replicas are equal; one writes.
+        if self._rank == 0:
+            self._engine.save(directory)
+
+    def load(self, directory: Path) -> None:
+        self._engine.load(directory)
+
+
+def _free_address() -> tuple[str, int]:
+    ip: str = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((ip, 0))
+        return ip, int(probe.getsockname()[1])

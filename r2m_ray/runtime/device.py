@@ -1,0 +1,39 @@
+"""The one place that knows which device a role computes on and what its process needs for it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from r2m_ray.config import Config
+
+
+def device_of(gpus: float) -> torch.device:
+    """The device of an actor that was given ``gpus``; Ray makes its GPU the only visible one."""
+    return torch.device("cuda", 0) if gpus > 0 else torch.device("cpu")
+
+
+def actor_environment(config: Config, gpus: float) -> dict[str, str]:
+    """Environment variables of an actor's process, set before it imports anything."""
+    threads = str(config.cluster.threads_per_actor)
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    }
+    if gpus <= 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def join_environment(rank: int, world_size: int, address: tuple[str, int]) -> None:
+    """Tell this process's collectives who it is and where rank 0 listens."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR=address[0],
+        MASTER_PORT=str(address[1]),
+    )

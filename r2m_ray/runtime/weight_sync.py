@@ -1,0 +1,64 @@
+"""The one place that carries weights from the learner into the rollout engines.
+
+The learner packs parameters into buckets; each travels once through the object store to every
+engine, while the learner packs the next. Every batch sampled afterwards carries the version, and
+a sha256 over all buckets is compared on both sides at the first sync and every
+``sync.verify_every`` steps. A failed sync leaves the engines quarantined: they refuse to sample
+until one completes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from r2m_ray.config import SyncConfig
+from r2m_ray.roles import Stats
+from r2m_ray.runtime.group import Actors
+
+PHASE = "weight sync"
+
+
+class ObjectStoreSync:
+    """Weight sync through Ray's object store; works on any device."""
+
+    def __init__(self, config: SyncConfig, *, policy: Actors, rollout: Actors) -> None:
+        self._bucket_bytes = config.bucket_mb * 2**20
+        self._verify_every = config.verify_every
+        self._policy = policy
+        self._rollout = rollout
+        self._synced = False
+
+    async def __call__(self, *, version: int) -> Stats:
+        start = time.monotonic()
+        verify = not self._synced or (self._verify_every > 0 and version % self._verify_every == 0)
+        await asyncio.gather(
+            self._rollout.all(PHASE, "begin_weight_update", verify),
+            self._policy.all(PHASE, "begin_weights", self._bucket_bytes, verify),
+        )
+        sent, buckets = 0, 0
+        upcoming = asyncio.ensure_future(self._next_bucket())
+        while True:
+            size, bucket = await upcoming
+            if size is None:
+                break
+            upcoming = asyncio.ensure_future(self._next_bucket())
+            await self._rollout.all(PHASE, "load_bucket", bucket)
+            sent, buckets = sent + size, buckets + 1
+        digest = (await self._policy.all(PHASE, "weight_digest"))[0]
+        await self._rollout.all(PHASE, "finish_weight_update", version, digest)
+        self._synced = True
+        return {
+            "bytes": float(sent),
+            "buckets": float(buckets),
+            "verified": float(verify),
+            "time/transfer": time.monotonic() - start,
+        }
+
+    async def _next_bucket(self) -> tuple[int | None, object]:
+        """Size and reference of the next bucket; every rank takes part, rank 0 holds the data."""
+        calls = [handle.next_bucket.options(num_returns=2).remote() for handle in self._policy.handles]
+        sizes = await self._policy.settle(
+            PHASE, [(name, size) for name, (size, _) in zip(self._policy.names, calls, strict=True)]
+        )
+        return sizes[0], calls[0][1]

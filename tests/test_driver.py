@@ -1,0 +1,252 @@
+"""The driver against in-process fakes of the roles: order, versions, ω, and which h goes where."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2m_ray.batch import Annotation, Hidden, ReferenceLogprobs, Trajectories, pack_rows
+from r2m_ray.config import AlgoConfig, Config, KLEstimator, KLPlace, OmegaSchedule, RewardConfig
+from r2m_ray.driver import advantages, omega_at, train
+from r2m_ray.roles import Prompt, Roles, SamplePlan, sample_plans
+
+K = 2
+
+
+def ready(value: Any) -> Any:
+    """A reference to a value that is already there; it can be read many times, like an object reference."""
+
+    class Ready:
+        def __await__(self) -> Iterator[Any]:
+            yield from ()
+            return value
+
+    return Ready()
+
+
+def rows(plan: SamplePlan, version: int) -> Trajectories:
+    count = len(plan.prompts) * plan.group_size
+    return pack_rows(
+        [p.text for p in plan.prompts],
+        [[1, 4] for _ in plan.prompts],
+        [[5 + n, 2] for n in range(count)],
+        [f"r{n}" for n in range(count)],
+        logprobs=[[-1.0, -0.5]] * count,
+        version=version,
+    )
+
+
+class World:
+    """Four fakes and the log of what they were asked, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.version = -1
+        self.records: list[tuple[Any, ...]] = []
+        self.saved: list[int] = []
+        self.evaluated: list[int] = []
+
+    async def sample(self, plans: Sequence[SamplePlan]) -> Any:
+        self.calls.append(("sample", self.version, [p.index for plan in plans for p in plan.prompts]))
+        self.sampled = [ready("rollout h") for _ in plans]
+        return [ready(rows(plan, self.version)) for plan in plans], self.sampled
+
+    async def annotate(self, trajectories: Any, hidden: Any, *, omega: float, step: int) -> Any:
+        self.calls.append(("annotate", step, [await h for h in hidden], omega))
+        shards = [await shard for shard in trajectories]
+        return [
+            ready(
+                Annotation(
+                    layout=shard.layout,
+                    reward_N=torch.arange(shard.layout.rows, dtype=torch.float32) + 10 * i,
+                    frozen_reward_N=torch.zeros(shard.layout.rows),
+                    rte_ND=torch.zeros(shard.layout.rows, 1),
+                    response_id_N=torch.arange(shard.layout.rows),
+                )
+            )
+            for i, shard in enumerate(shards)
+        ]
+
+    async def logprobs(self, trajectories: Any) -> Any:
+        self.calls.append(("reference",))
+        shards = [await shard for shard in trajectories]
+        zeros = [torch.zeros(shard.layout.tokens) for shard in shards]
+        return [ready(ReferenceLogprobs(tempered_T=z, unit_T=z)) for z in zeros]
+
+    async def update_policy(self, trajectories: Any, advantage: Any, reference: Any, hidden: Any) -> Any:
+        self.calls.append(("policy", [a.tolist() for a in advantage]))
+        return {"loss": 1.0}, [ready("fresh h") for _ in hidden]
+
+    async def update_reward(self, hidden: Any, annotation: Any, *, omega: float, step: int) -> Any:
+        self.calls.append(("reward", step, [await h for h in hidden], omega))
+        return {"loss": 2.0}
+
+    async def sync(self, *, version: int) -> Any:
+        self.calls.append(("sync", version))
+        self.version = version
+        return {"bytes": 3.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+
+    def rewind(self, step: int) -> None:
+        self.rewound = step
+
+    async def step(self, *args: Any) -> None:
+        self.records.append(args)
+
+    def roles(self) -> Roles:
+        return Roles(
+            rollout=SimpleNamespace(sample=self.sample),
+            policy=SimpleNamespace(update=self.update_policy),
+            reference=SimpleNamespace(logprobs=self.logprobs),
+            reward=SimpleNamespace(annotate=self.annotate, update=self.update_reward),
+            sync=self.sync,
+            share=ready,
+        )
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.position = 0
+
+    def take(self, n: int) -> tuple[Prompt, ...]:
+        start, self.position = self.position, self.position + n
+        return tuple(Prompt(index=i, text=f"p{i}") for i in range(start, start + n))
+
+
+def run(config: Config, *, start: int = 0) -> World:
+    world = World()
+
+    async def restore(roles: Roles, prompts: Any) -> int:
+        return start
+
+    async def save(step: int, roles: Roles, prompts: Any) -> Path:
+        world.saved.append(step)
+        return Path()
+
+    async def evaluate(step: int) -> None:
+        world.evaluated.append(step)
+
+    checkpoints: Any = SimpleNamespace(restore=restore, save=save)
+    evaluator: Any = SimpleNamespace(evaluate=evaluate)
+    stream: Any = Stream()
+    record: Any = world
+    asyncio.run(train(config, world.roles(), stream, checkpoints, evaluator, record))
+    return world
+
+
+@pytest.fixture
+def config() -> Config:
+    algo = AlgoConfig(
+        steps=3, prompts_per_step=4, prompts_per_shard=2, responses_per_prompt=K, minibatch_prompts=4
+    )
+    built = Config(algo=algo, reward=RewardConfig(omega_floor=0.6))
+    built.evaluate.every = 2
+    built.checkpoint.every = 2
+    return built
+
+
+def test_a_step_does_algorithm_1_in_order(config: Config) -> None:
+    names = [call[0] for call in run(config).calls]
+    step = ["sample", "annotate", "reference", "policy", "reward", "sync"]
+    assert names == ["sync", *step, *step, *step]
+
+
+def test_each_batch_is_sampled_with_the_last_synced_weights(config: Config) -> None:
+    world = run(config)
+    assert [call[1] for call in world.calls if call[0] == "sync"] == [0, 1, 2, 3]
+    assert [call[1] for call in world.calls if call[0] == "sample"] == [0, 1, 2]
+    assert [call[2] for call in world.calls if call[0] == "sample"] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+
+
+def test_annotation_reads_the_rollout_h_and_the_update_reads_the_refreshed_h(config: Config) -> None:
+    world = run(config)
+    assert all(call[2] == ["rollout h", "rollout h"] for call in world.calls if call[0] == "annotate")
+    assert all(call[2] == ["fresh h", "fresh h"] for call in world.calls if call[0] == "reward")
+
+
+def test_omega_follows_the_cosine_and_serves_annotation_and_update_alike(config: Config) -> None:
+    world = run(config)
+    expected = [max((math.cos(math.pi * t / 3) + 1) / 2, 0.6) for t in (1, 2, 3)]
+    for role in ("annotate", "reward"):
+        assert [call[3] for call in world.calls if call[0] == role] == pytest.approx(expected, abs=1e-12)
+
+
+def test_constant_omega_is_the_floor(config: Config) -> None:
+    config.reward.omega_schedule = OmegaSchedule.constant
+    assert [omega_at(config, t) for t in (1, 3)] == [0.6, 0.6]
+
+
+def test_advantages_are_leave_one_out_within_each_group(config: Config) -> None:
+    world = run(config)
+    policy = next(call for call in world.calls if call[0] == "policy")
+    assert policy[1] == [[-1.0, 1.0, -1.0, 1.0], [-1.0, 1.0, -1.0, 1.0]]
+
+
+def test_resume_goes_on_after_the_restored_step_without_evaluating_step_0(config: Config) -> None:
+    world = run(config, start=2)
+    assert [call[1] for call in world.calls if call[0] == "sync"] == [2, 3]
+    assert world.rewound == 2
+    assert world.evaluated == [3]
+    assert [record[0] for record in world.records] == [3]
+
+
+def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last(config: Config) -> None:
+    world = run(config)
+    assert world.evaluated == [0, 2, 3]
+    assert world.saved == [2, 3]
+
+
+def test_kl_in_the_reward_is_charged_before_the_advantage() -> None:
+    algo = AlgoConfig(
+        responses_per_prompt=2, kl_place=KLPlace.reward, kl_weight=0.5, kl_estimator=KLEstimator.k1
+    )
+    plan = SamplePlan(
+        prompts=(Prompt(index=0, text="p"),), group_size=2, step=1, seed=0, temperature=1.0, max_new_tokens=2
+    )
+    shard = rows(plan, 0)
+    annotation = Annotation(
+        layout=shard.layout,
+        reward_N=torch.tensor([1.0, 3.0]),
+        frozen_reward_N=torch.zeros(2),
+        rte_ND=torch.zeros(2, 1),
+        response_id_N=torch.arange(2),
+    )
+    # Row 0 moved by log-probs −1.0 and −0.5 against −2.0 and −1.5: KL 2; row 1 not at all.
+    base = shard.rollout_logp_T.clone()
+    base[shard.layout.slice_of(0)] -= shard.action_T[shard.layout.slice_of(0)].float()
+    reference = ReferenceLogprobs(tempered_T=base, unit_T=base)
+    (advantage,) = asyncio.run(advantages(algo, [ready(shard)], [ready(annotation)], [ready(reference)]))
+    expected: Tensor = torch.tensor([-3.0, 3.0])  # Rewards 1 − 0.5·2 = 0 and 3.
+    torch.testing.assert_close(advantage, expected)
+
+
+def test_shards_cut_the_step_into_whole_groups(config: Config) -> None:
+    prompts = [Prompt(index=i, text="") for i in range(5)]
+    plans = sample_plans(config, prompts, step=7)
+    assert [[p.index for p in plan.prompts] for plan in plans] == [[0, 1], [2, 3], [4]]
+    assert {plan.step for plan in plans} == {7}
+
+
+def test_hidden_of_no_feedback_has_width_zero() -> None:
+    plan = SamplePlan(
+        prompts=(Prompt(index=0, text="p"),), group_size=2, step=1, seed=0, temperature=1.0, max_new_tokens=2
+    )
+    layout = rows(plan, 0).layout
+    hidden = Hidden(layout=layout, hidden_TP=torch.empty(layout.tokens, 0))
+    assert (layout.tokens, hidden.hidden_TP.numel()) == (6, 0)
