@@ -1,0 +1,206 @@
+"""What one training step looked like, as numbers: rewards, responses, gold, and the rows worth reading.
+
+Axes: G groups, K rows per group, N = G·K rows of the whole step, shard after shard.
+
+Keys are paths. Everything below ``time/`` (seconds) and ``memory/`` (bytes) depends on the machine;
+every other value repeats exactly when a run repeats. A statistic with nothing to average is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r2m_ray.batch import Annotation, Trajectories
+from r2m_ray.core.reward_loss import SMALLEST_STD, group_pairs, group_reward_entropy
+
+GOLD_TOTAL = "total"
+"""Key of a gold score's dictionary that holds the score itself; every other key is a part of it."""
+
+MACHINE_PREFIXES = ("time/", "memory/")
+"""Keys that start so are measured, not computed, and differ between identical runs."""
+
+
+def step_metrics(
+    trajectories: Sequence[Trajectories],
+    annotation: Sequence[Annotation],
+    advantage: Sequence[Tensor],
+    omega: float,
+    gold: Sequence[Mapping[str, float]] | None = None,
+) -> dict[str, float]:
+    """Every number of a step that its records tell.
+
+    The three sequences hold one record per shard; advantages are float [N of the shard]. ``gold`` holds
+    one dictionary per row of the step: ``total``, and the parts it is made of. Standard deviations have
+    ddof 0.
+    """
+    own_GK = _grouped([shard.reward_N for shard in annotation], annotation)
+    frozen_GK = _grouped([shard.frozen_reward_N for shard in annotation], annotation)
+    identity_GK = torch.cat([shard.response_id_N.view(-1, shard.layout.group_size) for shard in annotation])
+    length_N = torch.cat([shard.response_lengths for shard in trajectories]).double()
+    truncated_N = torch.cat([shard.truncated_N for shard in trajectories]).double()
+    metrics = {
+        "omega": omega,
+        "tokens": float(sum(shard.layout.tokens for shard in trajectories)),
+        "advantage/std": _std(torch.cat(list(advantage))),
+        "response/length_mean": float(length_N.mean()),
+        "response/length_max": float(length_N.max()),
+        "response/tokens": float(length_N.sum()),
+        "response/truncated_fraction": float(truncated_N.mean()),
+    }
+    metrics |= _reward_metrics(own_GK, frozen_GK, identity_GK)
+    if gold is not None:
+        metrics |= _gold_metrics(gold, own_GK, frozen_GK, identity_GK)
+    return metrics
+
+
+def merge_stats(prefix: str, stats: Mapping[str, float]) -> dict[str, float]:
+    """A role's statistics below ``prefix/``; its ``time/`` and ``memory/`` keys stay below those."""
+    merged = {}
+    for key, value in stats.items():
+        head, _, rest = key.partition("/")
+        name = f"{head}/{prefix}/{rest}" if key.startswith(MACHINE_PREFIXES) else f"{prefix}/{key}"
+        merged[name] = float(value)
+    return merged
+
+
+def rollout_records(
+    step: int,
+    trajectories: Sequence[Trajectories],
+    annotation: Sequence[Annotation],
+    advantage: Sequence[Tensor],
+    omega: float,
+    gold: Sequence[Mapping[str, float]] | None = None,
+    *,
+    limit: int,
+    attention: Mapping[int, Sequence[tuple[str, float]]] | None = None,
+) -> list[dict[str, Any]]:
+    """The first ``limit`` rows of a step, whole groups in order, ready for JSON.
+
+    ``group`` and ``row`` count through the step. ``role`` is ``winner`` or ``loser`` of the group's
+    Bradley–Terry pair by the annotation rewards, else ``none``. ``attention`` gives, by row, each input
+    token's text and the weight the R2M head's query put on it.
+    """
+    records: list[dict[str, Any]] = []
+    first_row = 0
+    for rows, notes, advantage_N in zip(trajectories, annotation, advantage, strict=True):
+        size = rows.layout.group_size
+        roles, lengths = _pair_roles(notes), rows.response_lengths
+        for n in range(min(rows.layout.rows, limit - len(records))):
+            row = first_row + n
+            records.append(
+                {
+                    "step": step,
+                    "group": row // size,
+                    "row": row,
+                    "prompt": rows.prompts[n // size],
+                    "response": rows.responses[n],
+                    "role": roles[n],
+                    "reward": float(notes.reward_N[n]),
+                    "frozen_reward": float(notes.frozen_reward_N[n]),
+                    "omega": omega,
+                    "advantage": float(advantage_N[n]),
+                    "truncated": bool(rows.truncated_N[n]),
+                    "tokens": int(lengths[n]),
+                    "gold": None if gold is None else float(gold[row][GOLD_TOTAL]),
+                    "gold_parts": None if gold is None else _parts(gold[row]),
+                    "attention": [list(pair) for pair in attention[row]]
+                    if attention and row in attention
+                    else None,
+                }
+            )
+        first_row += rows.layout.rows
+    return records
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean, NaN of nothing."""
+    items = list(values)
+    return sum(items) / len(items) if items else float("nan")
+
+
+def group_correlation(left_GK: Tensor, right_GK: Tensor) -> Tensor:
+    """Pearson correlation of two scores within each group, float64 [G]; NaN where either is constant."""
+    left_GK, right_GK = _centred(left_GK), _centred(right_GK)
+    left_G, right_G = left_GK.square().mean(1).sqrt(), right_GK.square().mean(1).sqrt()
+    covariance_G = (left_GK * right_GK).mean(1)
+    constant_G = (left_G < SMALLEST_STD) | (right_G < SMALLEST_STD)
+    return torch.where(constant_G, torch.nan, covariance_G / (left_G * right_G))
+
+
+def _reward_metrics(own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor) -> dict[str, float]:
+    own_std, frozen_std = own_GK.std(1, correction=0).mean(), frozen_GK.std(1, correction=0).mean()
+    entropy_G, spread_G = group_reward_entropy(own_GK)
+    winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
+    return {
+        "reward/mean": float(own_GK.mean()),
+        "reward/std": _std(own_GK),
+        "reward/frozen_mean": float(frozen_GK.mean()),
+        "reward/frozen_std": _std(frozen_GK),
+        "reward/frozen_gap": float((own_GK - frozen_GK).mean()),
+        "reward/frozen_correlation": _mean(group_correlation(own_GK, frozen_GK)),
+        "reward/group_std": float(own_std),
+        "reward/frozen_group_std": float(frozen_std),
+        # Both floors keep the ratio positive and finite, so it can be drawn on a logarithmic axis.
+        "reward/scale_ratio": float(own_std.clamp(min=SMALLEST_STD) / frozen_std.clamp(min=SMALLEST_STD)),
+        "reward/group_entropy": _mean(entropy_G[spread_G]),
+        "reward/pair_flip_rate": _mean((_difference(frozen_GK, winner_G, loser_G) < 0)[pair_G]),
+        "reward/zero_std_groups": float((~spread_G).sum()),
+    }
+
+
+def _gold_metrics(
+    gold: Sequence[Mapping[str, float]], own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor
+) -> dict[str, float]:
+    gold_GK = torch.tensor([row[GOLD_TOTAL] for row in gold], dtype=torch.float64).view_as(own_GK)
+    winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
+    difference_G = _difference(gold_GK, winner_G, loser_G)
+    metrics = {
+        "gold/mean": float(gold_GK.mean()),
+        "gold/group_std": float(gold_GK.std(1, correction=0).mean()),
+        "gold/correlation": _mean(group_correlation(own_GK, gold_GK)),
+        "gold/frozen_correlation": _mean(group_correlation(frozen_GK, gold_GK)),
+        "gold/pair_precision": _mean((difference_G > 0)[pair_G & (difference_G != 0)]),
+    }
+    return metrics | {f"gold/{part}": mean(row[part] for row in gold) for part in _parts(gold[0])}
+
+
+def _pair_roles(notes: Annotation) -> list[str]:
+    size = notes.layout.group_size
+    winner_G, loser_G, pair_G = group_pairs(notes.reward_N.view(-1, size), notes.response_id_N.view(-1, size))
+    roles = ["none"] * notes.layout.rows
+    for group in pair_G.nonzero()[:, 0].tolist():
+        roles[group * size + int(winner_G[group])] = "winner"
+        roles[group * size + int(loser_G[group])] = "loser"
+    return roles
+
+
+def _parts(gold: Mapping[str, float]) -> dict[str, float]:
+    return {key: float(value) for key, value in gold.items() if key != GOLD_TOTAL}
+
+
+def _grouped(values: Sequence[Tensor], annotation: Sequence[Annotation]) -> Tensor:
+    """Per-row values of every shard as float64 [G, K]: sums over many rows must not lose digits."""
+    shards = zip(values, annotation, strict=True)
+    return torch.cat([value_N.double().view(-1, shard.layout.group_size) for value_N, shard in shards])
+
+
+def _difference(score_GK: Tensor, winner_G: Tensor, loser_G: Tensor) -> Tensor:
+    return (score_GK.gather(1, winner_G[:, None]) - score_GK.gather(1, loser_G[:, None]))[:, 0]
+
+
+def _centred(score_GK: Tensor) -> Tensor:
+    return score_GK.double() - score_GK.double().mean(1, keepdim=True)
+
+
+def _mean(values: Tensor) -> float:
+    """Mean of the values that are defined, NaN of nothing."""
+    values = values.double()
+    return float(values[~values.isnan()].mean())
+
+
+def _std(values: Tensor) -> float:
+    return float(values.double().std(correction=0))

@@ -1,0 +1,143 @@
+"""The files of a run directory, and how they are written so that a crash never tears them.
+
+``config.yaml`` (resolved), ``environment.json`` (one entry per start of the run), ``metrics.jsonl`` (a
+``step`` row per training step, an ``eval`` row per evaluation) and ``rollouts.jsonl`` (a few rows of every
+step, to read). The last two are JSON Lines whose records carry a step: appended whole, cut back when a run
+resumes.
+
+A number that is not finite has no JSON form. It is written as ``null``, and the record counts how
+many were in its ``nonfinite`` field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from r2m_ray.errors import InputError, RunError
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+ROLLOUTS_FILE = "rollouts.jsonl"
+
+Record = Mapping[str, Any]
+
+
+class StepLines:
+    """An append-only JSON Lines file, one object with an integer ``step`` per line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Write every record or none of them, and wait until they are on the disk.
+
+        Raises RunError naming the file and the bytes that did not fit.
+        """
+        # A lone surrogate has no UTF-8; its backslash form is its JSON escape.
+        data = "".join(f"{encoded(record)}\n" for record in records).encode(errors="backslashreplace")
+        size = os.fstat(self._descriptor).st_size
+        try:
+            _write_whole(self._descriptor, data)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            # A torn line would make the whole file unreadable to the report.
+            os.ftruncate(self._descriptor, size)
+            raise RunError(
+                f"{self.path}: cannot append {len(data)} bytes: {error.strerror}. "
+                "Free space on that disk, then continue with run.resume=true."
+            ) from error
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of steps after ``step``, all records when it is 0, and a torn last line.
+
+        Records are in the order of their steps, so this cuts the file once, where they end. Raises
+        InputError naming a line that is not a record.
+        """
+        end = 0
+        for record_end, record in _records(self.path):
+            if step == 0 or record["step"] > step:
+                break
+            end = record_end
+        os.ftruncate(self._descriptor, end)
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Every record of a file, without a torn last line; InputError names the line that is not one."""
+    return [record for _, record in _records(path)]
+
+
+def encoded(record: Record) -> str:
+    """One line of JSON; numbers that are not finite become ``null`` and are counted in ``nonfinite``."""
+    clean, count = _finite(record)
+    return json.dumps(clean | {"nonfinite": count}, ensure_ascii=False, allow_nan=False)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, which holds either its old or its new content at every moment."""
+    building = path.with_name(f".tmp-{path.name}")
+    try:
+        with building.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        building.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot write it: {error.strerror}. Free space or fix the directory's permissions."
+        ) from error
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record with the offset of the byte after its line."""
+    end = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            # Only a line cut off by a crash lacks its newline; its step was never committed.
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error}). Delete that line.") from error
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise InputError(f"{path}:{number}: not an object with an integer step. Delete that line.")
+            yield end, record
+
+
+def _finite(value: Any) -> tuple[Any, int]:
+    """``value`` with None for every number that is not finite, and how many there were."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    if isinstance(value, Mapping):
+        cleaned = {key: _finite(item) for key, item in value.items()}
+        return {key: item for key, (item, _) in cleaned.items()}, sum(n for _, n in cleaned.values())
+    if isinstance(value, list | tuple):
+        items = [_finite(item) for item in value]
+        return [item for item, _ in items], sum(n for _, n in items)
+    return value, 0
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

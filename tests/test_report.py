@@ -1,0 +1,342 @@
+"""Reports of synthetic runs, written through the run log itself."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+import r2m_ray
+from r2m_ray.config import Config, WandbMode
+from r2m_ray.errors import InputError
+from r2m_ray.report import HEADLINES, headlines, reading, span_of, write_report
+from r2m_ray.report_data import read_run
+from r2m_ray.report_figures import OVERVIEW, PLOTS
+from r2m_ray.report_plots import moving_average
+from r2m_ray.runlog import RunLog
+
+HOSTILE = "<script>alert(1)</script> \x1b[2J\u202e & <img src=https://example.org/x>"
+
+
+def write_run(
+    directory: Path, *, planned: int, done: int, gold: bool = True, evaluations: bool = True, every: int = 5
+) -> Path:
+    """A run that over-optimizes: the proxy keeps rising, gold peaks at a third of the run and falls."""
+    config = Config()
+    config.run.name, config.algo.steps, config.logging.wandb = "synthetic", planned, WandbMode.disabled
+    noise = random.Random(0)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    with RunLog(directory, config=config, resolved_yaml=text, console=Console(file=io.StringIO())) as log:
+        if evaluations:
+            log.evaluation(0, evaluation_row(0.0, gold=gold))
+        for t in range(1, done + 1):
+            progress = t / planned
+            log.step(t, step_row(progress, noise, gold=gold), rollout_rows(t, progress, gold=gold))
+            if evaluations and t % every == 0:
+                log.evaluation(t, evaluation_row(progress, gold=gold))
+    return directory
+
+
+def gold_at(progress: float) -> float:
+    return 1.2 + 2.4 * progress - 3.6 * progress**2
+
+
+def evaluation_row(progress: float, *, gold: bool) -> dict[str, float]:
+    row = {
+        "reward": 0.4 + 2.1 * progress,
+        "frozen_reward": 0.4 + 1.5 * progress,
+        "kl_sequence": 12 * progress**1.3,
+        "kl_token": 0.5 * progress**1.3,
+        "length": 22 + 9 * progress,
+        "truncated_fraction": 0.1 * progress,
+        "rm_accuracy": 0.70 + 0.02 * math.sin(6 * progress),
+        "rm_accuracy_frozen": 0.70,
+        "time/evaluate": 1.3,
+    }
+    return row | ({"gold": gold_at(progress), "gold/correct": 1.4} if gold else {})
+
+
+def step_row(progress: float, noise: random.Random, *, gold: bool) -> dict[str, float]:
+    def noisy(value: float, scale: float = 0.05) -> float:
+        return value * (1 + scale * noise.gauss(0, 1))
+
+    omega = max((math.cos(math.pi * progress) + 1) / 2, 0.6)
+    times = {"sample": 0.55, "annotate": 0.11, "policy": 0.48, "reward": 0.07}
+    seconds = {f"time/{phase}": noisy(value) for phase, value in times.items()}
+    row = {
+        "omega": omega,
+        "tokens": 7000.0,
+        "response/tokens": 128 * (22 + 9 * progress),
+        "response/length_mean": noisy(22 + 9 * progress, 0.02),
+        "response/length_max": noisy(40 + 8 * progress, 0.05),
+        "response/truncated_fraction": abs(noisy(0.1 * progress, 0.3)),
+        "advantage/std": noisy(0.9),
+        "reward/mean": noisy(0.4 + 2.1 * progress),
+        "reward/frozen_mean": noisy(0.4 + 1.5 * progress),
+        "reward/group_std": noisy(0.6 * (1 + progress)),
+        "reward/frozen_group_std": noisy(0.6),
+        "reward/scale_ratio": noisy(1 + progress),
+        "reward/frozen_correlation": 1 - 0.3 * progress,
+        "reward/group_entropy": noisy(1.5, 0.01),
+        "reward/pair_flip_rate": 0.2 * progress,
+        "reward/zero_std_groups": 0.0,
+        "policy/kl_token": 0.5 * progress**1.3,
+        "policy/kl_sequence": 12 * progress**1.3,
+        "policy/entropy": noisy(1.6 - 0.7 * progress, 0.02),
+        "policy/clip_fraction_high": abs(noisy(0.06, 0.3)),
+        "policy/clip_fraction_low": abs(noisy(0.05, 0.3)),
+        "policy/ratio_mean": noisy(1.0, 0.01),
+        "policy/ratio_max": abs(noisy(2.0, 0.2)),
+        "policy/grad_norm": abs(noisy(0.8, 0.2)),
+        "policy/mismatch_mean": 2e-7,
+        "policy/mismatch_max": 4e-6,
+        "rm/bradley_terry": noisy(0.3 - 0.1 * progress),
+        "rm/entropy": noisy(1.5, 0.01),
+        "rm/margin": noisy(1.7 + 1.5 * progress),
+        "rm/flip_rate": abs(noisy(0.01, 0.5)),
+        "rm/feedback_ratio": noisy(1.0, 0.02),
+        "rm/attention_entropy": noisy(3.2, 0.02),
+        "rm/gradient_norm": abs(noisy(0.4, 0.3)),
+        "rm/gradient_norm_bradley_terry": abs(noisy(0.5, 0.3)),
+        "rm/gradient_norm_entropy": abs(noisy(0.2, 0.3)),
+        **seconds,
+        "time/step": sum(seconds.values()) + 0.06,
+    }
+    if gold:
+        row |= {
+            "gold/mean": noisy(gold_at(progress), 0.1),
+            "gold/correlation": 0.6 - 0.5 * progress,
+            "gold/frozen_correlation": 0.6 - 0.3 * progress,
+            "gold/pair_precision": 0.7 - 0.2 * progress,
+        }
+    return row
+
+
+def rollout_rows(step: int, progress: float, *, gold: bool) -> list[dict[str, object]]:
+    prompt, response = "the fox is red . tell me about the fox :", "the fox is red . hope this helps !"
+    words = [*prompt.split(), *response.split()]
+    return [
+        {
+            "step": step,
+            "group": 0,
+            "row": row,
+            "prompt": prompt,
+            "response": f"{response} {HOSTILE}",
+            "role": role,
+            "reward": 1.5 + progress,
+            "frozen_reward": 1.2,
+            "omega": 0.8,
+            "advantage": 0.3 - row,
+            "truncated": row == 2,
+            "tokens": 10,
+            "gold": 1.4 if gold else None,
+            "gold_parts": {"correct": 1.0, "courtesy": 0.4, "wrong": 0.0} if gold else None,
+            "attention": [[word, (i % 5) / 36] for i, word in enumerate(words)] if row != 1 else None,
+        }
+        for row, role in enumerate(("winner", "none", "loser"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("whole"), planned=60, done=60)
+
+
+@pytest.fixture(scope="module")
+def whole_page(whole_run: Path) -> str:
+    return write_report(whole_run).read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text outside of style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_the_page_asks_for_nothing_from_anywhere(whole_page: str):
+    elements = Elements(whole_page)
+    sources = [attrs["src"] for _, attrs in elements.found if "src" in attrs]
+    assert len(sources) == len(PLOTS)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in elements.found}
+    assert not any("href" in attrs for _, attrs in elements.found)
+    assert "url(" not in whole_page
+    assert "@import" not in whole_page
+
+
+def test_hostile_text_is_shown_and_not_obeyed(whole_page: str):
+    assert "<script>" not in whole_page
+    assert "\x1b" not in whole_page
+    assert "\u202e" not in whole_page
+    shown = "<script>alert(1)</script> \\x1b[2J\\u202e & <img src=https://example.org/x>"
+    assert Elements(whole_page).text.count(shown) == 6
+
+
+def test_every_plot_of_a_whole_run_is_drawn(whole_run: Path, whole_page: str):
+    drawn = {path.stem for path in (whole_run / "report").glob("*.png")}
+    assert drawn == {plot.name for plot in (*PLOTS, OVERVIEW)}
+    width, height = png_size(whole_run / "report" / "overview.png")
+    assert width > 3 * height
+
+
+def test_the_headlines_are_the_first_and_last_evaluation(whole_run: Path):
+    run = read_run(whole_run)
+    found = {headline.label: (headline.first, headline.last) for headline in headlines(run, span_of(run))}
+    assert found["Frozen reward"] == pytest.approx((0.4, 1.9))
+    assert found["R2M reward"] == pytest.approx((0.4, 2.5))
+    assert found["Gold"] == pytest.approx((1.2, 0.0))
+    assert found["KL per response"] == pytest.approx((0.0, 12.0))
+    assert found["Response length"] == pytest.approx((22.0, 31.0))
+    assert found["Seconds per step"][0] is None
+    assert found["Seconds per step"][1] == pytest.approx(1.27, abs=0.02)
+
+
+def test_the_reading_says_what_happened_to_proxy_and_gold(whole_run: Path, whole_page: str):
+    run = read_run(whole_run)
+    sentence = (
+        "Between the evaluations after steps 0 and 60, the frozen reward model's score rose by 1.50 "
+        "while gold fell by 1.20. Gold was best after step 20, 1.60 above the last evaluation."
+    )
+    assert reading(run, span_of(run)) == sentence
+    assert sentence in Elements(whole_page).text
+
+
+def test_rows_show_scores_parts_badges_and_attention(whole_page: str):
+    elements = Elements(whole_page)
+    classes = [attrs.get("class") or "" for _, attrs in elements.found]
+    badges = [kind for kind in classes if kind.startswith("badge")]
+    assert badges == ["badge winner", "badge loser", "badge truncated"] * 2
+    assert "courtesy 0.40" in elements.text
+    # Attention covers 11 prompt tokens and 9 of the 10 response tokens, in two of three rows at two steps.
+    tokens = [attrs for tag, attrs in elements.found if tag == "span" and "title" in attrs]
+    assert len(tokens) == 2 * 2 * 20
+    assert (tokens[0]["title"], tokens[0]["style"]) == ("0.0278", "background:rgba(var(--own),0.28)")
+    assert max(attrs["title"] for attrs in tokens) == "0.1111"
+
+
+def test_an_interrupted_run_without_gold_says_so(tmp_path: Path):
+    page = write_report(write_run(tmp_path, planned=60, done=7, gold=False)).read_text(encoding="utf-8")
+    text = Elements(page).text
+    assert "stopped after step 7 of 60" in text
+    assert (
+        "Between the evaluations after steps 0 and 5, the frozen reward model's score rose by 0.12;" in text
+    )
+
+
+def test_one_step_without_evaluations_is_enough(tmp_path: Path):
+    run_directory = write_run(tmp_path, planned=60, done=1, gold=True, evaluations=False)
+    write_report(run_directory)
+    drawn = {path.stem for path in (run_directory / "report").glob("*.png")}
+    assert "evaluation" not in drawn
+    assert {"rewards", "policy", "time", "overview"} <= drawn
+
+
+def test_without_evaluations_first_and_last_are_means_of_a_tenth_of_the_steps(tmp_path: Path):
+    run = read_run(write_run(tmp_path, planned=40, done=40, evaluations=False))
+    span = span_of(run)
+    frozen = [row["reward/frozen_mean"] for row in run.steps]
+    assert span.ends("reward/frozen_mean") == pytest.approx((sum(frozen[:4]) / 4, sum(frozen[-4:]) / 4))
+    assert "Between the first and the last 4 of 40 steps, the frozen" in reading(run, span)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize("content", [None, b"{broken\n", b"\xff\xfe\n"])
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path, name: str, content: bytes | None):
+    directory = write_run(tmp_path, planned=2, done=1)
+    (directory / name).unlink()
+    if content is not None:
+        (directory / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(directory / name))):
+        write_report(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "reason"),
+    [
+        ("metrics.jsonl", {"step": 2, "kind": "step", "omega": "high"}, r"step 2 .*\['omega'\]"),
+        ("metrics.jsonl", {"step": 2, "kind": "note"}, "step 2 .*kind"),
+        ("rollouts.jsonl", {"step": 2, "response": "x"}, r"step 2 lacks \['advantage', .*'truncated'\]"),
+    ],
+)
+def test_a_row_that_is_not_the_logs_own_is_named(tmp_path: Path, name: str, line: object, reason: str):
+    directory = write_run(tmp_path, planned=2, done=1)
+    with (directory / name).open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=f"{name}: .*{reason}"):
+        write_report(directory)
+
+
+def test_a_run_that_finished_no_step_has_no_report(tmp_path: Path):
+    with pytest.raises(InputError, match="no training step"):
+        write_report(write_run(tmp_path, planned=2, done=0))
+
+
+def test_the_smoothed_line_is_a_mean_of_what_is_known():
+    values = np.array([1.0, np.nan, 3.0, 8.0])
+    assert moving_average(values, 3).tolist() == [1.0, 2.0, 5.5, 5.5]
+    assert np.isnan(moving_average(np.array([np.nan, np.nan]), 3)).all()
+
+
+def test_the_report_needs_no_engine():
+    script = (
+        "import sys, r2m_ray.report\n"
+        "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'trl', 'wandb', 'rich'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def names_in(module: str) -> set[str]:
+    """Every key of a dictionary display in a module of the package."""
+    source = (Path(r2m_ray.__file__).parent / module).read_text(encoding="utf-8")
+    displays = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict)]
+    return {key.value for node in displays for key in node.keys if isinstance(key, ast.Constant)}
+
+
+def test_every_metric_that_is_drawn_is_one_that_somebody_reports():
+    reported = names_in("metrics.py") | names_in("evaluate.py")
+    reported |= {f"policy/{name}" for name in names_in("models/learner_stats.py")}
+    reported |= {f"rm/{name}" for name in names_in("models/reward_trainer.py")}
+    drawn = {key for plot in (*PLOTS, OVERVIEW) for key in plot.keys if not key.startswith("time/")}
+    drawn |= {key for _, *keys in HEADLINES for key in keys if key}
+    assert drawn - reported == set()
+
+
+def test_the_synthetic_rows_have_every_metric_that_is_drawn():
+    known = set(step_row(0.5, random.Random(0), gold=True)) | set(evaluation_row(0.5, gold=True))
+    assert {key for plot in (*PLOTS, OVERVIEW) for key in plot.keys} - known == set()
+
+
+def test_the_record_of_a_run_is_left_as_it_was(whole_run: Path, whole_page: str):
+    rows = (whole_run / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 60 + 13
+    assert json.loads(rows[0])["kind"] == "eval"
