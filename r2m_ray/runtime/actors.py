@@ -7,7 +7,7 @@ the driver can wait for the light part without pulling a tensor through its own 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from r2m_ray.config import Config
 from r2m_ray.models.weights import WeightBucket, WeightDigest
 from r2m_ray.roles import SamplePlan
 from r2m_ray.runtime.device import device_of, join_environment
+from r2m_ray.runtime.direct_sync import EngineClient
 
 
 class RolloutActor:
@@ -50,6 +51,12 @@ class RolloutActor:
     def load_bucket(self, bucket: WeightBucket) -> None:
         self._engine.load_bucket(bucket)
 
+    def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
+        self._engine.init_weight_transfer(init_info)
+
+    def receive_weights(self, update_info: Mapping[str, Any]) -> None:
+        self._engine.receive_weights(update_info)
+
     def finish_weight_update(self, version: int, digest: str | None) -> None:
         self._engine.finish_weight_update(version=version, digest=digest)
 
@@ -63,6 +70,7 @@ class PolicyActor:
     def start(self, config: Config, model_dir: str, rank: int, address: tuple[str, int], gpus: float) -> None:
         from r2m_ray.models.learner import PolicyLearner
 
+        self._rank = rank
         join_environment(rank, config.policy.ranks, address)
         self._learner = PolicyLearner(
             config=config,
@@ -102,6 +110,28 @@ class PolicyActor:
 
     def weight_digest(self) -> str | None:
         return self._digest.hexdigest() if self._digest else None
+
+    def join_transfer(self, config: Config, engines: Sequence[Any], address: tuple[str, int]) -> None:
+        """Open vLLM's own transfer to the rollout engines (``sync.backend`` nccl or ipc)."""
+        from r2m_ray.models.vllm_sender import weight_sender
+
+        ranks = int(config.rollout.engine_args.get("tensor_parallel_size", 1))
+        self._client = EngineClient(
+            engines, ranks_per_engine=ranks, timeout_s=0.9 * config.cluster.phase_timeout_s
+        )
+        self._sender = weight_sender(
+            self._learner,
+            self._client,
+            backend=config.sync.backend.value,
+            rank=self._rank,
+            address=address,
+            world_size=1 + ranks * len(engines),
+            bucket_bytes=config.sync.bucket_mb * 2**20,
+        )
+
+    def send_weights(self, version: int) -> None:
+        self._client.version = version
+        self._sender.send_weights()
 
     def save(self, directory: Path) -> None:
         self._learner.save(directory)

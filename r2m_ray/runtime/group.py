@@ -47,8 +47,9 @@ class Actors:
         done, pending = await asyncio.wait(tasks, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
         for task in pending:
             task.cancel()
-        for task in done:
-            task.result()
+        for task in tasks:
+            if task in done:
+                task.result()
         if pending:
             late = [name for (name, _), task in zip(calls, tasks, strict=True) if task in pending]
             raise RunError(

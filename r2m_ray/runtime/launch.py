@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,7 @@ from r2m_ray.runtime.actors import PolicyActor, ReferenceActor, RewardActor, Rol
 from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole, share
-from r2m_ray.runtime.weight_sync import ObjectStoreSync
-from r2m_ray.stages.prepare import locate
+from r2m_ray.runtime.weight_sync import weight_sync
 from r2m_ray.tasks import Task, load_task
 
 
@@ -47,10 +47,12 @@ class Models:
     def of(cls, config: Config) -> Models:
         """The models that a config names; ``prepared`` stands for what ``r2m-ray prepare`` made for it."""
         policy, reward = config.model.policy, config.model.reward
-        if policy == PREPARED:
-            policy = str(locate(config).policy_dir)
-        if reward == PREPARED:
-            reward = str(locate(config).reward_dir)
+        if PREPARED in (policy, reward):
+            from r2m_ray.stages.prepare import locate
+
+            prepared = locate(config)
+            policy = str(prepared.policy_dir) if policy == PREPARED else policy
+            reward = str(prepared.reward_dir) if reward == PREPARED else reward
         return cls(policy=policy, reward=reward, reference=config.model.reference or policy)
 
 
@@ -101,6 +103,9 @@ async def _train(
 ) -> None:
     placement = Placement(config)
     try:
+        for name, counts in task.counts.items():
+            log.message(f"{name}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
+        replace_file(log.directory / "data.json", json.dumps(task.counts, indent=2) + "\n")
         with log.phase("start"):
             roles = await start_roles(config, models, placement)
         record, evaluator = _observers(config, task, tokenizer, roles, log)
@@ -142,6 +147,9 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     os.environ["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
+    # Records are immutable, so memory that cannot be written to is what we want.
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+    warnings.filterwarnings("ignore", "Zero-copy tensor serialization is enabled", UserWarning)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.address == "local":
         ray.init(
@@ -149,7 +157,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             object_store_memory=int(config.object_store_gb * 2**30),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="WARNING",
+            logging_level="ERROR",
         )
     else:
         ray.init(address=config.address, log_to_driver=False)
@@ -188,6 +196,6 @@ async def start_roles(config: Config, models: Models, placement: Placement) -> R
         policy=policy_role,
         reference=ReferenceRole(reference),
         reward=RewardRole(reward),
-        sync=ObjectStoreSync(config.sync, policy=policy, rollout=rollout),
+        sync=weight_sync(config, policy=policy, rollout=rollout),
         share=share,
     )

@@ -12,11 +12,19 @@ from __future__ import annotations
 import asyncio
 import time
 
-from r2m_ray.config import SyncConfig
-from r2m_ray.roles import Stats
+from r2m_ray.config import Config, SyncBackend, SyncConfig
+from r2m_ray.roles import Stats, WeightSync
+from r2m_ray.runtime.direct_sync import DirectSync
 from r2m_ray.runtime.group import Actors
 
 PHASE = "weight sync"
+
+
+def weight_sync(config: Config, *, policy: Actors, rollout: Actors) -> WeightSync:
+    """The sync that ``sync.backend`` names."""
+    if config.sync.backend is SyncBackend.object_store:
+        return ObjectStoreSync(config.sync, policy=policy, rollout=rollout)
+    return DirectSync(config, policy=policy, rollout=rollout)
 
 
 class ObjectStoreSync:
