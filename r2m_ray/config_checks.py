@@ -77,25 +77,17 @@ def _whole_shards(config: Config) -> Iterator[Problem]:
         yield Problem("algo.prompts_per_step", message)
 
 
-@rule("algo.minibatch_prompts", "algo.prompts_per_shard", "policy.ranks")
-def _shards_of_minibatch(config: Config) -> Iterator[Problem]:
-    minibatch, shard, ranks = (
-        config.algo.minibatch_prompts,
-        config.algo.prompts_per_shard,
-        config.policy.ranks,
-    )
+@rule("algo.prompts_per_step", "algo.minibatch_prompts", "algo.prompts_per_shard", "policy.ranks")
+def _whole_minibatches(config: Config) -> Iterator[Problem]:
+    step, minibatch = config.algo.prompts_per_step, config.algo.minibatch_prompts
+    shard, ranks = config.algo.prompts_per_shard, config.policy.ranks
     if minibatch % (shard * ranks):
         yield Problem(
             "algo.minibatch_prompts",
             f"{minibatch} is not a multiple of {shard * ranks} (algo.prompts_per_shard={shard} × "
             f"policy.ranks={ranks}); use {_near(minibatch, shard * ranks)}",
         )
-
-
-@rule("algo.prompts_per_step", "algo.minibatch_prompts")
-def _whole_minibatches(config: Config) -> Iterator[Problem]:
-    step, minibatch = config.algo.prompts_per_step, config.algo.minibatch_prompts
-    if minibatch > step:
+    elif minibatch > step:
         message = f"{minibatch} is more than algo.prompts_per_step={step}; use at most {step}"
         yield Problem("algo.minibatch_prompts", message)
     elif step % minibatch:

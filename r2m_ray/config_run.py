@@ -73,7 +73,7 @@ class PrepareConfig:
     """Layers of the policy."""
     policy_width: Count = 96
     """Width P of the policy."""
-    policy_heads: Count = 4
+    policy_heads: Count = 3
     """Attention heads of the policy; they divide its width."""
     reward_layers: Count = 2
     """Layers of the reward model."""

@@ -10,7 +10,7 @@ import gzip
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,33 +74,33 @@ def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preference
     return found.keep(["equal responses" if pair.chosen == pair.rejected else None for pair in pairs])
 
 
-def within_limits(
-    found: Preferences, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, responses: bool
-) -> Preferences:
-    """Apply ``task.max_prompt_tokens`` and, with ``responses``, ``task.max_new_tokens`` of the policy.
+def over_limit(
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, prompt: str, responses: Iterable[str]
+) -> str | None:
+    """Which limit of the task a prompt or a response exceeds, in the policy's tokens; None if none."""
+    if len(policy_prompt_ids(tokenizer, prompt)) > task.max_prompt_tokens:
+        return f"prompt over task.max_prompt_tokens={task.max_prompt_tokens}"
+    if any(len(policy_response_ids(tokenizer, text)) > task.max_new_tokens for text in responses):
+        return f"response over task.max_new_tokens={task.max_new_tokens}"
+    return None
 
-    Raises InputError for the first pair over a limit if ``task.overlong`` is error; drops and counts them
-    otherwise.
+
+def sift(found: Preferences, over: Callable[[PreferencePair], str | None], overlong: Overlong) -> Preferences:
+    """Treat each pair that is ``over`` a limit as ``overlong`` says: an error, or dropped and counted.
+
+    Raises InputError too if no pair is left.
     """
-    reasons: list[str | None] = []
-    for pair in found.pairs:
-        reason = None
-        if len(policy_prompt_ids(tokenizer, pair.prompt)) > task.max_prompt_tokens:
-            reason = f"prompt over task.max_prompt_tokens={task.max_prompt_tokens}"
-        elif responses and any(
-            len(policy_response_ids(tokenizer, text)) > task.max_new_tokens
-            for text in (pair.chosen, pair.rejected)
-        ):
-            reason = f"response over task.max_new_tokens={task.max_new_tokens}"
-        if reason and task.overlong is Overlong.error:
-            raise InputError(
-                f"{found.source}: {reason} for prompt {shown(pair.prompt)}; "
-                "raise the limit, or drop and count such rows with task.overlong=drop"
-            )
-        reasons.append(reason)
+    reasons = [over(pair) for pair in found.pairs]
+    if overlong is Overlong.error:
+        for pair, reason in zip(found.pairs, reasons, strict=True):
+            if reason:
+                raise InputError(
+                    f"{found.source}: {reason}, prompt {shown(pair.prompt)}; raise the limit, or drop and "
+                    "count such rows with task.overlong=drop"
+                )
     kept = found.keep(reasons)
     if not kept.pairs:
-        raise InputError(f"{found.source}: no row is left of {kept.counts()}; raise the task's limits")
+        raise InputError(f"{found.source}: no row is left of {kept.counts()}; raise the limits")
     return kept
 
 

@@ -10,8 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.config import Overlong, TaskConfig
-from r2m_ray.data import PromptStream, load_preferences, within_limits
+from r2m_ray.data import PreferencePair, PromptStream, load_preferences, over_limit, sift
 from r2m_ray.errors import InputError
+from r2m_ray.stages.prepare import source_digest
 
 TASK = TaskConfig(max_prompt_tokens=3, max_new_tokens=3)
 
@@ -56,8 +57,14 @@ def test_every_row_is_used_or_counted(tmp_path: Path, tiny_tokenizer: PreTrained
     ]
     found = load_preferences(write(tmp_path / "a.jsonl", list(rows)), TASK, split="train")
     assert found.counts() == {"rows": 5, "used": 4, "equal responses": 1}
-    task = TaskConfig(max_prompt_tokens=3, max_new_tokens=3, overlong=Overlong.drop)
-    for_prompts = within_limits(found, tiny_tokenizer, task, responses=False)
+
+    def prompt_over(pair: PreferencePair) -> str | None:
+        return over_limit(tiny_tokenizer, TASK, pair.prompt, [])
+
+    def pair_over(pair: PreferencePair) -> str | None:
+        return over_limit(tiny_tokenizer, TASK, pair.prompt, [pair.chosen, pair.rejected])
+
+    for_prompts = sift(found, prompt_over, Overlong.drop)
     assert for_prompts.counts() == {
         "rows": 5,
         "used": 3,
@@ -65,18 +72,25 @@ def test_every_row_is_used_or_counted(tmp_path: Path, tiny_tokenizer: PreTrained
         "prompt over task.max_prompt_tokens=3": 1,
     }
     assert for_prompts.prompts() == ("w1 w2", "w9")
-    for_pairs = within_limits(found, tiny_tokenizer, task, responses=True)
+    for_pairs = sift(found, pair_over, Overlong.drop)
     # Three response tokens and the end token are four.
     assert for_pairs.counts()["response over task.max_new_tokens=3"] == 1
     assert for_pairs.rows == len(for_pairs.pairs) + sum(for_pairs.dropped.values())
 
 
-def test_a_row_over_a_limit_is_an_error_unless_dropping_was_chosen(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_row_over_a_limit_is_an_error_unless_dropping_was_chosen(tmp_path: Path) -> None:
     found = load_preferences(write(tmp_path / "a.jsonl", [row("w1 w2 w3 w4")]), TASK, split="train")
-    with pytest.raises(InputError, match=r"a\.jsonl.*max_prompt_tokens=3.*overlong=drop"):
-        within_limits(found, tiny_tokenizer, TASK, responses=False)
+    with pytest.raises(InputError, match=r"a\.jsonl: too long.*overlong=drop"):
+        sift(found, lambda _: "too long", Overlong.error)
+    with pytest.raises(InputError, match=r"no row is left of .*'too long': 1"):
+        sift(found, lambda _: "too long", Overlong.drop)
+
+
+def test_the_digest_of_a_source_follows_its_content(tmp_path: Path) -> None:
+    one, same, other = (
+        write(tmp_path / name, [row(text)]) for name, text in (("a", "x"), ("b", "x"), ("c", "y"))
+    )
+    assert source_digest(one) == source_digest(same) != source_digest(other)
 
 
 @pytest.mark.parametrize(

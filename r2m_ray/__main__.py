@@ -1,0 +1,71 @@
+"""The command line, `r2m-ray` or ``python -m r2m_ray``.
+
+Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from r2m_ray import __version__
+from r2m_ray.cli import evaluate, prepare, report, train
+from r2m_ray.errors import InputError, RunError
+from r2m_ray.escape import printable, redacted
+from r2m_ray.problems import hint
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "prepare": (prepare.SUMMARY, prepare.run),
+    "train": (train.SUMMARY, train.run),
+    "evaluate": (evaluate.SUMMARY, evaluate.run),
+    "report": (report.SUMMARY, report.run),
+}
+INTERRUPTED = 130
+
+
+def usage() -> str:
+    """The help of `r2m-ray` itself."""
+    lines = [f"  {name:<10}{summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: r2m-ray COMMAND …",
+            "",
+            "RLHF with a reward model that reads the policy's hidden states and moves with it (R2M).",
+            "",
+            *lines,
+            "",
+            "`r2m-ray COMMAND --help` explains a command.",
+        ]
+    )
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Run a command line; raises InputError and RunError as the command does."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else InputError.exit_code
+    if arguments[0] == "--version":
+        print(f"r2m-ray {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise InputError(
+            f"{name}: no such command; there are {', '.join(COMMANDS)}.{hint(name, [*COMMANDS])}"
+        )
+    return COMMANDS[name][1](arguments[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; a mistake is told in a few lines, without a traceback."""
+    try:
+        return dispatch(sys.argv[1:] if arguments is None else arguments)
+    except (InputError, RunError) as error:
+        print(f"error: {printable(redacted(str(error)), lines=True)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
