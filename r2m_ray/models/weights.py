@@ -1,0 +1,83 @@
+"""Weights on their way from learner to rollout engine: named tensors in flat buckets, with a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBucket:
+    """Some named parameters, end to end in one buffer.
+
+    names, dtypes (``"float32"``, ``"bfloat16"`` …), shapes: one entry per parameter, in order.
+    data: uint8, contiguous, on the CPU; each parameter's bytes, each starting at a multiple of 16.
+    """
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    data: Tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters as views into ``data``; they may not be written to."""
+        start = 0
+        for name, dtype_name, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
+            dtype: torch.dtype = getattr(torch, dtype_name)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            yield name, self.data[start : start + size].view(dtype).view(shape)
+            start += _aligned(size)
+
+
+def pack_buckets(parameters: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
+    """Pack named tensors, in order, into buckets of at most ``bucket_bytes`` (or of one larger tensor)."""
+    pending: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in parameters:
+        nbytes = _aligned(tensor.numel() * tensor.element_size())
+        if pending and size + nbytes > bucket_bytes:
+            yield _pack(pending)
+            pending, size = [], 0
+        pending.append((name, tensor))
+        size += nbytes
+    if pending:
+        yield _pack(pending)
+
+
+class WeightDigest:
+    """sha256 over every bucket's names, dtypes, shapes and bytes, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, bucket: WeightBucket) -> None:
+        self._hash.update(repr((bucket.names, bucket.dtypes, bucket.shapes)).encode())
+        self._hash.update(bucket.data.numpy().data)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _pack(parameters: list[tuple[str, Tensor]]) -> WeightBucket:
+    sizes = [_aligned(t.numel() * t.element_size()) for _, t in parameters]
+    data = torch.zeros(sum(sizes), dtype=torch.uint8)
+    start = 0
+    for (_, tensor), size in zip(parameters, sizes, strict=True):
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        data[start : start + raw.numel()] = raw
+        start += size
+    return WeightBucket(
+        names=tuple(name for name, _ in parameters),
+        dtypes=tuple(str(t.dtype).removeprefix("torch.") for _, t in parameters),
+        shapes=tuple(tuple(t.shape) for _, t in parameters),
+        data=data,
+    )
+
+
+def _aligned(nbytes: int) -> int:
+    # Views of a wider dtype need an aligned start.
+    return (nbytes + 15) // 16 * 16
