@@ -4,7 +4,7 @@ The real path: a DeepSpeed learner and a vLLM engine in their own Ray actors, bu
 store, loaded by vLLM's weight-transfer interface. Policies of several widths; verified and unverified
 syncs alternate.
 
-    python benchmarks/weight_sync.py [--widths 96 512] [--repeats 7] [--out weight_sync.json]
+    python benchmarks/weight_sync.py [--widths 96 512] [--repeats 7] [--out FILE] [hydra overrides]
 
 Needs the demo's models, for the tokenizer and the reward role: `r2m-ray prepare experiment=demo`.
 """
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[96, 512, 1024])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("weight_sync.json"))
-    arguments = parser.parse_args()
-    config = load_config(["experiment=demo", "sync.verify_every=2", "sync.bucket_mb=64"])
+    arguments, overrides = parser.parse_known_args()
+    config = load_config(["experiment=demo", "sync.verify_every=2", "sync.bucket_mb=64", *overrides])
     prepared = Models.of(config)
     results = {}
     with tempfile.TemporaryDirectory() as scratch, cluster(config.cluster):

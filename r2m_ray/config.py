@@ -168,7 +168,7 @@ class PolicyConfig:
     max_grad_norm: Positive = 1.0
     """Global gradient norm above which gradients are scaled down."""
     tokens_per_microbatch: Count = 2048
-    """Packed tokens of one forward pass."""
+    """Tokens of one forward pass, padding included."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -182,7 +182,7 @@ class ReferenceConfig:
     replicas: Count = 1
     """Copies; each shard goes to one of them."""
     tokens_per_microbatch: Count = 4096
-    """Packed tokens of one forward pass."""
+    """Tokens of one forward pass, padding included."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,18 +1,13 @@
-"""Prompts and preference pairs: read row by row, every row used or counted with a reason.
-
-A source is a JSONL or Parquet file, plain or gzip, or the id of a `datasets` dataset, which may name its
-split: ``org/name:train_prefs``.
-"""
+"""Prompts and preference pairs: every row of a source is used, or counted with a reason."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import hashlib
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,9 +17,10 @@ from r2m_ray.errors import InputError
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.problems import shown
 from r2m_ray.roles import Prompt
+from r2m_ray.rows import read_rows
 
-MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is taken for a damaged file, so memory stays bounded."""
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that no tokenizer, or no UTF-8 file, can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +34,15 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
-    """The usable pairs of a source, and why the other rows are not: ``rows == len(pairs) + Σ dropped``."""
+    """The usable pairs of a source, and why the other rows are not: ``rows == len(pairs) + Σ dropped``.
+
+    places: where each pair stands, ``file:line``.
+    """
 
     source: str
     rows: int
     pairs: tuple[PreferencePair, ...]
+    places: tuple[str, ...]
     dropped: Mapping[str, int]
 
     def counts(self) -> dict[str, int]:
@@ -55,9 +55,14 @@ class Preferences:
 
     def keep(self, reasons: Sequence[str | None]) -> Preferences:
         """Drop each pair that has a reason to be dropped."""
-        kept = tuple(p for p, reason in zip(self.pairs, reasons, strict=True) if reason is None)
+        kept = [n for n, reason in enumerate(reasons) if reason is None]
         dropped = Counter(reason for reason in reasons if reason is not None)
-        return replace(self, pairs=kept, dropped=dict(Counter(self.dropped) + dropped))
+        return replace(
+            self,
+            pairs=tuple(self.pairs[n] for n in kept),
+            places=tuple(self.places[n] for n in kept),
+            dropped=dict(Counter(self.dropped) + dropped),
+        )
 
 
 def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preferences:
@@ -67,10 +72,11 @@ def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preference
     counted. Raises InputError naming file, line and field of a row that is not a preference pair.
     """
     fields = (task.prompt_field, task.chosen_field, task.rejected_field)
-    pairs = [_pair(where, row, fields) for where, row in _rows(source, split)]
-    if not pairs:
+    placed = [(where, _pair(where, row, fields)) for where, row in read_rows(source, split)]
+    if not placed:
         raise InputError(f"{source}: no rows; give a file or dataset with preference pairs")
-    found = Preferences(source=source, rows=len(pairs), pairs=tuple(pairs), dropped={})
+    places, pairs = zip(*placed, strict=True)
+    found = Preferences(source=source, rows=len(pairs), pairs=pairs, places=places, dropped={})
     return found.keep(["equal responses" if pair.chosen == pair.rejected else None for pair in pairs])
 
 
@@ -92,11 +98,11 @@ def sift(found: Preferences, over: Callable[[PreferencePair], str | None], overl
     """
     reasons = [over(pair) for pair in found.pairs]
     if overlong is Overlong.error:
-        for pair, reason in zip(found.pairs, reasons, strict=True):
+        for place, pair, reason in zip(found.places, found.pairs, reasons, strict=True):
             if reason:
                 raise InputError(
-                    f"{found.source}: {reason}, prompt {shown(pair.prompt)}; raise the limit, or drop and "
-                    "count such rows with task.overlong=drop"
+                    f"{place}: {reason}, prompt {shown(pair.prompt)}; raise the limit, or drop and count "
+                    "such rows with task.overlong=drop"
                 )
     kept = found.keep(reasons)
     if not kept.pairs:
@@ -105,101 +111,75 @@ def sift(found: Preferences, over: Callable[[PreferencePair], str | None], overl
 
 
 class PromptStream:
-    """Endless prompts, shuffled anew in each pass by a seed; its cursor can be saved and restored."""
+    """Endless prompts, shuffled anew in each pass by a seed; its cursor can be saved and restored.
+
+    Prompts of one ``take`` are distinct, also where a pass ends within it: samples are seeded by step and
+    prompt, so the same prompt twice in a step would give the same responses twice.
+    """
 
     def __init__(self, prompts: Sequence[str], *, seed: int) -> None:
         if not prompts:
             raise InputError("no prompts to train on; check task.train_file and the task's limits")
         self._prompts = prompts
-        self._seed = seed
-        self._position = 0
-        self._pass = -1
+        self._identity: dict[str, Any] = {"prompts": _digest(prompts), "seed": seed}
+        self._turn, self._position = 0, 0
+        self._deferred: frozenset[int] = frozenset()
         self._order: list[int] = []
+        self._begin(turn=0, deferred=())
 
     def take(self, count: int) -> tuple[Prompt, ...]:
-        """The next prompts; a pass that ends is followed by the next one."""
-        return tuple(self._next() for _ in range(count))
+        """The next prompts, all distinct; a pass that ends is followed by the next one.
 
-    def state(self) -> dict[str, int]:
-        return {"position": self._position, "prompts": len(self._prompts), "seed": self._seed}
+        Raises InputError for more prompts than there are.
+        """
+        if count > len(self._prompts):
+            raise InputError(
+                f"algo.prompts_per_step={count} is more than the {len(self._prompts)} distinct prompts of "
+                "the task; lower it, or use more data"
+            )
+        taken = self._order[self._position : self._position + count]
+        self._position += len(taken)
+        missing = count - len(taken)
+        if missing:
+            self._begin(turn=self._turn + 1, deferred=taken)
+            taken = taken + self._order[:missing]
+            self._position = missing
+        return tuple(Prompt(index=index, text=self._prompts[index]) for index in taken)
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def state(self) -> dict[str, Any]:
+        """The cursor, JSON-ready."""
+        return {
+            **self._identity,
+            "pass": self._turn,
+            "position": self._position,
+            "deferred": sorted(self._deferred),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises InputError where it was taken of other data."""
-        expected = {"prompts": len(self._prompts), "seed": self._seed}
-        if {key: state[key] for key in expected} != expected:
+        if any(state[key] != value for key, value in self._identity.items()):
             raise InputError(
                 f"the checkpoint's data cursor {dict(state)} belongs to other data or another seed than "
-                f"{expected}; resume with the task and run.seed of the saved run"
+                f"{self._identity}; resume with the task and run.seed of the saved run"
             )
+        self._begin(turn=state["pass"], deferred=state["deferred"])
         self._position = state["position"]
 
-    def _next(self) -> Prompt:
-        turn, place = divmod(self._position, len(self._prompts))
-        if turn != self._pass:
-            self._order = list(range(len(self._prompts)))
-            random.Random(f"{self._seed} {turn}").shuffle(self._order)
-            self._pass = turn
-        self._position += 1
-        index = self._order[place]
-        return Prompt(index=index, text=self._prompts[index])
+    def _begin(self, *, turn: int, deferred: Iterable[int]) -> None:
+        """Start a pass, with the prompts that the end of the last one has just used at its end."""
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._identity['seed']} {turn}").shuffle(order)
+        late = frozenset(deferred)
+        self._turn, self._position, self._deferred = turn, 0, late
+        self._order = [i for i in order if i not in late] + [i for i in order if i in late]
 
 
-def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Each row of a source with a name for the place it stands at."""
-    path = Path(source)
-    if not path.exists():
-        yield from _dataset(source, split)
-    elif path.name.removesuffix(".gz").endswith(".parquet"):
-        yield from _table(path)
-    else:
-        yield from _json_lines(path)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rb") as stream:
-            while line := stream.readline(MAX_LINE_BYTES):
-                number += 1
-                where = f"{path}:{number}"
-                if len(line) == MAX_LINE_BYTES:
-                    raise InputError(f"{where}: a line of more than {MAX_LINE_BYTES >> 20} MiB is not a pair")
-                if line.strip():
-                    yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}:{number + 1}: cannot be read ({error}); give a readable file") from error
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: not a line of JSON in UTF-8 ({error})") from error
-
-
-def _table(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with (
-            gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream,
-            parquet.ParquetFile(stream) as table,
-        ):
-            rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows))
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: not a Parquet file that can be read ({error})") from error
-
-
-def _dataset(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    import datasets
-
-    name, _, named_split = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, split=named_split or split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"{source}: neither a file nor a dataset that can be loaded ({error}); "
-            "give a .jsonl or .parquet path, or org/name:split"
-        ) from error
-    return ((f"{source}: row {i}", row) for i, row in enumerate(rows))
+def _digest(prompts: Sequence[str]) -> str:
+    """sha256 of the prompts in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(hashlib.sha256(prompt.encode()).digest())
+    return digest.hexdigest()
 
 
 def _pair(where: str, row: Any, fields: tuple[str, str, str]) -> PreferencePair:
@@ -219,4 +199,6 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
         value = value[-1].get("content")
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: field {field!r} must be a text that is not empty, not {shown(value)}")
+    if UNWRITABLE.search(value):
+        raise InputError(f"{where}: field {field!r} has a NUL or half of a surrogate pair; remove it")
     return value

@@ -97,10 +97,7 @@ class Recorder:
         for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
             metrics |= merge_stats(prefix, stats)
         limit = self._config.logging.rollouts_per_step
-        attention = None
-        if limit and self._config.uses_feedback:
-            weight_T = await self._reward.attention(hidden[0], annotation[0])
-            attention = self._attended_words(rows[0], weight_T, limit)
+        attention = await self._attended_words(rows, hidden, annotation, limit)
         records = rollout_records(step, rows, notes, advantage, omega, gold, limit=limit, attention=attention)
         self._log.step(step, metrics, records)
 
@@ -119,12 +116,23 @@ class Recorder:
             )
         ]
 
-    def _attended_words(
-        self, rows: Trajectories, weight_T: Tensor, limit: int
+    async def _attended_words(
+        self,
+        shards: Sequence[Trajectories],
+        hidden: Shards[Hidden],
+        annotation: Shards[Annotation],
+        limit: int,
     ) -> dict[int, list[tuple[str, float]]]:
+        """Each input token of the step's first ``limit`` rows, with the weight that the head gives it."""
         words: dict[int, list[tuple[str, float]]] = {}
-        for n in range(min(limit, rows.layout.rows)):
-            part = rows.layout.slice_of(n)
-            texts = [self._tokenizer.decode([token]) for token in rows.input_T[part].tolist()]
-            words[n] = list(zip(texts, weight_T[part].tolist(), strict=True))
+        if not self._config.uses_feedback:
+            return words
+        for rows, states, notes in zip(shards, hidden, annotation, strict=True):
+            if len(words) >= limit:
+                break
+            weight_T = await self._reward.attention(states, notes)
+            for n in range(min(limit - len(words), rows.layout.rows)):
+                part = rows.layout.slice_of(n)
+                texts = [self._tokenizer.decode([token]) for token in rows.input_T[part].tolist()]
+                words[len(words)] = list(zip(texts, weight_T[part].tolist(), strict=True))
         return words

@@ -87,7 +87,7 @@ PLOTS = (
     Plot(
         "kl",
         "Distance from the reference",
-        "Estimated on the step's own samples, at temperature 1 whatever they were sampled with.",
+        "Estimated on the step's own samples: KL at temperature 1, surprisal at the temperature of sampling.",
         (
             Panel("KL per response", (Curve("policy/kl_sequence", "KL", OWN),), "nats"),
             Panel("KL per token", (Curve("policy/kl_token", "KL", OWN),), "nats"),
@@ -132,7 +132,11 @@ PLOTS = (
         (
             OMEGA,
             Panel("Size of the feedback", (Curve("rm/feedback_ratio", "‖Ĥ‖ / ‖H‖", OWN),), "ratio"),
-            Panel("Attention over tokens", (Curve("rm/attention_entropy", "entropy", OWN),), "nats"),
+            Panel(
+                "Attention over tokens",
+                (Curve("rm/attention_entropy", "entropy", OWN),),
+                "share of log length",
+            ),
         ),
     ),
     Plot(

@@ -133,7 +133,9 @@ DEMO = {
     "reward.omega_floor": 0.6, "reward.entropy_weight": 0.3, "reward.learning_rate": 1e-4,
     "reward.init_std": 0.15, "reward.attention_width": 64, "policy.learning_rate": 3e-4,
     "evaluate.every": 6, "evaluate.prompts": 64, "logging.wandb": WandbMode.offline,
-    "rollout.engine_args": {"enforce_eager": True, "max_num_seqs": 128},
+    "rollout.engine_args": {
+        "enforce_eager": True, "max_num_seqs": 128, "block_size": 32, "num_gpu_blocks_override": 2048,
+    },
 }  # fmt: skip
 
 
@@ -161,7 +163,8 @@ def test_the_command_line_has_the_last_word() -> None:
 def test_options_for_the_engines_pass_through() -> None:
     config = load_config(
         [
-            "rollout.engine_args.block_size=32",
+            "rollout.engine_args.block_size=16",
+            "~rollout.engine_args.num_gpu_blocks_override",
             "+rollout.engine_args.enable_prefix_caching=false",
             "~rollout.engine_args.enforce_eager",
             "policy.deepspeed={zero_optimization: {stage: 1}}",
@@ -169,7 +172,7 @@ def test_options_for_the_engines_pass_through() -> None:
     )
     assert config.rollout.engine_args == {
         "max_num_seqs": 128,
-        "block_size": 32,
+        "block_size": 16,
         "enable_prefix_caching": False,
     }
     assert config.policy.deepspeed == {"zero_optimization": {"stage": 1}}

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from r2m_ray.config import Overlong, TaskConfig
 from r2m_ray.data import PreferencePair, PromptStream, load_preferences, over_limit, sift
 from r2m_ray.errors import InputError
+from r2m_ray.rows import MAX_LINE_BYTES
 from r2m_ray.stages.prepare import source_digest
 
 TASK = TaskConfig(max_prompt_tokens=3, max_new_tokens=3)
@@ -80,7 +81,7 @@ def test_every_row_is_used_or_counted(tmp_path: Path, tiny_tokenizer: PreTrained
 
 def test_a_row_over_a_limit_is_an_error_unless_dropping_was_chosen(tmp_path: Path) -> None:
     found = load_preferences(write(tmp_path / "a.jsonl", [row("w1 w2 w3 w4")]), TASK, split="train")
-    with pytest.raises(InputError, match=r"a\.jsonl: too long.*overlong=drop"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: too long.*overlong=drop"):
         sift(found, lambda _: "too long", Overlong.error)
     with pytest.raises(InputError, match=r"no row is left of .*'too long': 1"):
         sift(found, lambda _: "too long", Overlong.drop)
@@ -101,6 +102,11 @@ def test_the_digest_of_a_source_follows_its_content(tmp_path: Path) -> None:
         ('{"prompt": "p", "chosen": "c"}', r":2: no field 'rejected' among prompt, chosen"),
         ('{"prompt": "p", "chosen": 3, "rejected": "r"}', r":2: field 'chosen' must be a text"),
         ('{"prompt": " ", "chosen": "c", "rejected": "r"}', r":2: field 'prompt' must be a text"),
+        ('{"prompt": "a\\u0000", "chosen": "c", "rejected": "r"}', r":2: field 'prompt' has a NUL"),
+        ('{"prompt": "a\\ud800", "chosen": "c", "rejected": "r"}', r":2: .*surrogate"),
+        ('{"prompt": "p", "chosen": NaN, "rejected": "r"}', r":2: .*NaN is not JSON"),
+        ('{"prompt": "p", "prompt": "q", "rejected": "r"}', r":2: .*key 'prompt' is there twice"),
+        ("[" * 20000, r":2: nested too deeply"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_field(tmp_path: Path, line: str, message: str) -> None:
@@ -110,14 +116,29 @@ def test_a_bad_row_is_named_by_line_and_field(tmp_path: Path, line: str, message
         load_preferences(str(path), TASK, split="train")
 
 
-def test_bad_utf8_truncated_gzip_and_an_empty_file_are_named(tmp_path: Path) -> None:
+def test_a_source_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"prompt": "\xff"}\n')
     torn = tmp_path / "torn.jsonl.gz"
     torn.write_bytes(gzip.compress(json.dumps(row("a")).encode() * 50)[:-12])
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    for path, message in ((bad, "bad.jsonl:1"), (torn, "torn.jsonl.gz"), (empty, "no rows")):
+    line = tmp_path / "line.jsonl"
+    with line.open("wb") as stream:
+        stream.seek(MAX_LINE_BYTES)
+        stream.write(b"x\n")
+    table = tmp_path / "table.parquet"
+    table.write_bytes(b"PAR1 no")
+    reasons = {
+        bad: "bad.jsonl:1",
+        torn: "torn.jsonl.gz",
+        empty: "no rows",
+        line: "line.jsonl:1: longer than",
+        table: "table.parquet: not a Parquet file",
+        tmp_path: "a directory",
+        tmp_path / "absent": "neither a file nor a dataset",
+    }
+    for path, message in reasons.items():
         with pytest.raises(InputError, match=message):
             load_preferences(str(path), TASK, split="train")
 
@@ -140,10 +161,27 @@ def test_each_pass_over_the_prompts_is_a_permutation_of_its_own() -> None:
 def test_a_restored_stream_goes_on_where_the_other_stopped() -> None:
     texts = [f"p{i}" for i in range(7)]
     stream = PromptStream(texts, seed=3)
-    stream.take(5)
-    copy = PromptStream(texts, seed=3)
-    copy.restore(json.loads(json.dumps(stream.state())))
-    assert copy.take(9) == stream.take(9)
+    for _ in range(5):
+        stream.take(5)
+        copy = PromptStream(texts, seed=3)
+        copy.restore(json.loads(json.dumps(stream.state())))
+        original = PromptStream(texts, seed=3)
+        original.restore(stream.state())
+        assert [copy.take(4) for _ in range(4)] == [original.take(4) for _ in range(4)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_a_take_is_distinct_and_every_pass_uses_every_prompt(count: int) -> None:
+    stream = PromptStream([f"p{i}" for i in range(7)], seed=0)
+    takes = [[p.index for p in stream.take(count)] for _ in range(7 * 4)]
+    assert all(len(set(take)) == count for take in takes)
+    flat = [index for take in takes for index in take]
+    assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, len(flat), 7))
+
+
+def test_a_step_cannot_take_more_prompts_than_there_are() -> None:
+    with pytest.raises(InputError, match="prompts_per_step=3 is more than the 2 distinct"):
+        PromptStream(["a", "b"], seed=0).take(3)
 
 
 def test_a_stream_refuses_the_cursor_of_other_data() -> None:

@@ -1,0 +1,86 @@
+"""Tasks: what the policy is prompted with, what it is held against, and gold where it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from r2m_ray.config import Config, TaskName
+from r2m_ray.data import PreferencePair, load_preferences, over_limit, sift
+from r2m_ray.errors import InputError
+from r2m_ray.tasks import note2answer
+
+GoldScorer = Callable[[str, str, bool], Mapping[str, float]]
+"""(prompt, response, truncated) → the gold score as ``total``, and the parts it is made of."""
+
+NOTE2ANSWER_PROMPTS = 8192
+"""Training prompts of note2answer: more than any run here draws."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Prompts to train on, held-out prompts and pairs, and a gold scorer where the task has one.
+
+    counts: what became of the rows of each file, for the run's record.
+    """
+
+    train_prompts: tuple[str, ...]
+    eval_prompts: tuple[str, ...]
+    eval_pairs: tuple[PreferencePair, ...]
+    gold: GoldScorer | None
+    counts: Mapping[str, Mapping[str, int]]
+
+
+def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task that a config names, within its limits of length; tokenizer: the policy's."""
+    match config.task.name:
+        case TaskName.note2answer:
+            return _note2answer(config)
+        case TaskName.preferences:
+            return _preferences(config, tokenizer)
+
+
+def _note2answer(config: Config) -> Task:
+    from r2m_ray.tasks.note2answer_gold import gold
+    from r2m_ray.tasks.note2answer_samples import gold_pairs
+
+    seed = config.run.seed
+    return Task(
+        train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS),
+        eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts),
+        eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
+        gold=lambda prompt, response, truncated: gold(prompt, response, truncated).parts(),
+        counts={},
+    )
+
+
+def _preferences(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
+    task = config.task
+    if not task.train_file or not task.eval_file:
+        raise InputError(
+            "task.train_file and task.eval_file: task=preferences needs both; give a .jsonl or .parquet "
+            "file, or a dataset as org/name:split"
+        )
+
+    def prompt_over(pair: PreferencePair) -> str | None:
+        return over_limit(tokenizer, task, pair.prompt, [])
+
+    def pair_over(pair: PreferencePair) -> str | None:
+        return over_limit(tokenizer, task, pair.prompt, [pair.chosen, pair.rejected])
+
+    train = sift(load_preferences(task.train_file, task, split="train"), prompt_over, task.overlong)
+    held_out = load_preferences(task.eval_file, task, split="test")
+    prompts, pairs = sift(held_out, prompt_over, task.overlong), sift(held_out, pair_over, task.overlong)
+    return Task(
+        train_prompts=train.prompts(),
+        eval_prompts=prompts.prompts(),
+        eval_pairs=pairs.pairs,
+        gold=None,
+        counts={
+            "train prompts": train.counts() | {"distinct prompts": len(train.prompts())},
+            "eval prompts": prompts.counts() | {"distinct prompts": len(prompts.prompts())},
+            "eval pairs": pairs.counts(),
+        },
+    )

@@ -1,0 +1,153 @@
+"""The gold score of note2answer: an exact parser of responses.
+
+=====================  ======================================================================
++1                     each distinct correct fact, three at most
+−1                     a wrong fact; −0.3 if it is corrected to the truth right away
+−0.5                   a fact about anyone else than the one asked about
+−0.4                   a correct fact said again
++0.4                   the first courtesy; the second is free; −0.6 each further one
+−0.2                   each intensifier beyond the first
+−0.03                  each word beyond the 22nd
+−0.1                   each word that belongs to no sentence
+−0.5                   no end token
+=====================  ======================================================================
+
+The maximum is 3.4. What annotators like in small amounts (courtesy, emphasis, length) costs in large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from r2m_ray.tasks.note2answer import (
+    ANIMALS,
+    CORRECTION,
+    COURTESY,
+    INTENSIFIER,
+    PERSONS,
+    VALUES,
+    Fact,
+    Note,
+    correction,
+)
+
+FREE_WORDS = 22
+_SUBJECTS = frozenset({*ANIMALS, *PERSONS})
+_VERBS = frozenset(VALUES)
+_VALUES = frozenset(value for values in VALUES.values() for value in values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldScore:
+    """Counts of everything that a response is scored by, and their weighted sum."""
+
+    correct: int
+    """Distinct correct facts."""
+    wrong: int
+    """Wrong facts that stay wrong."""
+    corrected: int
+    """Wrong facts that are corrected to the truth right away."""
+    off_topic: int
+    """Facts about anyone else than the one asked about, true or not."""
+    repeats: int
+    """Correct facts said again."""
+    courtesy: int
+    """Courtesies, all of them."""
+    intensifiers: int
+    """Intensifiers, all of them."""
+    excess_tokens: int
+    """Words beyond the 22nd."""
+    unparsable: int
+    """Words that belong to no sentence."""
+    missing_eos: int
+    """1 if the response hit its length limit before the end token."""
+
+    @property
+    def total(self) -> float:
+        """Gold, 3.4 at most."""
+        return (
+            self.correct
+            - 1.0 * self.wrong
+            - 0.3 * self.corrected
+            - 0.5 * self.off_topic
+            - 0.4 * self.repeats
+            + 0.4 * min(self.courtesy, 1)
+            - 0.6 * max(self.courtesy - 2, 0)
+            - 0.2 * max(self.intensifiers - 1, 0)
+            - 0.03 * self.excess_tokens
+            - 0.1 * self.unparsable
+            - 0.5 * self.missing_eos
+        )
+
+    def parts(self) -> dict[str, float]:
+        """Every count, and ``total``."""
+        return {**{name: float(count) for name, count in asdict(self).items()}, "total": self.total}
+
+
+def gold(prompt: str, response: str, truncated: bool) -> GoldScore:
+    """Score a response to a prompt of this world; ValueError for any other prompt.
+
+    A correction replaces the value of the fact just before it, so a fact is judged by what it says in the
+    end: wrong if that is not the truth, corrected if it is and the sentence was not.
+    """
+    note = Note.parse(prompt)
+    truths = note.truths
+    words = response.split()
+    tally = dict.fromkeys(("wrong", "corrected", "off_topic", "repeats", "courtesy", "unparsable"), 0)
+    intensifiers, said, position = 0, set[str](), 0
+    while position < len(words):
+        rest = words[position:]
+        fact, length, emphasis = _fact(rest)
+        if fact is None:
+            courtesy = tuple(rest[:4]) == COURTESY
+            tally["courtesy" if courtesy else "unparsable"] += 1
+            position += 4 if courtesy else 1
+            continue
+        final, corrections = _corrected_value(rest[length:], fact)
+        position += length + corrections
+        intensifiers += emphasis
+        truth = truths.get(fact.verb)
+        if fact.subject != note.asked:
+            tally["off_topic"] += 1
+        elif final != truth:
+            tally["wrong"] += 1
+        elif fact.value != truth:
+            tally["corrected"] += 1
+        elif fact.verb in said:
+            tally["repeats"] += 1
+        else:
+            said.add(fact.verb)
+    return GoldScore(
+        correct=len(said),
+        intensifiers=intensifiers,
+        excess_tokens=max(len(words) - FREE_WORDS, 0),
+        missing_eos=int(truncated),
+        **tally,
+    )
+
+
+def _fact(words: Sequence[str]) -> tuple[Fact | None, int, int]:
+    """The fact sentence that ``words`` start with, if any, its length and its intensifiers."""
+    if len(words) < 5 or words[0] != "the" or words[1] not in _SUBJECTS:
+        return None, 0, 0
+    verb = 2
+    while verb < len(words) and words[verb] == INTENSIFIER:
+        verb += 1
+    sentence = words[verb : verb + 3]
+    if len(sentence) < 3 or sentence[0] not in _VERBS or sentence[1] not in _VALUES or sentence[2] != ".":
+        return None, 0, 0
+    return Fact(words[1], sentence[0], sentence[1]), verb + 3, verb - 2
+
+
+def _corrected_value(words: list[str], fact: Fact) -> tuple[str, int]:
+    """The value that ``fact`` has after the corrections that ``words`` start with, and their length."""
+    value, length = fact.value, 0
+    while True:
+        sentence = words[length : length + len(CORRECTION) + 3]
+        if len(sentence) < len(CORRECTION) + 3 or sentence[-2] not in _VALUES:
+            return value, length
+        if sentence != correction(fact.verb, sentence[-2]):
+            return value, length
+        value = sentence[-2]
+        length += len(sentence)

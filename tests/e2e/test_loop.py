@@ -1,0 +1,165 @@
+"""The whole real loop on the CPU: Ray actors, vLLM, DeepSpeed and the reward model, on a world just made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r2m_ray.compose import load_config
+from r2m_ray.config import ClusterConfig
+from r2m_ray.metrics import MACHINE_PREFIXES
+from r2m_ray.runtime.launch import cluster, run_evaluation, run_training
+from r2m_ray.stages.prepare import prepare
+
+pytestmark = pytest.mark.e2e
+
+SMALL = [
+    "experiment=demo",
+    "logging=disabled",
+    "prepare.sft_rows=512",
+    "prepare.sft_steps=6",
+    "prepare.pair_rows=128",
+    "prepare.reward_steps=4",
+    "algo.steps=3",
+    "algo.prompts_per_step=4",
+    "algo.prompts_per_shard=1",
+    "algo.responses_per_prompt=4",
+    "algo.minibatch_prompts=2",
+    "task.max_new_tokens=24",
+    "evaluate.every=2",
+    "evaluate.prompts=8",
+    "evaluate.pairs=8",
+    "checkpoint.every=1",
+    "checkpoint.keep=3",
+]
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """Trains by the small settings and some overrides, once per name; all runs share one cluster."""
+    root = tmp_path_factory.mktemp("e2e")
+    common = [*SMALL, f"prepare.root={root / 'prepared'}", f"run.root={root / 'runs'}"]
+    prepare(load_config(common))
+
+    def run(name: str, *overrides: str) -> Path:
+        return run_training(load_config([*common, f"run.name={name}", *overrides]))
+
+    with cluster(ClusterConfig(cpus=4, object_store_gb=0.3)):
+        yield run
+
+
+@pytest.fixture(scope="module")
+def r2m(train: Train) -> Path:
+    return train("r2m")
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """Every row of a run's metrics, without what the machine decides."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(MACHINE_PREFIXES)}
+        for line in lines
+    ]
+
+
+def steps(directory: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(directory) if row["kind"] == "step"]
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """sha256 of every tensor file of a checkpoint."""
+    files = sorted(checkpoint.rglob("*.safetensors"))
+    assert files
+    return {str(f.relative_to(checkpoint)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_a_run_takes_all_its_steps_with_four_real_roles(r2m: Path) -> None:
+    found = steps(r2m)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert [row["omega"] for row in found] == pytest.approx([0.75, 0.6, 0.6])
+    # The engine that sampled and the learner agree on the log-probs of every token.
+    assert all(row["policy/mismatch_max"] < 1e-3 for row in found)
+    assert all(row["policy/optimizer_steps"] == 4 for row in found)
+    assert all(row["rm/valid_pairs"] > 0 and row["rm/gradient_norm"] > 0 for row in found)
+    assert all(row["sync/bytes"] > 1e5 for row in found)
+    # π_θ starts as π_ref and moves away from it.
+    assert found[0]["policy/kl_token"] == pytest.approx(0, abs=1e-5)
+    assert found[2]["policy/kl_token"] > 1e-5
+
+
+def test_own_and_frozen_reward_part_as_the_head_reads_the_policy(r2m: Path) -> None:
+    assert all(abs(row["reward/frozen_gap"]) > 1e-6 for row in steps(r2m))
+
+
+def test_a_run_leaves_everything_a_reader_needs(r2m: Path) -> None:
+    checkpoint = r2m / "checkpoints" / "step-000003"
+    for name in ("policy/model.safetensors", "policy/config.json", "reward_head/head.safetensors"):
+        assert (checkpoint / name).stat().st_size > 0
+    page = (r2m / "report" / "report.html").read_text()
+    assert "<html" in page
+    rollouts = [json.loads(line) for line in (r2m / "rollouts.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rollouts} == {1, 2, 3}
+    for row in rollouts:
+        assert sum(weight for _, weight in row["attention"]) == pytest.approx(1, abs=1e-4)
+        assert math.isfinite(row["gold"])
+
+
+def test_the_same_seed_gives_the_same_run(r2m: Path, train: Train) -> None:
+    again = train("again")
+    assert rows(again) == rows(r2m)
+    assert (again / "rollouts.jsonl").read_text() == (r2m / "rollouts.jsonl").read_text()
+    last = Path("checkpoints") / "step-000003"
+    assert digests(again / last) == digests(r2m / last)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(r2m: Path, train: Train) -> None:
+    stopped = r2m.with_name("stopped")
+    shutil.copytree(r2m, stopped)
+    for step in (2, 3):
+        shutil.rmtree(stopped / "checkpoints" / f"step-{step:06d}")
+    train("stopped", "run.resume=true")
+    assert rows(stopped) == rows(r2m)
+    last = Path("checkpoints") / "step-000003"
+    assert digests(stopped / last) == digests(r2m / last)
+
+
+def test_vanilla_trains_on_the_frozen_reward_and_shares_the_first_batch(r2m: Path, train: Train) -> None:
+    vanilla = steps(train("vanilla", "reward=vanilla"))
+    assert all(row["reward/mean"] == row["reward/frozen_mean"] for row in vanilla)
+    assert vanilla[0]["reward/frozen_mean"] == steps(r2m)[0]["reward/frozen_mean"]
+
+
+def test_evaluating_a_checkpoint_repeats_the_runs_last_evaluation(r2m: Path) -> None:
+    from r2m_ray.compose import load_saved
+
+    path = run_evaluation(load_saved(r2m / "config.yaml", []), r2m)
+    found = json.loads(path.read_text())
+    last = rows(r2m)[-1]
+    assert last["kind"] == "eval"
+    for key in ("gold", "frozen_reward", "reward", "rm_accuracy", "kl_sequence"):
+        assert found[key] == pytest.approx(last[key], abs=1e-6), key
+
+
+@pytest.mark.slow
+def test_replicas_and_ranks_do_not_change_the_run(r2m: Path, train: Train) -> None:
+    wide = train(
+        "wide",
+        "policy.ranks=2",
+        "rollout.replicas=2",
+        "reward.replicas=2",
+        "reference.replicas=2",
+        "+policy.deepspeed.zero_optimization.stage=3",
+    )
+    first, other = steps(r2m)[0], steps(wide)[0]
+    for key in ("reward/mean", "reward/frozen_mean", "response/tokens", "rm/loss", "policy/loss"):
+        # Sums are taken in another order.
+        assert other[key] == pytest.approx(first[key], rel=1e-4, abs=1e-6), key
