@@ -79,19 +79,19 @@ class PrepareConfig:
     """Layers of the reward model."""
     reward_width: Count = 64
     """Width D of the reward model."""
-    reward_heads: Count = 4
+    reward_heads: Count = 2
     """Attention heads of the reward model; they divide its width."""
     vocabulary: Count = 2048
     """Preferences: entries of the byte-level BPE vocabulary that is trained on the data."""
-    sft_rows: Count = 20000
+    sft_rows: Count = 25600
     """note2answer: demonstrations to generate."""
-    sft_steps: Natural = 600
+    sft_steps: Natural = 800
     """Optimizer steps of supervised fine-tuning."""
-    sft_batch: Count = 64
+    sft_batch: Count = 32
     """Rows of each of these steps."""
-    sft_learning_rate: NonNegative = 2e-3
+    sft_learning_rate: NonNegative = 3e-3
     """AdamW's learning rate in supervised fine-tuning."""
-    pair_rows: Count = 4000
+    pair_rows: Count = 6000
     """note2answer: preference pairs to generate."""
     reward_steps: Natural = 300
     """Optimizer steps of reward-model training."""
