@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import machine, summary, write
+from transformers import AutoTokenizer
 
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config
@@ -88,9 +89,11 @@ async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]
     try:
         for index, (name, config) in enumerate(configs.items()):
             placements.append(Placement(config))
-            roles = await start_roles(config, Models.of(config), placements[-1])
+            models = Models.of(config)
+            roles = await start_roles(config, models, placements[-1])
             side: Any = Side(index, turns)
-            stream = PromptStream(load_task(config).train_prompts(), seed=config.run.seed)
+            tokenizer = AutoTokenizer.from_pretrained(models.policy)
+            stream = PromptStream(load_task(config, tokenizer).train_prompts, seed=config.run.seed)
             sides[name] = side
             runs.append(train(config, roles, stream, side, side, side))
         await asyncio.gather(*[_finish(run, turns) for run in runs])

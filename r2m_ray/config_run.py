@@ -83,21 +83,21 @@ class PrepareConfig:
     """Attention heads of the reward model; they divide its width."""
     vocabulary: Count = 2048
     """Preferences: entries of the byte-level BPE vocabulary that is trained on the data."""
-    sft_rows: Count = 25600
+    sft_rows: Count = 32000
     """note2answer: demonstrations to generate."""
-    sft_steps: Natural = 800
+    sft_steps: Natural = 1000
     """Optimizer steps of supervised fine-tuning."""
     sft_batch: Count = 32
     """Rows of each of these steps."""
     sft_learning_rate: NonNegative = 3e-3
     """AdamW's learning rate in supervised fine-tuning."""
-    pair_rows: Count = 6000
+    pair_rows: Count = 20000
     """note2answer: preference pairs to generate."""
     reward_steps: Natural = 300
     """Optimizer steps of reward-model training."""
     reward_batch: Count = 64
     """Pairs of each of these steps."""
-    reward_learning_rate: NonNegative = 1e-3
+    reward_learning_rate: NonNegative = 2e-3
     """AdamW's learning rate in reward-model training."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from r2m_ray.cli.arguments import OVERRIDES, add_overrides, check, options, parser, run_jobs
@@ -34,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     config = load_config(parsed.overrides)
     check([config], data_problems, SUBJECT)
 
+    # Threads that spin while they wait make training several times slower where another process is busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from r2m_ray.stages.prepare import prepare
 
     prepare(config)

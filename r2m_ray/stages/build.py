@@ -29,7 +29,7 @@ from r2m_ray.tasks import note2answer
 from r2m_ray.tasks.note2answer_gold import gold
 
 FEED_FORWARD = 4 / 3
-"""Width of the feed-forward layers, in widths of the model."""
+"""Width of the feed-forward layers, in its widths: half of Llama's, since attention does the looking up."""
 GOLD_PROMPTS = 256
 """note2answer: held-out prompts on which a prepared policy is measured."""
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,13 @@ TASK_FIELDS = {
     TaskName.preferences: ("prompt_field", "chosen_field", "rejected_field", "overlong"),
 }
 """Fields of ``config.task`` that prepared models depend on; the files count by their content."""
+COMMAND_FIELDS: dict[str, tuple[str, ...]] = {
+    "run": ("seed",),
+    "task": (),
+    "prepare": (),
+    "reward": ("max_length",),
+}
+"""What `r2m-ray prepare` must be told where it is not the default; none named means every field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +84,22 @@ def locate(config: Config) -> Prepared:
     prepared = _complete(directory)
     if prepared is None:
         raise InputError(
-            f"{directory}: no prepared models for this configuration; make them with the options and fields "
-            "of this command: r2m-ray prepare …"
+            f"{directory}: no prepared models for this configuration; make them by: {_command(config)}"
         )
     return prepared
+
+
+def _command(config: Config) -> str:
+    """The command line that prepares for ``config``."""
+    default = Config()
+    words = ["r2m-ray", "prepare"]
+    for section, names in COMMAND_FIELDS.items():
+        chosen, usual = asdict(config)[section], asdict(default)[section]
+        for name in names or chosen:
+            value = chosen[name]
+            if value != usual[name]:
+                words.append(f"{section}.{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return shlex.join(words)
 
 
 def source_digest(source: str) -> str:

@@ -13,6 +13,7 @@ from trl import RewardConfig, RewardTrainer
 from r2m_ray.data import PreferencePair
 from r2m_ray.models.text import conversation_ids
 from r2m_ray.stages.training import (
+    UNTRAINED,
     Trained,
     Training,
     send_no_telemetry,
@@ -32,6 +33,8 @@ def fit_preferences(
 
     Conversations are rendered as annotation renders them later, by this tokenizer and its chat template.
     """
+    if training.steps == 0:
+        return UNTRAINED
     rows = [_row(tokenizer, pair) for pair in pairs]
     order = training_order([max(map(len, row.values())) for row in rows], training)
     dataset = Dataset.from_list([rows[n] for n in order])

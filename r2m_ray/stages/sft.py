@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.stages.training import (
+    UNTRAINED,
     Trained,
     Training,
     send_no_telemetry,
@@ -35,6 +36,8 @@ def fine_tune(
     Only response tokens count: with the prompts' own tokens in the loss, note2answer's policy had learned
     to look up 15 % of its facts where it now knows 80 %, after the same 300 steps.
     """
+    if training.steps == 0:
+        return UNTRAINED
     rows = [_row(tokenizer, *demonstration) for demonstration in demonstrations]
     order = training_order([len(row["input_ids"]) for row in rows], training)
     dataset = Dataset.from_list([rows[n] for n in order])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,17 @@ def test_other_settings_are_other_models(prepared: Prepared) -> None:
         locate(note2answer(prepared.directory.parent, "run.seed=1"))
 
 
+def test_the_command_that_is_missing_is_named(prepared: Prepared) -> None:
+    wanted = note2answer(prepared.directory.parent, "task.reward_reads_prompt=true", "run.seed=3")
+    with pytest.raises(InputError, match="make them by: r2m-ray prepare") as found:
+        locate(wanted)
+    command = str(found.value).partition("make them by: ")[2]
+    with pytest.raises(InputError) as again:
+        locate(load_config(shlex.split(command)[2:]))
+    # The message names the directory, and so the digest of all settings.
+    assert str(again.value) == str(found.value)
+
+
 def test_the_same_settings_elsewhere_give_the_same_weights(prepared: Prepared, tmp_path: Path) -> None:
     again = prepare(note2answer(tmp_path))
     for name in ("policy/model.safetensors", "reward/model.safetensors"):
@@ -83,6 +96,22 @@ def test_a_missing_file_means_preparing_again(tmp_path: Path) -> None:
         locate(config)
     prepare(config)
     assert locate(config).directory == made.directory
+
+
+def test_of_two_at_once_one_trains_and_both_find_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = note2answer(tmp_path, "prepare.sft_steps=1", "prepare.reward_steps=0")
+    with pytest.raises(InputError) as missing:
+        locate(config)
+    name = str(missing.value).partition(":")[0].rpartition("/")[2]
+    leftover = tmp_path / f".tmp-{name}" / "policy"
+    leftover.mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(prepare, [config, config]))
+    assert made[0] == made[1]
+    assert capsys.readouterr().out.count("policy: step 1 of 1") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [name]
 
 
 def test_preferences_are_learned_and_every_row_is_accounted_for(tmp_path: Path) -> None:
