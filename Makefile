@@ -12,7 +12,7 @@ else
 TORCH := --torch-backend=cpu
 endif
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(STAMP)
 	$(BIN)/r2m-ray prepare experiment=demo

@@ -81,7 +81,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "system": platform.platform(),
+        "system": platform.system(),
     }
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,10 @@ from r2m_ray.roles import Roles
 
 MANIFEST = "MANIFEST.json"
 DRIVER_STATE = "driver.json"
+ROLES = ("policy", "reward_head")
+"""Directories that a checkpoint cannot be without."""
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -38,9 +44,18 @@ class Checkpoints:
         building.mkdir()
         await roles.policy.save(building)
         await roles.reward.save(building)
+        for part in ROLES:
+            if not any((building / part).glob("*")):
+                raise RunError(
+                    f"{building / part}: its actor wrote nothing here; run.root must be a directory that "
+                    "every node of the cluster shares"
+                )
         state = {"step": step, "prompts": prompts.state()}
         (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True))
         final = self.directory / f"step-{step:06d}"
+        if final.exists():
+            # A damaged checkpoint that an older one replaced; what is in it stays for whoever wants to look.
+            final.rename(final.with_name(f".damaged-{final.name}-{uuid.uuid4().hex[:8]}"))
         _commit(building, final)
         self._prune()
         return final
@@ -61,10 +76,12 @@ class Checkpoints:
 
         Raises RunError if checkpoints exist and none is valid: starting over would lose the run.
         """
-        reasons = []
+        reasons: list[str] = []
         for directory in reversed(self._committed()):
             problem = verify(directory)
             if problem is None:
+                for reason in reasons:
+                    logger.warning("checkpoint %s is not used; falling back to %s", reason, directory.name)
                 return directory
             reasons.append(f"{directory.name}: {problem}")
         if reasons:

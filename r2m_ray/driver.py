@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r2m_ray.batch import Annotation, ReferenceLogprobs, Trajectories
 from r2m_ray.checkpoint import Checkpoints
-from r2m_ray.config import AlgoConfig, Config, KLPlace, OmegaSchedule
+from r2m_ray.config import Advantage, AlgoConfig, Config, KLPlace, OmegaSchedule
 from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.head import omega
 from r2m_ray.core.kl import row_kl
@@ -102,6 +102,9 @@ async def advantages(
                 rows.layout.offsets,
                 algo.kl_estimator.value,
             )
+            if algo.advantage is Advantage.remax:
+                # Greedy rows report log-probs at temperature 1, and were drawn from no distribution.
+                kl_N.view(-1, algo.responses_per_prompt)[:, 0] = 0
             reward_N[i] = reward_N[i] - algo.kl_weight * kl_N
     advantage_N = ADVANTAGES[algo.advantage.value](torch.cat(reward_N), algo.responses_per_prompt)
     return list(advantage_N.split([len(r) for r in reward_N]))

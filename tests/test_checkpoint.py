@@ -35,7 +35,7 @@ def roles(value: int) -> Any:
 
 
 def stream() -> PromptStream:
-    return PromptStream([f"p{i}" for i in range(5)], seed=0)
+    return PromptStream([f"p{i}" for i in range(40)], seed=0)
 
 
 def saved(directory: Path, steps: int, keep: int = 2) -> Checkpoints:
@@ -98,6 +98,9 @@ def test_damage_is_found_and_an_older_checkpoint_is_used(tmp_path: Path, damage:
     parts = roles(0)
     assert asyncio.run(checkpoints.restore(parts, stream())) == 1
     assert parts.policy.value == 1
+    # The run goes on and saves the damaged step anew.
+    asyncio.run(checkpoints.save(2, roles(2), stream()))
+    assert verify(tmp_path / "step-000002") is None
 
 
 def test_when_none_is_valid_the_run_stops_instead_of_starting_over(tmp_path: Path) -> None:
@@ -106,3 +109,14 @@ def test_when_none_is_valid_the_run_stops_instead_of_starting_over(tmp_path: Pat
         (directory / "MANIFEST.json").write_text("{")
     with pytest.raises(RunError, match=r"no checkpoint is valid \(step-000002: MANIFEST.json is unreadable"):
         asyncio.run(checkpoints.restore(roles(0), stream()))
+
+
+def test_a_checkpoint_without_a_roles_files_is_never_committed(tmp_path: Path) -> None:
+    class Elsewhere(Part):
+        async def save(self, directory: Path) -> None:
+            """An actor on a node that does not share the directory."""
+
+    parts: Any = SimpleNamespace(policy=Elsewhere("policy", 1), reward=Part("reward_head", 1))
+    with pytest.raises(RunError, match=r"policy: its actor wrote nothing here; run\.root must be"):
+        asyncio.run(Checkpoints(tmp_path, keep=1).save(1, parts, stream()))
+    assert Checkpoints(tmp_path, keep=1).newest() is None

@@ -31,5 +31,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from r2m_ray.runtime.launch import run_evaluation
 
-    run_evaluation(config, directory)
+    path = run_evaluation(config, directory)
+    print(path.read_text(), end="")
+    print(path)
     return 0

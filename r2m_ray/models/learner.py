@@ -140,9 +140,11 @@ class PolicyLearner:
             yield name, weight
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """`weights` in buckets on the CPU: rank 0 yields them, the others must iterate and yield nothing."""
-        first = self._engine.rank == 0
-        return pack_buckets(((n, w) for n, w in self.weights() if first), bucket_bytes)
+        """`weights` in buckets on the CPU, the same ones on every rank.
+
+        All ranks must ask for each bucket: with ZeRO-3 it is gathered by all of them.
+        """
+        return pack_buckets(self.weights(), bucket_bytes)
 
     def save(self, directory: Path) -> None:
         """Write ``policy/``, a Hugging Face model with tokenizer, and ``policy_state/`` for `load`."""
@@ -220,7 +222,7 @@ class PolicyLearner:
         self, batches: Sequence[PolicyBatch], steps: Sequence[MiniBatch], fresh: Sequence[Tensor]
     ) -> list[Hidden]:
         records = [batch.trajectories for batch in batches]
-        if self._config.uses_feedback and self._config.feedback.refresh is FeedbackRefresh.none:
+        if self._config.feedback.refresh is FeedbackRefresh.none:
             return []
         if not self._refreshes_in_passing:
             return self.hidden(records)

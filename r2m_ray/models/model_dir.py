@@ -26,5 +26,7 @@ def stop_token_ids(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def parameter_shapes(model_dir: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the causal language model; tied ones once."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        )
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -66,7 +66,7 @@ class RolloutEngine:
         engine_args: Mapping[str, Any],
         weight_backend: str = OBJECT_STORE,
     ) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         self._stop_token_ids = stop_token_ids(model_dir, self._tokenizer)
         self._parameters = parameter_shapes(model_dir)
         self._max_model_len = max_model_len

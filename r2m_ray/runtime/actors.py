@@ -100,13 +100,13 @@ class PolicyActor:
         self._digest = WeightDigest() if digest else None
 
     def next_bucket(self) -> tuple[int | None, WeightBucket | None]:
-        """The next bucket's size in bytes and the bucket; (None, None) after the last."""
+        """The next bucket's size in bytes and, from rank 0, the bucket; (None, None) after the last."""
         bucket = next(self._buckets, None)
         if bucket is None:
             return None, None
         if self._digest:
             self._digest.update(bucket)
-        return bucket.data.numel(), bucket
+        return bucket.data.numel(), bucket if self._rank == 0 else None
 
     def weight_digest(self) -> str | None:
         return self._digest.hexdigest() if self._digest else None

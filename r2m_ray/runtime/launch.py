@@ -53,14 +53,17 @@ class Models:
             prepared = locate(config)
             policy = str(prepared.policy_dir) if policy == PREPARED else policy
             reward = str(prepared.reward_dir) if reward == PREPARED else reward
-        return cls(policy=policy, reward=reward, reference=config.model.reference or policy)
+        names = (policy, reward, config.model.reference or policy)
+        # Actors have working directories of their own.
+        found = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in names]
+        return cls(policy=found[0], reward=found[1], reference=found[2])
 
 
 def run_training(config: Config) -> Path:
     """Train by ``config`` and write the report; returns the run's directory."""
-    directory = Path(config.run.root) / config.run.name
+    directory = (Path(config.run.root) / config.run.name).resolve()
     models = Models.of(config)
-    tokenizer = AutoTokenizer.from_pretrained(models.policy)
+    tokenizer = AutoTokenizer.from_pretrained(models.policy, trust_remote_code=False)
     task = load_task(config, tokenizer)
     resolved = OmegaConf.to_yaml(OmegaConf.structured(config))
     with RunLog(directory, config=config, resolved_yaml=resolved) as log, cluster(config.cluster):
@@ -72,7 +75,7 @@ def run_training(config: Config) -> Path:
 def run_evaluation(config: Config, directory: Path) -> Path:
     """Measure the newest checkpoint of the run in ``directory``; returns the JSON file with the numbers."""
     models = Models.of(config)
-    tokenizer = AutoTokenizer.from_pretrained(models.policy)
+    tokenizer = AutoTokenizer.from_pretrained(models.policy, trust_remote_code=False)
     task = load_task(config, tokenizer)
     with cluster(config.cluster):
         step, metrics = asyncio.run(_evaluate(config, task, models, tokenizer, directory))
@@ -153,6 +156,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.address == "local":
         ray.init(
+            address="local",
             num_cpus=config.cpus,
             object_store_memory=int(config.object_store_gb * 2**30),
             include_dashboard=False,
@@ -175,7 +179,11 @@ async def start_roles(config: Config, models: Models, placement: Placement) -> R
     reward = Actors(placement.spawn(RewardActor, "reward"), timeout_s=limit)
     reference = Actors(placement.spawn(ReferenceActor, "reference"), timeout_s=limit)
 
-    width = AutoConfig.from_pretrained(models.policy).hidden_size if config.uses_feedback else 0
+    width = (
+        AutoConfig.from_pretrained(models.policy, trust_remote_code=False).get_text_config().hidden_size
+        if config.uses_feedback
+        else 0
+    )
     exports = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
     learners, scorers = await asyncio.gather(policy.all("start", "address"), reward.all("start", "address"))
     gpus = config.cluster

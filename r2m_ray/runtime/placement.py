@@ -71,6 +71,7 @@ class Placement:
         bundles = [{"CPU": d.cpus, "GPU": d.gpus} for d in self._demands for _ in range(d.count)]
         self._group: PlacementGroup = placement_group(bundles, strategy=config.cluster.placement)
         if not self._group.wait(config.cluster.start_timeout_s):
+            self.release()
             raise RunError(
                 f"{len(bundles)} actors found no place within {config.cluster.start_timeout_s:g} s "
                 f"(cluster.placement={config.cluster.placement}): {ray.cluster_resources()} exist, "
