@@ -41,6 +41,7 @@ from r2m_ray.config_run import (
     CheckpointConfig,
     ClusterConfig,
     EvaluateConfig,
+    GuardConfig,
     LoggingConfig,
     PrepareConfig,
     RunConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "FeedbackNorm",
     "FeedbackRefresh",
     "FeedbackSource",
+    "GuardConfig",
     "KLEstimator",
     "KLPlace",
     "LoggingConfig",
@@ -251,6 +253,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

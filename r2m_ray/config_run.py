@@ -29,6 +29,9 @@ class RunConfig:
     """Seeds sampling, data order and every initialisation."""
     resume: bool = False
     """Continue the run of this name from its newest checkpoint; without it the run must be new."""
+    reshard: bool = False
+    """Let a resumed run change learner ranks, reward replicas, ZeRO stage or token budgets: its state stays
+    exact, but sums are taken in another order."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -162,7 +165,24 @@ class ClusterConfig:
     start_timeout_s: Positive = 300.0
     """Seconds until every actor must be placed and ready."""
     phase_timeout_s: Positive = 600.0
-    """Seconds until each phase of a step must have ended."""
+    """Seconds until each phase of a step must have ended; an actor that has not answered is replaced."""
+    stop_grace_s: Positive = 240.0
+    """Seconds that a run told to stop may take to reach the end of its step and save it."""
+    max_recoveries: Natural = 3
+    """Lost actors in a row, without a finished step between them, after which the run gives up."""
+    allow_unauthenticated: bool = False
+    """Join a cluster that asks for no token; whoever reaches such a cluster can run code on it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """Numbers that stop a run, because going on would waste or ruin it."""
+
+    nonfinite_steps: Count = 3
+    """Steps in a row with a NaN or infinite reward, loss or gradient after which the run stops."""
+    logprob_gap: Positive = 0.5
+    """Mean gap between the engine's and the learner's log-probs of a step, in nats per token, above which
+    the engine cannot hold the learner's weights."""
 
 
 @dataclass(kw_only=True, slots=True)
