@@ -26,8 +26,11 @@ from r2m_ray.data import PromptStream
 from r2m_ray.driver import train
 from r2m_ray.progress import PhaseClock
 from r2m_ray.roles import Roles
-from r2m_ray.runtime.launch import Models, cluster, start_roles
+from r2m_ray.runtime.cluster import cluster
+from r2m_ray.runtime.crew import Crew
+from r2m_ray.runtime.models import Models
 from r2m_ray.runtime.placement import Placement
+from r2m_ray.stop import StopRequest
 from r2m_ray.tasks import load_task
 
 WARM_UP_STEPS = 2
@@ -90,12 +93,13 @@ async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]
         for index, (name, config) in enumerate(configs.items()):
             placements.append(Placement(config))
             models = Models.of(config)
-            roles = await start_roles(config, models, placements[-1])
+            roles = await Crew(config, models, placements[-1], print).start()
             side: Any = Side(index, turns)
             tokenizer = AutoTokenizer.from_pretrained(models.policy)
             stream = PromptStream(load_task(config, tokenizer).train_prompts, seed=config.run.seed)
             sides[name] = side
-            runs.append(train(config, roles, stream, side, side, side))
+            stop = StopRequest(config.cluster.stop_grace_s)
+            runs.append(train(config, roles, stream, side, side, side, stop))
         await asyncio.gather(*[_finish(run, turns) for run in runs])
     finally:
         for placement in placements:

@@ -23,7 +23,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config
-from r2m_ray.runtime.launch import Models, cluster, start_roles
+from r2m_ray.runtime.cluster import cluster
+from r2m_ray.runtime.crew import Crew
+from r2m_ray.runtime.models import Models
 from r2m_ray.runtime.placement import Placement
 
 LAYERS = 4
@@ -53,7 +55,7 @@ def policy_of_width(width: int, tokenizer_dir: str, directory: Path) -> tuple[st
 async def measure(config: Config, models: Models, repeats: int) -> dict[str, Any]:
     placement = Placement(config)
     try:
-        roles = await start_roles(config, models, placement)
+        roles = await Crew(config, models, placement, print).start()
         seconds: dict[str, list[float]] = {"verified": [], "unverified": []}
         # Version 0 of `verify_every=2` is verified and warms up; odd versions are not verified.
         for version in range(2 * repeats + 2):

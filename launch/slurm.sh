@@ -4,7 +4,8 @@
 #   sbatch --nodes=2 launch/slurm.sh train experiment=dialogue_llama3_8b cluster=gpu_cluster \
 #     run.root=/shared/runs task.train_file=/shared/train.jsonl task.eval_file=/shared/eval.jsonl
 #
-# run.root, data and models must lie on a file system that every node sees.
+# run.root, data and models must lie on a file system that every node sees. The job's exit code is the run's:
+# 75 means that it was told to stop and has saved; submit it again with run.resume=true.
 #SBATCH --job-name=r2m-ray
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,19 +15,49 @@
 #SBATCH --signal=B:TERM@300
 
 set -euo pipefail
+umask 077
 
 PORT=${RAY_PORT:-6379}
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+STATE=$(mktemp -d)
+STOPS=0
+RUN=
+
+# Slurm warns this shell alone. The run gets the signal; Ray must not, or it would be gone before the run saved.
+trap 'STOPS=$((STOPS + 1)); [ -z "$RUN" ] || kill -TERM "$RUN" 2> /dev/null || true' TERM
 
 # Every node proves itself with the token of this home directory, which Slurm nodes share.
 export RAY_AUTH_MODE=token
 ray get-auth-token --generate > /dev/null
 
-# The batch shell gets Slurm's warning; passing it on gives the run time to stop in order.
-srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+# Ray stays up for as long as a file exists on the first node, where this shell runs as well.
+srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
   ray symmetric-run --address "$HEAD:$PORT" --min-nodes "$SLURM_NNODES" \
   --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "${SLURM_GPUS_ON_NODE:-8}" \
-  -- r2m-ray "$@" cluster.address=auto &
+  -- sh -c 'touch "$1"; while [ -e "$1" ]; do sleep 1; done' ray-is-up "$STATE/up" &
+NODES=$!
+until [ -e "$STATE/up" ]; do
+  if [ "$STOPS" -gt 0 ]; then
+    kill "$NODES"
+    exit 75
+  fi
+  if ! kill -0 "$NODES" 2> /dev/null; then
+    echo "error: Ray did not start on all nodes; its messages are above" >&2
+    exit 3
+  fi
+  sleep 1
+done
+
+r2m-ray "$@" cluster.address=auto &
 RUN=$!
-trap 'kill -TERM "$RUN"' TERM
-wait "$RUN"
+while true; do
+  SEEN=$STOPS
+  CODE=0
+  wait "$RUN" || CODE=$?
+  # A signal ends `wait`, not the run; asked again, it goes on waiting or tells the code of a run that has ended.
+  [ "$SEEN" != "$STOPS" ] || break
+done
+
+rm -r "$STATE"
+wait "$NODES" || true
+exit "$CODE"

@@ -1,6 +1,6 @@
 """Submit a run to a Ray cluster: what is uploaded is small and known, and your runtime_env stays yours.
 
-    python launch/submit.py --address http://head:8265 -- train experiment=demo cluster=gpu_cluster
+    python launch/submit.py --address http://head:8265 -- train experiment=tldr_pythia_2_8b cluster=gpu_node
 
 The working tree is uploaded without data, runs, checkpoints, virtual environments and caches, after
 its size was checked. A runtime_env of your own (``--runtime-env env.yaml``) is merged: its entries
@@ -14,7 +14,6 @@ import argparse
 import fnmatch
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from r2m_ray.compose import load_config
 from r2m_ray.errors import InputError
+from r2m_ray.escape import names_secret, printable, redacted, redacted_command
 from r2m_ray.sweep import sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,6 @@ EXCLUDES = (
     "runs", "prepared", "wandb", "*.safetensors", "*.parquet", "*.jsonl", "*.jsonl.gz",
 )  # fmt: skip
 """Names that are not uploaded, wherever they lie; patterns as in .gitignore."""
-SECRET = re.compile(r"(?i)(api[_-]?key|token|secret|passw(or)?d|credentials?)$")
 LARGEST = 8
 
 
@@ -46,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_command(command)
         environment = merged(_read(options.runtime_env))
-        refuse_secrets(environment)
+        refuse_secrets(environment, command)
         check_size(Path(environment["working_dir"]), environment["excludes"], options.max_mib)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(redacted(str(error)), lines=True)}", file=sys.stderr)
         return error.exit_code
     submission = submit_command(environment, command, address=options.address, wait=not options.no_wait)
     if options.dry_run:
@@ -74,14 +73,34 @@ def merged(own: Mapping[str, Any]) -> dict[str, Any]:
     return {"working_dir": str(ROOT), **own, "excludes": excludes}
 
 
-def refuse_secrets(environment: Mapping[str, Any]) -> None:
-    """Refuse environment variables that look like secrets."""
-    names = [name for name in environment.get("env_vars", {}) if SECRET.search(name)]
-    if names:
+def refuse_secrets(environment: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Refuse a runtime_env or a command line that names a secret or holds the value of one."""
+    places = [f"runtime_env.{path}" for path, value in _leaves(environment) if _is_secret(path, value)]
+    hidden = redacted_command(command)
+    places += [
+        f"argument {i}" for i, pair in enumerate(zip(command, hidden, strict=True), 1) if len({*pair}) > 1
+    ]
+    if places:
         raise InputError(
-            f"runtime_env.env_vars: {', '.join(names)} would be shown and stored by the cluster; set it in "
-            "the environment of its nodes, or in a file with mode 0600 there"
+            f"{', '.join(places)}: a secret here would be shown and stored by the cluster; set it in the "
+            "environment of its nodes, or in a file with mode 0600 there"
         )
+
+
+def _is_secret(path: str, value: str) -> bool:
+    return names_secret(path.rpartition(".")[2]) or redacted(value) != value
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every value inside nested mappings and lists as text, with its dotted path."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, path)
+    else:
+        yield path, str(value)
 
 
 def check_size(directory: Path, excludes: Sequence[str], limit_mib: float) -> None:

@@ -1,17 +1,20 @@
 """The command line, `r2m-ray` or ``python -m r2m_ray``.
 
-Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 130 interrupted.
+Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 75 told to stop and resumable, 130
+interrupted elsewhere.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from r2m_ray import __version__
-from r2m_ray.cli import evaluate, prepare, report, train
-from r2m_ray.errors import InputError, RunError
+from r2m_ray.cli import checkpoint, doctor, evaluate, plan, prepare, report, train
+from r2m_ray.errors import InputError, Preempted, RunError
 from r2m_ray.escape import printable, redacted
+from r2m_ray.faults import refuse_faults
 from r2m_ray.problems import hint
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
@@ -19,13 +22,16 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": (train.SUMMARY, train.run),
     "evaluate": (evaluate.SUMMARY, evaluate.run),
     "report": (report.SUMMARY, report.run),
+    "checkpoint": (checkpoint.SUMMARY, checkpoint.run),
+    "plan": (plan.SUMMARY, plan.run),
+    "doctor": (doctor.SUMMARY, doctor.run),
 }
 INTERRUPTED = 130
 
 
 def usage() -> str:
     """The help of `r2m-ray` itself."""
-    lines = [f"  {name:<10}{summary}" for name, (summary, _) in COMMANDS.items()]
+    lines = [f"  {name:<12}{summary}" for name, (summary, _) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: r2m-ray COMMAND …",
@@ -58,9 +64,13 @@ def dispatch(arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; a mistake is told in a few lines, without a traceback."""
     try:
+        refuse_faults(os.environ)
         return dispatch(sys.argv[1:] if arguments is None else arguments)
     except (InputError, RunError) as error:
         print(f"error: {printable(redacted(str(error)), lines=True)}", file=sys.stderr)
+        return error.exit_code
+    except Preempted as error:
+        print(str(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

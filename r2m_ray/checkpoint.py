@@ -1,63 +1,101 @@
 """Checkpoints: everything a run needs to go on, committed at once or not at all.
 
-A checkpoint directory ``step-000020`` holds the policy in Hugging Face format, the R2M head, both
-optimizers, the data cursor, and MANIFEST.json with the size and sha256 of every file, written
-last. It is built under a temporary name and renamed, so a directory with its final name is
-complete; and it is verified again before it is trusted.
+``checkpoints/`` of a run holds one directory per commit, ``step-000020``: the policy in Hugging Face
+format, the R2M head, both optimizers, ``driver.json`` (step, data cursor, identity of the run) and a
+manifest. Which one is loaded depends on the directories alone: the newest that verifies. LATEST names
+the last commit for a reader's eye. Names that begin with ``.tmp-`` are leftovers of a crash, removed by
+the next save; those that begin with ``.damaged-`` were set aside because a sound one took their place,
+and stay until somebody removes them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from r2m_ray.data import PromptStream
-from r2m_ray.errors import RunError
-from r2m_ray.roles import Roles
+from safetensors import SafetensorError
 
-MANIFEST = "MANIFEST.json"
+from r2m_ray import commit
+from r2m_ray.errors import ActorLost, RunError
+from r2m_ray.run_files import replace_file
+
+if TYPE_CHECKING:
+    # These load torch and transformers, and a list of checkpoints should not wait for them.
+    from r2m_ray.data import PromptStream
+    from r2m_ray.roles import Roles
+
+CHECKPOINTS = "checkpoints"
+"""The directory of a run that holds them."""
 DRIVER_STATE = "driver.json"
+LATEST = "LATEST"
 ROLES = ("policy", "reward_head")
 """Directories that a checkpoint cannot be without."""
+NAME = re.compile(r"step-([0-9]{6,18})")
 
 logger = logging.getLogger(__name__)
 
 
-class Checkpoints:
-    """The checkpoints of one run, newest last."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverState:
+    """The driver's part of a checkpoint. prompts: the data cursor; identity: see `r2m_ray.resume`."""
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    step: int
+    prompts: Mapping[str, Any]
+    identity: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    keep: how many sound ones to keep, the newest first. identity: what the run is made of, kept with each.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, identity: Mapping[str, Any] | None = None) -> None:
         self.directory = directory
         self._keep = keep
+        self._identity = dict(identity or {})
 
     async def save(self, step: int, roles: Roles, prompts: PromptStream) -> Path:
-        """Commit the state after ``step``, then prune older checkpoints beyond ``keep``."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        building = self.directory / f".tmp-step-{step:06d}"
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        await roles.policy.save(building)
-        await roles.reward.save(building)
-        for part in ROLES:
-            if not any((building / part).glob("*")):
-                raise RunError(
-                    f"{building / part}: its actor wrote nothing here; run.root must be a directory that "
-                    "every node of the cluster shares"
-                )
-        state = {"step": step, "prompts": prompts.state()}
-        (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True))
+        """Commit the state after ``step``, then prune older checkpoints beyond ``keep``.
+
+        A step that is committed already is left as it is. Raises RunError with path and bytes where the
+        disk has no room or fails, and ActorLost as the roles do; the earlier checkpoints are untouched then.
+        """
         final = self.directory / f"step-{step:06d}"
-        if final.exists():
-            # A damaged checkpoint that an older one replaced; what is in it stays for whoever wants to look.
-            final.rename(final.with_name(f".damaged-{final.name}-{uuid.uuid4().hex[:8]}"))
-        _commit(building, final)
-        self._prune()
+        if final.exists() and fault(final) is None:
+            logger.warning("%s: this step is committed already; it stays as it is", final)
+            return final
+        building = commit.temporary(final)
+        try:
+            self._make_room(final)
+            building.mkdir()
+            await roles.policy.save(building)
+            await roles.reward.save(building)
+            _require_roles(building)
+            state = {"step": step, "prompts": prompts.state(), "identity": self._identity}
+            (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+            commit.seal(building, step=step)
+            if final.exists():
+                _set_aside(final)
+            commit.publish(building, final)
+        except ActorLost:
+            raise
+        except (OSError, SafetensorError, RunError) as error:
+            raise self._unsaved(final, building, error) from error
+        finally:
+            _remove(building)
+        self._point_at(final)
+        try:
+            self._prune(final)
+        except OSError as error:
+            logger.warning("%s: older checkpoints are not pruned (%s)", self.directory, error)
         return final
 
     async def restore(self, roles: Roles, prompts: PromptStream) -> int:
@@ -67,9 +105,9 @@ class Checkpoints:
             return 0
         await roles.policy.load(directory)
         await roles.reward.load(directory)
-        state = json.loads((directory / DRIVER_STATE).read_text())
-        prompts.restore(state["prompts"])
-        return int(state["step"])
+        state = driver_state(directory)
+        prompts.restore(state.prompts)
+        return state.step
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files match its manifest; None if the run never committed one.
@@ -77,13 +115,13 @@ class Checkpoints:
         Raises RunError if checkpoints exist and none is valid: starting over would lose the run.
         """
         reasons: list[str] = []
-        for directory in reversed(self._committed()):
-            problem = verify(directory)
-            if problem is None:
-                for reason in reasons:
-                    logger.warning("checkpoint %s is not used; falling back to %s", reason, directory.name)
+        for directory in reversed(self.committed()):
+            reason = fault(directory)
+            if reason is None:
+                for skipped in reasons:
+                    logger.warning("checkpoint %s; falling back to %s", skipped, directory.name)
                 return directory
-            reasons.append(f"{directory.name}: {problem}")
+            reasons.append(f"{directory.name} is not used: {reason}")
         if reasons:
             raise RunError(
                 f"{self.directory}: no checkpoint is valid ({'; '.join(reasons)}). "
@@ -91,60 +129,126 @@ class Checkpoints:
             )
         return None
 
-    def _committed(self) -> list[Path]:
-        return sorted(p for p in self.directory.glob("step-*") if p.is_dir())
+    def committed(self) -> list[Path]:
+        """Every directory with a checkpoint's name, oldest first, valid or not."""
+        found = [
+            path for path in self.directory.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()
+        ]
+        return sorted(found, key=step_of)
 
-    def _prune(self) -> None:
-        for directory in self._committed()[: -self._keep]:
-            # Renamed first: a half-deleted directory must not look like a checkpoint.
-            doomed = directory.with_name(f".tmp-{directory.name}")
-            directory.rename(doomed)
-            shutil.rmtree(doomed)
+    def _make_room(self, final: Path) -> None:
+        """Remove what a crash left, and refuse to begin what cannot be finished."""
+        if not self.directory.is_dir():
+            self.directory.mkdir(parents=True)
+            commit.flush(self.directory.parent)
+        for leftover in self.directory.glob(f"{commit.BUILDING}*"):
+            _remove(leftover)
+        needed, free = self._needed(), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise RunError(f"a checkpoint needs {needed} bytes, as the last one did")
+
+    def _needed(self) -> int:
+        """Bytes of the last checkpoint that is not visibly damaged; 0 before the first one."""
+        sound = (path for path in reversed(self.committed()) if commit.fault(path, hashed=False) is None)
+        last = next(sound, None)
+        return commit.read_manifest(last).bytes if last else 0
+
+    def _unsaved(self, final: Path, building: Path, error: Exception) -> RunError:
+        written = sum(path.lstat().st_size for path in building.rglob("*") if not path.is_dir())
+        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
+        return RunError(
+            f"{final}: not saved; {written} bytes of it were written, and {free} are free. {error}. Earlier "
+            "checkpoints are as they were. If that disk is full, free space or lower checkpoint.keep, then "
+            "continue with run.resume=true."
+        )
+
+    def _point_at(self, final: Path) -> None:
+        try:
+            replace_file(self.directory / LATEST, f"{final.name}\n")
+        except RunError as error:
+            logger.warning("%s The checkpoint itself is committed.", error)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove older checkpoints beyond ``keep`` sound ones; ``newest``, the first, has just verified.
+
+        Damaged ones do not count. Any of a later step were found damaged when the run fell back behind them.
+        """
+        sound = 1
+        for directory in reversed(self.committed()):
+            if step_of(directory) > step_of(newest):
+                _set_aside(directory)
+            elif directory == newest:
+                continue
+            elif sound >= self._keep:
+                _discard(directory)
+            else:
+                sound += commit.fault(directory, hashed=False) is None
 
 
-def verify(directory: Path) -> str | None:
-    """Compare a checkpoint's files with its manifest; return what is wrong, or None."""
-    path = directory / MANIFEST
+def fault(directory: Path, *, hashed: bool = True) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is whole. hashed: see `commit.fault`."""
+    if reason := commit.fault(directory, hashed=hashed):
+        return reason
+    manifest = commit.read_manifest(directory)
+    for part in ROLES:
+        if not any(name.startswith(f"{part}/") for name in manifest.files):
+            return f"{part} is empty"
     try:
-        expected: dict[str, dict[str, object]] = json.loads(path.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} is unreadable ({error})"
-    for name, entry in expected.items():
-        file = directory / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, its manifest says {entry['bytes']}"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} does not match its sha256"
+        step = driver_state(directory).step
+    except (OSError, ValueError) as error:
+        return f"{DRIVER_STATE} is unreadable ({error})"
+    for file, found in ((commit.MANIFEST, manifest.step), (DRIVER_STATE, step)):
+        if found != step_of(directory):
+            return f"{file} is of step {found}"
     return None
 
 
-def _commit(building: Path, final: Path) -> None:
-    files = {}
-    for file in _files(building):
-        _fsync(file)
-        files[str(file.relative_to(building))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    manifest = building / MANIFEST
-    manifest.write_text(json.dumps({"files": files}, indent=2, sort_keys=True))
-    _fsync(manifest)
-    _fsync(building)
-    building.rename(final)
-    _fsync(final.parent)
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in sorted(directory.rglob("*")) if path.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def driver_state(directory: Path) -> DriverState:
+    """The driver's part of a checkpoint; ValueError where it is not what a driver wrote."""
+    content = json.loads((directory / DRIVER_STATE).read_bytes())
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return DriverState(
+            step=int(content["step"]), prompts=dict(content["prompts"]), identity=dict(content["identity"])
+        )
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
+
+
+def step_of(directory: Path) -> int:
+    """The step that a checkpoint's name gives."""
+    match = NAME.fullmatch(directory.name)
+    assert match is not None, directory
+    return int(match[1])
+
+
+def _require_roles(building: Path) -> None:
+    for part in ROLES:
+        if not any((building / part).glob("*")):
+            raise RunError(
+                f"{building / part}: its actor wrote nothing here; run.root must be a directory that "
+                "every node of the cluster shares"
+            )
+
+
+def _set_aside(directory: Path) -> None:
+    directory.rename(directory.with_name(f".damaged-{directory.name}-{uuid.uuid4().hex[:8]}"))
+    commit.flush(directory.parent)
+
+
+def _discard(directory: Path) -> None:
+    """Rename, then remove: a half-removed directory must not look like a checkpoint."""
+    doomed = commit.temporary(directory)
+    directory.rename(doomed)
+    commit.flush(doomed.parent)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or tree, if it is there; the next save tries again where that fails."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: cannot be removed (%s)", path, error.strerror)

@@ -41,7 +41,7 @@ class TaskConfig:
     name: TaskName = TaskName.note2answer
     """The self-contained world with a known gold score, or preference pairs of your own."""
     train_file: str | None = None
-    """Preferences: JSONL or Parquet (plain or .gz) or a `datasets` id, the pairs to train on."""
+    """Preferences: JSONL (plain or .gz), Parquet or a `datasets` id, the pairs to train on."""
     eval_file: str | None = None
     """Preferences: the held-out pairs, in any form that ``train_file`` takes."""
     prompt_field: str = "prompt"
@@ -56,6 +56,8 @@ class TaskConfig:
     """Tokens of a sampled response at most, the end token included."""
     overlong: Overlong = Overlong.error
     """Whether a row of the data over the limits is an error or dropped and counted."""
+    skip_bad_rows: Natural = 0
+    """Preferences: rows of a file that may be skipped and counted because they are no preference pairs."""
     self_correct_prob: Fraction = 0.6
     """note2answer: how often the demonstrator corrects a wrong fact right after it."""
     annotator_bias: Fraction = 0.3
@@ -113,7 +115,8 @@ class SyncConfig:
     bucket_mb: Count = 256
     """Megabytes of one transfer."""
     verify_every: Natural = 10
-    """Steps between digest checks, 0 for none; the first sync is always checked."""
+    """Steps between checks of digests, 0 for none: of learner ranks and reward replicas among each other,
+    and, with object_store, of the engines, whose first sync is always checked."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -179,7 +182,7 @@ class GuardConfig:
     """Numbers that stop a run, because going on would waste or ruin it."""
 
     nonfinite_steps: Count = 3
-    """Steps in a row with a NaN or infinite reward, loss or gradient after which the run stops."""
+    """Steps in a row with a NaN or infinite reward, log-prob, h, loss or gradient that stop the run."""
     logprob_gap: Positive = 0.5
     """Mean gap between the engine's and the learner's log-probs of a step, in nats per token, above which
     the engine cannot hold the learner's weights."""

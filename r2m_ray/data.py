@@ -14,13 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from r2m_ray.config import Overlong, TaskConfig
 from r2m_ray.errors import InputError
+from r2m_ray.escape import printable
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.problems import shown
 from r2m_ray.roles import Prompt
-from r2m_ray.rows import read_rows
+from r2m_ray.rows import BadRow, read_rows
 
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that no tokenizer, or no UTF-8 file, can hold."""
+REFUSED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
+"""Characters that no text of any language needs: controls but tab and line ends, halves of surrogate pairs,
+and the two overrides that show letters in another order than they are read in. The marks, embeddings and
+isolates of right-to-left languages stay; whatever is printed is escaped in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +72,31 @@ def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preference
     """Read every pair of a source.
 
     split: of a `datasets` id that names none. Pairs whose responses are the same text are dropped and
-    counted. Raises InputError naming file, line and field of a row that is not a preference pair.
+    counted, and so are up to ``task.skip_bad_rows`` rows that are no preference pairs. Raises InputError
+    naming file, line and field of the next such row.
     """
     fields = (task.prompt_field, task.chosen_field, task.rejected_field)
-    placed = [(where, _pair(where, row, fields)) for where, row in read_rows(source, split)]
-    if not placed:
-        raise InputError(f"{source}: no rows; give a file or dataset with preference pairs")
-    places, pairs = zip(*placed, strict=True)
-    found = Preferences(source=source, rows=len(pairs), pairs=pairs, places=places, dropped={})
+    places: list[str] = []
+    pairs: list[PreferencePair] = []
+    skipped = 0
+    for where, row in read_rows(source, split):
+        pair = _pair(row, fields)
+        if isinstance(pair, PreferencePair):
+            places.append(where)
+            pairs.append(pair)
+        elif skipped < task.skip_bad_rows:
+            skipped += 1
+        else:
+            raise InputError(f"{where}: {pair.reason}; {_skipping(skipped)}")
+    if not places and not skipped:
+        raise InputError(f"{printable(source)}: no rows; give a file or dataset with preference pairs")
+    found = Preferences(
+        source=printable(source),
+        rows=len(pairs) + skipped,
+        pairs=tuple(pairs),
+        places=tuple(places),
+        dropped={"bad rows": skipped} if skipped else {},
+    )
     return found.keep(["equal responses" if pair.chosen == pair.rejected else None for pair in pairs])
 
 
@@ -182,23 +202,44 @@ def _digest(prompts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _pair(where: str, row: Any, fields: tuple[str, str, str]) -> PreferencePair:
+def _pair(row: Any, fields: tuple[str, str, str]) -> PreferencePair | BadRow:
+    if isinstance(row, BadRow):
+        return row
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a JSON object with {', '.join(fields)} is needed, not {shown(row)}")
-    prompt, chosen, rejected = (_text(where, row, field) for field in fields)
+        return BadRow(f"a JSON object with {', '.join(fields)} is needed, not {_described(row)}")
+    texts: list[str] = []
+    for field in fields:
+        text = _text(row, field)
+        if isinstance(text, BadRow):
+            return text
+        texts.append(text)
+    prompt, chosen, rejected = texts
     return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def _text(where: str, row: Mapping[str, Any], field: str) -> str:
+def _text(row: Mapping[str, Any], field: str) -> str | BadRow:
     if field not in row:
-        known = ", ".join(map(str, row))
-        raise InputError(f"{where}: no field {field!r} among {known}; set task.prompt_field and its kin")
+        known = shown(", ".join(map(str, row)))
+        return BadRow(f"no field {field!r} among {known} (task.prompt_field and its kin name the fields)")
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         # A conversation: its last turn is the response.
         value = value[-1].get("content")
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: field {field!r} must be a text that is not empty, not {shown(value)}")
-    if UNWRITABLE.search(value):
-        raise InputError(f"{where}: field {field!r} has a NUL or half of a surrogate pair; remove it")
+        return BadRow(f"field {field!r} must be a text that is not empty, not {_described(value)}")
+    if refused := REFUSED.search(value):
+        return BadRow(f"field {field!r} has the character {printable(refused.group())}")
     return value
+
+
+def _described(value: Any) -> str:
+    """A value in a message; only the kind of one that may be nested."""
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "white space"}
+    return kinds.get(type(value)) or shown(value)
+
+
+def _skipping(skipped: int) -> str:
+    """What can be done about one bad row more than the ``skipped`` ones."""
+    if skipped:
+        return f"{skipped} bad rows before it were skipped, as many as task.skip_bad_rows allows"
+    return "repair it, or skip and count up to N such rows by task.skip_bad_rows=N"

@@ -22,6 +22,7 @@ from r2m_ray.data import PromptStream
 from r2m_ray.evaluate import Evaluator
 from r2m_ray.recorder import Recorder
 from r2m_ray.roles import Roles, Shards, sample_plans
+from r2m_ray.stop import StopRequest
 
 
 async def train(
@@ -31,6 +32,7 @@ async def train(
     checkpoints: Checkpoints,
     evaluator: Evaluator,
     record: Recorder,
+    stop: StopRequest,
 ) -> None:
     """Run R2M (Algorithm 1). One loop body is one training step t."""
     algo, rollout, policy, reward = config.algo, roles.rollout, roles.policy, roles.reward
@@ -42,6 +44,7 @@ async def train(
         await evaluator.evaluate(0)
 
     for t in range(start + 1, algo.steps + 1):
+        stop.check()
         w = omega_at(config, t)  # Eq. 4
 
         with record.phase("sample"):  # Trajectory Sampling
@@ -54,6 +57,7 @@ async def train(
                 roles.reference.logprobs(trajectories),
             )
             advantage = await advantages(algo, trajectories, annotation, reference)  # Eq. 1
+            await record.look(t, trajectories, hidden, annotation)
 
         with record.phase("policy"):  # Policy Optimization, Eq. 2: k epochs; the last one refreshes h
             policy_stats, hidden = await policy.update(trajectories, advantage, reference, hidden)
@@ -63,12 +67,11 @@ async def train(
                 reward.update(hidden, annotation, omega=w, step=t), roles.sync(version=t)
             )
 
-        await record.step(
-            t, w, trajectories, hidden, annotation, advantage, policy_stats, reward_stats, sync_stats
-        )
+        await record.step(t, w, trajectories, annotation, advantage, policy_stats, reward_stats, sync_stats)
         if t == algo.steps or (config.evaluate.every and t % config.evaluate.every == 0):
             await evaluator.evaluate(t)
-        if t == algo.steps or (config.checkpoint.every and t % config.checkpoint.every == 0):
+        due = config.checkpoint.every and t % config.checkpoint.every == 0
+        if t == algo.steps or due or stop.requested:
             with record.phase("checkpoint"):
                 await checkpoints.save(t, roles, prompts)
 

@@ -35,9 +35,9 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
-        "accelerators": _accelerators(),
+        "accelerators": accelerators(),
         "commit": _commit(),
         "packages": versions(),
     }
@@ -54,14 +54,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def usable_cores() -> int:
+    """Cores that this process may run on; all of the machine's where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _accelerators() -> list[str]:
+def accelerators() -> list[str]:
     """Name of each accelerator here, from the driver's files: asking torch would allocate memory on each."""
     reports = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     names = [
@@ -74,6 +72,13 @@ def _accelerators() -> list[str]:
         return names
     kind = torch.accelerator.current_accelerator()
     return [str(kind)] * torch.accelerator.device_count()
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

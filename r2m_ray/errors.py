@@ -19,3 +19,27 @@ class RunError(Exception):
     """
 
     exit_code = 3
+
+
+class ActorLost(RunError):
+    """Actors died, or did not answer before a deadline; what they were doing can be done again by others.
+
+    actors: their names, such as ``rollout-0``.
+    """
+
+    def __init__(self, message: str, actors: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.actors = actors
+
+    def __reduce__(self) -> tuple[type[ActorLost], tuple[str, tuple[str, ...]]]:
+        return ActorLost, (str(self), self.actors)
+
+    def concerns(self, role: str) -> bool:
+        """Whether all of them play this role."""
+        return bool(self.actors) and all(name.rpartition("-")[0] == role for name in self.actors)
+
+
+class Preempted(Exception):
+    """The run was told to stop, and kept its last commit; exit code 75."""
+
+    exit_code = 75

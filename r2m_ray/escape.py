@@ -12,7 +12,9 @@ import unicodedata
 from collections.abc import Sequence
 
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-_SECRET_NAME = re.compile(r"(?i)(api[_-]?key|token|secret|passw(or)?d|credentials?)$")
+_SECRET_NAME = re.compile(
+    r"(?i)((api|access|secret|private)[_-]?key|token|secret|passw(or)?d|passphrase|credentials?)$"
+)
 _ASSIGNMENT = re.compile(r"""([\w.+-]+)([ \t]*[=:][ \t]*)("[^"]*"|'[^']*'|[^\s,}]+)""")
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]+@")
 _SHORTEST_SECRET = 8
@@ -33,10 +35,15 @@ def printable(text: str, *, lines: bool = False) -> str:
     )
 
 
+def names_secret(name: str) -> bool:
+    """Whether a setting or an environment variable of this name usually holds a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def redacted(text: str) -> str:
     """``text`` without the values of secret-looking settings, environment variables and URL logins."""
     for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
+        if names_secret(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub(f"{HIDDEN}@", text)
     return _ASSIGNMENT.sub(_hide_secret, text)
@@ -46,7 +53,7 @@ def redacted_command(arguments: Sequence[str]) -> list[str]:
     """A command line without its secrets, those that follow a flag (``--api-key …``) included."""
     before = ["", *arguments]
     return [
-        HIDDEN if flag.startswith("-") and _SECRET_NAME.search(flag) else redacted(argument)
+        HIDDEN if flag.startswith("-") and names_secret(flag) else redacted(argument)
         for flag, argument in zip(before, arguments, strict=False)
     ]
 
@@ -60,4 +67,4 @@ def _spelled(character: str) -> str:
 
 def _hide_secret(match: re.Match[str]) -> str:
     name, separator, _ = match.groups()
-    return f"{name}{separator}{HIDDEN}" if _SECRET_NAME.search(name) else match.group()
+    return f"{name}{separator}{HIDDEN}" if names_secret(name) else match.group()

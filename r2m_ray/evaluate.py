@@ -1,7 +1,10 @@
 """Evaluation on fixed held-out prompts and preference pairs, by the same roles that train.
 
 The same prompts and the same sampling seeds every time, so a curve shows the policy and not the
-draw. The reward model is read at ω(T), the weight it ends the run with.
+draw. The reward model is read at ω(T), the weight it ends the run with. ``kl_sequence`` and
+``kl_token`` are of the distribution that was sampled: both policies at ``algo.temperature``, π by the
+rollout engine. A training step's ``policy/kl_…`` are by the learner and at temperature 1; the two are
+the same quantity where ``algo.temperature`` is 1. Averages are over what is finite.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from r2m_ray.batch import Annotation, Trajectories, pack_rows
 from r2m_ray.config import Config
 from r2m_ray.core.kl import row_kl
 from r2m_ray.data import PreferencePair
-from r2m_ray.metrics import mean
+from r2m_ray.metrics import finite_mean, mean
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.recorder import Recorder
 from r2m_ray.roles import Prompt, Roles, SamplePlan
@@ -73,13 +76,16 @@ class Evaluator:
             ]
         )
         length_N = torch.cat([r.response_lengths for r in rows])
+        reward_N = torch.cat([n.reward_N for n in notes])
+        known_N = torch.isfinite(kl_N)
         metrics = {
-            "reward": mean(torch.cat([n.reward_N for n in notes]).tolist()),
-            "frozen_reward": mean(torch.cat([n.frozen_reward_N for n in notes]).tolist()),
-            "kl_sequence": mean(kl_N.tolist()),
-            "kl_token": float(kl_N.sum() / length_N.sum()),
-            "length": mean(length_N.tolist()),
-            "truncated_fraction": mean(torch.cat([r.truncated_N for r in rows]).float().tolist()),
+            "reward": finite_mean(reward_N),
+            "reward_nonfinite": float((~torch.isfinite(reward_N)).sum()),
+            "frozen_reward": finite_mean(torch.cat([n.frozen_reward_N for n in notes])),
+            "kl_sequence": finite_mean(kl_N),
+            "kl_token": float(kl_N[known_N].sum() / length_N[known_N].sum()),
+            "length": finite_mean(length_N),
+            "truncated_fraction": finite_mean(torch.cat([r.truncated_N for r in rows])),
         }
         gold = self._record.gold(rows)
         if gold is not None:

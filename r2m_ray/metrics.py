@@ -30,30 +30,47 @@ def step_metrics(
     advantage: Sequence[Tensor],
     omega: float,
     gold: Sequence[Mapping[str, float]] | None = None,
+    *,
+    greedy_first: bool = False,
 ) -> dict[str, float]:
     """Every number of a step that its records tell.
 
     The three sequences hold one record per shard; advantages are float [N of the shard]. ``gold`` holds
     one dictionary per row of the step: ``total``, and the parts it is made of. Standard deviations have
     ddof 0.
+
+    What is not finite is counted (``reward/nonfinite``: rows whose reward, own or frozen, is not;
+    ``hidden/nonfinite``: those of them that the frozen model scores well, so that their h is at fault) and
+    left out: rows of averages over rows, their groups of averages over groups. With ``greedy_first`` row 0 of
+    each group is ReMax's baseline: no sample, so averages over rows leave it out too, and
+    ``reward/greedy_mean`` tells its reward.
     """
     own_GK = _grouped([shard.reward_N for shard in annotation], annotation)
     frozen_GK = _grouped([shard.frozen_reward_N for shard in annotation], annotation)
     identity_GK = torch.cat([shard.response_id_N.view(-1, shard.layout.group_size) for shard in annotation])
-    length_N = torch.cat([shard.response_lengths for shard in trajectories]).double()
-    truncated_N = torch.cat([shard.truncated_N for shard in trajectories]).double()
+    finite_GK = torch.isfinite(own_GK) & torch.isfinite(frozen_GK)
+    sampled_GK = torch.ones_like(finite_GK)
+    sampled_GK[:, : int(greedy_first)] = False
     metrics = {
         "omega": omega,
         "tokens": float(sum(shard.layout.tokens for shard in trajectories)),
         "advantage/std": _std(torch.cat(list(advantage))),
-        "response/length_mean": float(length_N.mean()),
-        "response/length_max": float(length_N.max()),
-        "response/tokens": float(length_N.sum()),
-        "response/truncated_fraction": float(truncated_N.mean()),
+        "reward/nonfinite": float((~finite_GK).sum()),
+        "hidden/nonfinite": float((~torch.isfinite(own_GK) & torch.isfinite(frozen_GK)).sum()),
     }
-    metrics |= _reward_metrics(own_GK, frozen_GK, identity_GK)
+    if greedy_first:
+        metrics["reward/greedy_mean"] = finite_mean(own_GK[:, 0])
+    metrics |= _response_metrics(trajectories, sampled_GK.flatten())
+    metrics |= _row_metrics(own_GK[sampled_GK & finite_GK], frozen_GK[sampled_GK & finite_GK])
+    whole_G = finite_GK.all(1)
+    scores = own_GK[whole_G], frozen_GK[whole_G], identity_GK[whole_G]
+    metrics |= _group_metrics(*scores)
     if gold is not None:
-        metrics |= _gold_metrics(gold, own_GK, frozen_GK, identity_GK)
+        gold_GK = torch.tensor([row[GOLD_TOTAL] for row in gold], dtype=torch.float64).view_as(own_GK)
+        sampled = [row for row, counts in zip(gold, sampled_GK.flatten().tolist(), strict=True) if counts]
+        metrics |= {f"gold/{part}": mean(row[part] for row in sampled) for part in _parts(gold[0])}
+        metrics["gold/mean"] = finite_mean(gold_GK[sampled_GK])
+        metrics |= _gold_metrics(gold_GK[whole_G], *scores)
     return metrics
 
 
@@ -122,6 +139,12 @@ def mean(values: Iterable[float]) -> float:
     return sum(items) / len(items) if items else float("nan")
 
 
+def finite_mean(values: Tensor) -> float:
+    """Mean of the values that are finite, NaN of nothing."""
+    values = values.double()
+    return float(values[torch.isfinite(values)].mean())
+
+
 def group_correlation(left_GK: Tensor, right_GK: Tensor) -> Tensor:
     """Pearson correlation of two scores within each group, float64 [G]; NaN where either is constant."""
     left_GK, right_GK = _centred(left_GK), _centred(right_GK)
@@ -131,48 +154,65 @@ def group_correlation(left_GK: Tensor, right_GK: Tensor) -> Tensor:
     return torch.where(constant_G, torch.nan, covariance_G / (left_G * right_G))
 
 
-def _reward_metrics(own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor) -> dict[str, float]:
-    own_std, frozen_std = own_GK.std(1, correction=0).mean(), frozen_GK.std(1, correction=0).mean()
+def _response_metrics(trajectories: Sequence[Trajectories], sampled_N: Tensor) -> dict[str, float]:
+    length_N = torch.cat([shard.response_lengths for shard in trajectories]).double()
+    truncated_N = torch.cat([shard.truncated_N for shard in trajectories])
+    # One token that is no cut: the end token alone.
+    empty_N = (length_N == 1) & ~truncated_N
+    return {
+        "response/length_mean": finite_mean(length_N[sampled_N]),
+        "response/length_max": float(length_N[sampled_N].max()),
+        "response/tokens": float(length_N.sum()),
+        "response/truncated_fraction": finite_mean(truncated_N[sampled_N]),
+        "response/empty_fraction": finite_mean(empty_N[sampled_N]),
+    }
+
+
+def _row_metrics(own_N: Tensor, frozen_N: Tensor) -> dict[str, float]:
+    return {
+        "reward/mean": finite_mean(own_N),
+        "reward/std": _std(own_N),
+        "reward/frozen_mean": finite_mean(frozen_N),
+        "reward/frozen_std": _std(frozen_N),
+        "reward/frozen_gap": finite_mean(own_N - frozen_N),
+    }
+
+
+def _group_metrics(own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor) -> dict[str, float]:
+    own_std, frozen_std = _group_std(own_GK), _group_std(frozen_GK)
     entropy_G, spread_G = group_reward_entropy(own_GK)
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
     return {
-        "reward/mean": float(own_GK.mean()),
-        "reward/std": _std(own_GK),
-        "reward/frozen_mean": float(frozen_GK.mean()),
-        "reward/frozen_std": _std(frozen_GK),
-        "reward/frozen_gap": float((own_GK - frozen_GK).mean()),
-        "reward/frozen_correlation": _mean(group_correlation(own_GK, frozen_GK)),
+        "reward/frozen_correlation": finite_mean(group_correlation(own_GK, frozen_GK)),
         "reward/group_std": float(own_std),
         "reward/frozen_group_std": float(frozen_std),
         # Both floors keep the ratio positive and finite, so it can be drawn on a logarithmic axis.
         "reward/scale_ratio": float(own_std.clamp(min=SMALLEST_STD) / frozen_std.clamp(min=SMALLEST_STD)),
-        "reward/group_entropy": _mean(entropy_G[spread_G]),
-        "reward/pair_flip_rate": _mean((_difference(frozen_GK, winner_G, loser_G) < 0)[pair_G]),
-        "reward/zero_std_groups": float((~spread_G).sum()),
+        "reward/group_entropy": finite_mean(entropy_G[spread_G]),
+        "reward/pair_flip_rate": finite_mean((_difference(frozen_GK, winner_G, loser_G) < 0)[pair_G]),
+        "reward/zero_std_groups": finite_mean(~spread_G),
     }
 
 
 def _gold_metrics(
-    gold: Sequence[Mapping[str, float]], own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor
+    gold_GK: Tensor, own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor
 ) -> dict[str, float]:
-    gold_GK = torch.tensor([row[GOLD_TOTAL] for row in gold], dtype=torch.float64).view_as(own_GK)
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
     difference_G = _difference(gold_GK, winner_G, loser_G)
-    metrics = {
-        "gold/mean": float(gold_GK.mean()),
-        "gold/group_std": float(gold_GK.std(1, correction=0).mean()),
-        "gold/correlation": _mean(group_correlation(own_GK, gold_GK)),
-        "gold/frozen_correlation": _mean(group_correlation(frozen_GK, gold_GK)),
-        "gold/pair_precision": _mean((difference_G > 0)[pair_G & (difference_G != 0)]),
+    return {
+        "gold/group_std": float(_group_std(gold_GK)),
+        "gold/correlation": finite_mean(group_correlation(own_GK, gold_GK)),
+        "gold/frozen_correlation": finite_mean(group_correlation(frozen_GK, gold_GK)),
+        "gold/pair_precision": finite_mean((difference_G > 0)[pair_G & (difference_G != 0)]),
     }
-    return metrics | {f"gold/{part}": mean(row[part] for row in gold) for part in _parts(gold[0])}
 
 
 def _pair_roles(notes: Annotation) -> list[str]:
     size = notes.layout.group_size
-    winner_G, loser_G, pair_G = group_pairs(notes.reward_N.view(-1, size), notes.response_id_N.view(-1, size))
+    reward_GK = notes.reward_N.view(-1, size)
+    winner_G, loser_G, pair_G = group_pairs(reward_GK, notes.response_id_N.view(-1, size))
     roles = ["none"] * notes.layout.rows
-    for group in pair_G.nonzero()[:, 0].tolist():
+    for group in (pair_G & torch.isfinite(reward_GK).all(1)).nonzero()[:, 0].tolist():
         roles[group * size + int(winner_G[group])] = "winner"
         roles[group * size + int(loser_G[group])] = "loser"
     return roles
@@ -196,11 +236,12 @@ def _centred(score_GK: Tensor) -> Tensor:
     return score_GK.double() - score_GK.double().mean(1, keepdim=True)
 
 
-def _mean(values: Tensor) -> float:
-    """Mean of the values that are defined, NaN of nothing."""
-    values = values.double()
-    return float(values[~values.isnan()].mean())
-
-
 def _std(values: Tensor) -> float:
-    return float(values.double().std(correction=0))
+    """Standard deviation of the values that are finite, NaN of nothing."""
+    values = values.double()
+    return float(_centred(values[None, torch.isfinite(values)]).square().mean().sqrt())
+
+
+def _group_std(score_GK: Tensor) -> Tensor:
+    """Mean over groups of each group's standard deviation, NaN of none; torch's own warns of none."""
+    return _centred(score_GK).square().mean(1).sqrt().mean()

@@ -1,22 +1,28 @@
 """What a Hugging Face model directory tells before anything loads it: JSON files and weight headers.
 
-Nothing here imports torch or unpickles; a directory is judged in milliseconds.
+Nothing here imports torch or unpickles, and no code of a model is run. A directory is judged in milliseconds,
+or at the speed of the disk where its weights are few enough to be read for NaN.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from r2m_ray.problems import Problem
+from r2m_ray.weight_files import SCANNED_BYTES, damage, nonfinite_tensor, stored_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+LARGEST_JSON = 256 * 2**20
+"""Bytes; a tokenizer of a quarter of a million words has 40 MiB."""
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_LABELS = 2
 """transformers leaves `id2label` out of config.json where a model has its default of two labels."""
@@ -69,11 +75,19 @@ class ModelFiles:
         size = sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
         return size // (2 if dtype in ("bfloat16", "float16") else 4)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether its tokenizer renders prompt and response as turns of a chat."""
+        settings = read_json(self.directory / "tokenizer_config.json")
+        stated = isinstance(settings, Mapping) and bool(settings.get("chat_template"))
+        return stated or any((self.directory / name).is_file() for name in TEMPLATE_FILES)
+
     def problems(self) -> Iterator[Problem]:
         """What is wrong with weights and tokenizer, whatever the model's role."""
         yield from self._weight_problems()
         yield from self._tokenizer_problems()
-        if "auto_map" in self.config and not self.architecture:
+        is_own = self.architecture and _is_known(self.config.get("model_type"))
+        if "auto_map" in self.config and not is_own:
             message = "needs code of its own (auto_map), which is never run; use a model transformers knows"
             yield self.problem("config.json", message)
 
@@ -102,10 +116,20 @@ class ModelFiles:
         elif not (self.directory / WEIGHTS).is_file():
             yield self._no_weights()
             return
-        for name in sorted(files):
-            fault = _damage(self.directory / name)
+        faults = {name: _shard_damage(self.directory, name) for name in sorted(files)}
+        for name, fault in faults.items():
             if fault:
                 yield self.problem(name, f"{fault}; copy the file again")
+        if not any(faults.values()):
+            yield from self._nonfinite([self.directory / name for name in faults])
+
+    def _nonfinite(self, files: Sequence[Path]) -> Iterator[Problem]:
+        if sum(file.stat().st_size for file in files) > SCANNED_BYTES:
+            return
+        for file in files:
+            if tensor := nonfinite_tensor(file):
+                message = f"{tensor} holds NaN or infinity; use weights from before it diverged"
+                yield self.problem(file.name, message)
 
     def _no_weights(self) -> Problem:
         pickles = sorted(file.name for pattern in PICKLES for file in self.directory.glob(pattern))
@@ -134,6 +158,19 @@ class ModelFiles:
                 f"has ids up to {ids - 1}, but vocab_size is {self.vocabulary} in config.json; use its own "
                 "tokenizer, or resize the embedding",
             )
+        else:
+            yield from self._embedding_problems(ids)
+
+    def _embedding_problems(self, ids: int) -> Iterator[Problem]:
+        """Whether the stored embedding has a row for each id, whatever config.json says."""
+        for file in sorted(self.directory.glob("*.safetensors")):
+            for tensor in [] if damage(file) else stored_tensors(file):
+                if tensor.name.endswith(EMBEDDINGS) and tensor.shape and tensor.shape[0] < ids:
+                    yield self.problem(
+                        "tokenizer.json",
+                        f"has ids up to {ids - 1}, but {tensor.name} in {file.name} has {tensor.shape[0]} "
+                        "rows; use the model's own tokenizer",
+                    )
 
 
 def open_model(field: str, directory: Path) -> ModelFiles | Problem:
@@ -153,30 +190,33 @@ def open_model(field: str, directory: Path) -> ModelFiles | Problem:
     return ModelFiles(field, directory, content)
 
 
+def chat_problems(policy: ModelFiles, reward: ModelFiles) -> Iterator[Problem]:
+    """A warning where one of the two reads the turns of a chat and the other bare text; both are legal."""
+    if policy.has_chat_template is not reward.has_chat_template:
+        bare, chat = (policy, reward) if reward.has_chat_template else (reward, policy)
+        yield bare.problem(
+            "tokenizer_config.json",
+            f"has no chat_template, so it reads prompt and response end to end, while {chat.field} reads "
+            "turns of a chat; if that is not meant, save the tokenizer with its chat_template",
+            warning=True,
+        )
+
+
 def read_json(file: Path) -> object:
     """The content of a JSON file; None where it cannot be read."""
     try:
+        if file.stat().st_size > LARGEST_JSON:
+            return None
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def _damage(file: Path) -> str | None:
-    """What is wrong with a safetensors file by its header and size; None if nothing."""
-    if not file.is_file():
-        return "missing"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        if size < 8 or header_size > size - 8:
-            return f"cut off: {size} bytes end inside its header"
-        try:
-            header = json.loads(stream.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-            return "its header is not that of a safetensors file"
-    expected = 8 + header_size + max(ends, default=0)
-    return None if size == expected else f"{size} bytes where its header says {expected}"
+def _shard_damage(directory: Path, name: str) -> str | None:
+    """What is wrong with a weight file that an index names; None if nothing."""
+    if Path(name).name != name:
+        return "lies outside the model directory"
+    return damage(directory / name)
 
 
 def _token_ids(file: Path) -> int | None:
@@ -184,7 +224,17 @@ def _token_ids(file: Path) -> int | None:
     content = read_json(file)
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         return None
-    entries = content["model"].get("vocab", ())
-    ids = [len(entries) - 1] if isinstance(entries, list) else list(dict(entries).values())
-    ids += [token["id"] for token in content.get("added_tokens", ())]
-    return max(ids, default=-1) + 1
+    try:
+        entries = content["model"].get("vocab", ())
+        ids = [len(entries) - 1] if isinstance(entries, list) else list(dict(entries).values())
+        ids += [token["id"] for token in content.get("added_tokens", ())]
+        return int(max(ids, default=-1)) + 1
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def _is_known(model_type: object) -> bool:
+    """Whether transformers has a model of this type among its own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES

@@ -13,11 +13,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.config import PREPARED, Config, Dtype, TaskName
 from r2m_ray.errors import InputError
-from r2m_ray.model_files import ModelFiles, local_directory, open_model
+from r2m_ray.exposure import exposure_problems
+from r2m_ray.model_files import ModelFiles, chat_problems, local_directory, open_model
 from r2m_ray.models.deepspeed_config import deepspeed_config
 from r2m_ray.problems import Problem
+from r2m_ray.resume_guard import resume_problems
+from r2m_ray.run_lock import LOCK_FILE
 
 DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\S+)?")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip")
@@ -28,13 +32,20 @@ LEAST_FREE_BYTES = 256 * 2**20
 
 
 def preflight(config: Config) -> list[Problem]:
-    """Every problem of a training run that can be seen from here, warnings included."""
-    return [
+    """Every problem of a training run that can be seen from here, warnings included.
+
+    Raises RunError where a run to be resumed has checkpoints and none is valid.
+    """
+    problems = [
         *model_problems(config),
         *engine_problems(config),
         *data_problems(config),
         *run_problems(config),
+        *exposure_problems(config.cluster),
     ]
+    if config.run.resume and all(problem.warning for problem in problems):
+        problems += resume_problems(config)
+    return problems
 
 
 def model_problems(config: Config) -> list[Problem]:
@@ -56,6 +67,8 @@ def model_problems(config: Config) -> list[Problem]:
         if config.task.name is TaskName.preferences or config.task.reward_reads_prompt:
             # Its tokenizer is another one, so these are not the very tokens it will read.
             problems += _length(reward, config, warning=True)
+    if policy and reward and config.task.name is TaskName.preferences:
+        problems += chat_problems(policy, reward)
     if reference := models.get("model.reference"):
         problems += _causal(reference)
         problems += _length(reference, config)
@@ -91,7 +104,7 @@ def run_problems(config: Config) -> list[Problem]:
         return [
             Problem("run.name", f"{directory} leads outside {root}; remove that link or choose another name")
         ]
-    used = directory.is_dir() and any(directory.iterdir())
+    used = directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir())
     if used and not config.run.resume:
         message = f"{directory}: holds a run; continue it with run.resume=true, or choose another run.name"
         return [Problem("run.name", message)]
@@ -192,7 +205,9 @@ def _disk(existing: Path, config: Config) -> Iterator[Problem]:
     policy = open_model("model.policy", directory) if directory else None
     if isinstance(policy, ModelFiles):
         each = OPTIMIZER_BYTES + (2 if config.model.dtype is Dtype.bfloat16 else 4)
-        needed += (config.checkpoint.keep + 1) * policy.parameters * each
+        kept = Path(config.run.root) / config.run.name / CHECKPOINTS
+        there = len(Checkpoints(kept, keep=config.checkpoint.keep).committed())
+        needed += max(1, config.checkpoint.keep + 1 - there) * policy.parameters * each
     free = shutil.disk_usage(existing).free
     if free < needed:
         yield Problem(

@@ -29,10 +29,11 @@ class Problem:
 
 
 def shown(value: object) -> str:
-    """A value as a user would type it, cut where it is long."""
+    """A value as a user would type it, on one line: escaped, and cut where it is long."""
     text = "null" if value is None else str(value)
     text = text.lower() if isinstance(value, bool) else text
-    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}… ({len(text)} characters)"
+    cut = text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}… ({len(text)} characters)"
+    return printable(cut)
 
 
 def hint(word: str, known: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r2m_ray.batch import Annotation, Hidden, Trajectories
-from r2m_ray.config import Config
+from r2m_ray.config import Advantage, Config
+from r2m_ray.guards import Guards
 from r2m_ray.metrics import merge_stats, rollout_records, step_metrics
 from r2m_ray.roles import Reward, Shards, Stats
 from r2m_ray.tasks import GoldScorer
@@ -49,7 +50,7 @@ class Unlogged:
 
 
 class Recorder:
-    """Reads a step's records once, scores them by gold where the task knows it, and logs them.
+    """Reads a step's records, scores them by gold where the task knows it, logs them, and guards the run.
 
     tokenizer: the policy's, for the words beside the head's attention weights.
     """
@@ -68,38 +69,59 @@ class Recorder:
         self._reward = reward
         self._tokenizer = tokenizer
         self._gold = gold
+        self._guards = Guards(config.guard)
+        self._words: dict[int, list[tuple[str, float]]] = {}
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step``, which the run is about to compute again."""
         self._log.rewind(step)
+        self._guards.rewind()
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a phase of the step, and show that it is running."""
         return self._log.phase(name)
+
+    async def look(
+        self,
+        step: int,
+        trajectories: Shards[Trajectories],
+        hidden: Shards[Hidden],
+        annotation: Shards[Annotation],
+    ) -> None:
+        """Look at what a step is about to learn from, before it does.
+
+        Keeps the attention that the first rows' rewards came from: the head's before its update, on the h of
+        the annotation. Raises RunError for rows that stale weights sampled.
+        """
+        rows = [await shard for shard in trajectories]
+        self._guards.versions(step, rows)
+        self._words = await self._attended_words(rows, hidden, annotation)
 
     async def step(
         self,
         step: int,
         omega: float,
         trajectories: Shards[Trajectories],
-        hidden: Shards[Hidden],
         annotation: Shards[Annotation],
         advantage: Sequence[Tensor],
         policy: Stats,
         reward: Stats,
         sync: Stats,
     ) -> None:
-        """Log one training step: its metrics and its first rows."""
+        """Log one training step, its metrics and its first rows; RunError where a guard stops the run."""
         rows = [await shard for shard in trajectories]
         notes = [await shard for shard in annotation]
         gold = self.gold(rows)
-        metrics = step_metrics(rows, notes, advantage, omega, gold)
+        greedy_first = self._config.algo.advantage is Advantage.remax
+        metrics = step_metrics(rows, notes, advantage, omega, gold, greedy_first=greedy_first)
         for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
             metrics |= merge_stats(prefix, stats)
         limit = self._config.logging.rollouts_per_step
-        attention = await self._attended_words(rows, hidden, annotation, limit)
-        records = rollout_records(step, rows, notes, advantage, omega, gold, limit=limit, attention=attention)
+        records = rollout_records(
+            step, rows, notes, advantage, omega, gold, limit=limit, attention=self._words
+        )
         self._log.step(step, metrics, records)
+        self._guards.numbers(step, metrics, rows, notes)
 
     def evaluation(self, step: int, metrics: Stats) -> None:
         self._log.evaluation(step, metrics)
@@ -121,9 +143,9 @@ class Recorder:
         shards: Sequence[Trajectories],
         hidden: Shards[Hidden],
         annotation: Shards[Annotation],
-        limit: int,
     ) -> dict[int, list[tuple[str, float]]]:
-        """Each input token of the step's first ``limit`` rows, with the weight that the head gives it."""
+        """Each input token of the step's first rows, with the weight that the head gives it."""
+        limit = self._config.logging.rollouts_per_step
         words: dict[int, list[tuple[str, float]]] = {}
         if not self._config.uses_feedback:
             return words

@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -22,6 +23,7 @@ from r2m_ray.config import Config, WandbMode
 from r2m_ray.environment import environment
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.escape import redacted
+from r2m_ray.faults import reach
 from r2m_ray.progress import EVALUATION_HEADLINES, PhaseClock, headlines, number, progress
 from r2m_ray.run_files import (
     CONFIG_FILE,
@@ -49,6 +51,8 @@ class RunLog:
         self._yaml = redacted(resolved_yaml)
         self._console = console or Console(stderr=True)
         self._clock = PhaseClock()
+        self.finished = 0
+        """The furthest step that was logged since this start."""
         if (directory / METRICS_FILE).exists() and not config.run.resume:
             raise InputError(
                 f"{directory}: a run was already written here. "
@@ -83,6 +87,7 @@ class RunLog:
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a phase of the step and show that it is running; phases may overlap."""
+        reach(name, self.finished + 1)
         return self._clock.phase(name)
 
     def step(
@@ -97,6 +102,7 @@ class RunLog:
         metrics = {**metrics, **self._clock.collect(), "memory/driver": resident}
         self._rollouts.append(rollouts)
         self._write({"step": step, "kind": "step"}, metrics, metrics)
+        self.finished = max(self.finished, step)
         self._progress.step(step, metrics)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -127,6 +133,7 @@ class RunLog:
             if path.exists():
                 known = json.loads(path.read_text())
                 run_id, starts = str(known["run_id"]), list(known["starts"])
+            self._keep_former_config()
         except OSError as error:
             raise RunError(f"{path}: cannot use this run directory: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -136,6 +143,14 @@ class RunLog:
         )
         replace_file(self.directory / CONFIG_FILE, self._yaml)
         return run_id
+
+    def _keep_former_config(self) -> None:
+        """Copy the configuration of the last start to ``config-<n>.yaml``, unless this start has the same."""
+        former = self.directory / CONFIG_FILE
+        if not former.exists() or former.read_bytes() == self._yaml.encode():
+            return
+        copies = (former.with_name(f"{former.stem}-{n}{former.suffix}") for n in count(1))
+        replace_file(next(copy for copy in copies if not copy.exists()), former.read_text())
 
     def _mirror(self, run_id: str) -> WandbMirror:
         return WandbMirror(

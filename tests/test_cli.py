@@ -13,7 +13,7 @@ import pytest
 
 from r2m_ray import __version__
 from r2m_ray.__main__ import COMMANDS, main
-from r2m_ray.cli import prepare, train
+from r2m_ray.cli import plan, prepare, train
 from r2m_ray.cli.arguments import run_jobs
 from r2m_ray.compose import groups
 from r2m_ray.config import Config
@@ -56,11 +56,11 @@ def test_training_help_lists_every_option(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^  r2m-ray (.+)$", train.EXAMPLES + prepare.EXAMPLES, re.MULTILINE)
+    "line", re.findall(r"^  r2m-ray (.+)$", train.EXAMPLES + prepare.EXAMPLES + plan.EXAMPLES, re.MULTILINE)
 )
 def test_documented_command_lines_compose(line: str) -> None:
     arguments = shlex.split(line)
-    jobs = sweep([argument for argument in arguments[1:] if argument != "--multirun"])
+    jobs = sweep([argument for argument in arguments[1:] if not argument.startswith("--")])
     several = {"train": 4, "prepare": 2}
     assert len(jobs) == (several[arguments[0]] if "--multirun" in arguments else 1)
 
@@ -70,7 +70,7 @@ def test_documented_command_lines_compose(line: str) -> None:
     [
         (
             ["trian"],
-            "trian: no such command; there are prepare, train, evaluate, report. Did you mean train?",
+            f"trian: no such command; there are {', '.join(COMMANDS)}. Did you mean train?",
         ),
         (["train", "algo.stepz=3"], "Did you mean algo.steps?"),
         (["train", "reward=vanilla,r2m"], "add --multirun"),

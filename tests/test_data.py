@@ -102,10 +102,16 @@ def test_the_digest_of_a_source_follows_its_content(tmp_path: Path) -> None:
         ('{"prompt": "p", "chosen": "c"}', r":2: no field 'rejected' among prompt, chosen"),
         ('{"prompt": "p", "chosen": 3, "rejected": "r"}', r":2: field 'chosen' must be a text"),
         ('{"prompt": " ", "chosen": "c", "rejected": "r"}', r":2: field 'prompt' must be a text"),
-        ('{"prompt": "a\\u0000", "chosen": "c", "rejected": "r"}', r":2: field 'prompt' has a NUL"),
-        ('{"prompt": "a\\ud800", "chosen": "c", "rejected": "r"}', r":2: .*surrogate"),
+        (
+            '{"prompt": "a\\u0000", "chosen": "c", "rejected": "r"}',
+            r":2: field 'prompt' has the character \\x00",
+        ),
+        (
+            '{"prompt": "a\\ud800", "chosen": "c", "rejected": "r"}',
+            r":2: field 'prompt' has the character \\ud800",
+        ),
         ('{"prompt": "p", "chosen": NaN, "rejected": "r"}', r":2: .*NaN is not JSON"),
-        ('{"prompt": "p", "prompt": "q", "rejected": "r"}', r":2: .*key 'prompt' is there twice"),
+        ('{"prompt": "p", "prompt": "q", "rejected": "r"}', r":2: .*key prompt is there twice"),
         ("[" * 20000, r":2: nested too deeply"),
     ],
 )
@@ -136,7 +142,7 @@ def test_a_source_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -
         line: "line.jsonl:1: longer than",
         table: "table.parquet: not a Parquet file",
         tmp_path: "a directory",
-        tmp_path / "absent": "neither a file nor a dataset",
+        tmp_path / "absent": "neither a file nor the id of a dataset",
     }
     for path, message in reasons.items():
         with pytest.raises(InputError, match=message):

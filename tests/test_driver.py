@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2m_ray.batch import Annotation, Hidden, ReferenceLogprobs, Trajectories, pack_rows
+from r2m_ray.batch import Annotation, ReferenceLogprobs, Trajectories, pack_rows
 from r2m_ray.config import AlgoConfig, Config, KLEstimator, KLPlace, OmegaSchedule, RewardConfig
 from r2m_ray.driver import advantages, omega_at, train
+from r2m_ray.errors import Preempted
 from r2m_ray.roles import Prompt, Roles, SamplePlan, sample_plans
 
 K = 2
@@ -54,6 +55,8 @@ class World:
         self.records: list[tuple[Any, ...]] = []
         self.saved: list[int] = []
         self.evaluated: list[int] = []
+        self.stop_after: int | None = None
+        self.stop: Any = self
 
     async def sample(self, plans: Sequence[SamplePlan]) -> Any:
         self.calls.append(("sample", self.version, [p.index for plan in plans for p in plan.prompts]))
@@ -105,6 +108,17 @@ class World:
     async def step(self, *args: Any) -> None:
         self.records.append(args)
 
+    async def look(self, *args: Any) -> None:
+        self.calls.append(("look", args[0]))
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.records) and self.records[-1][0] == self.stop_after
+
+    def check(self) -> None:
+        if self.requested:
+            raise Preempted("stopped")
+
     def roles(self) -> Roles:
         return Roles(
             rollout=SimpleNamespace(sample=self.sample),
@@ -125,8 +139,9 @@ class Stream:
         return tuple(Prompt(index=i, text=f"p{i}") for i in range(start, start + n))
 
 
-def run(config: Config, *, start: int = 0) -> World:
+def run(config: Config, *, start: int = 0, stop_after: int | None = None) -> World:
     world = World()
+    world.stop_after = stop_after
 
     async def restore(roles: Roles, prompts: Any) -> int:
         return start
@@ -142,7 +157,8 @@ def run(config: Config, *, start: int = 0) -> World:
     evaluator: Any = SimpleNamespace(evaluate=evaluate)
     stream: Any = Stream()
     record: Any = world
-    asyncio.run(train(config, world.roles(), stream, checkpoints, evaluator, record))
+    with nullcontext() if stop_after is None else pytest.raises(Preempted):
+        asyncio.run(train(config, world.roles(), stream, checkpoints, evaluator, record, world.stop))
     return world
 
 
@@ -212,6 +228,13 @@ def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last(config:
     assert world.saved == [2, 3]
 
 
+def test_told_to_stop_a_run_saves_the_step_it_is_in_and_starts_no_other(config: Config) -> None:
+    config.algo.steps, config.checkpoint.every = 6, 4
+    world = run(config, stop_after=2)
+    assert [record[0] for record in world.records] == [1, 2]
+    assert world.saved == [2]
+
+
 def test_kl_in_the_reward_is_charged_before_the_advantage() -> None:
     algo = AlgoConfig(
         responses_per_prompt=2, kl_place=KLPlace.reward, kl_weight=0.5, kl_estimator=KLEstimator.k1
@@ -241,12 +264,3 @@ def test_shards_cut_the_step_into_whole_groups(config: Config) -> None:
     plans = sample_plans(config, prompts, step=7)
     assert [[p.index for p in plan.prompts] for plan in plans] == [[0, 1], [2, 3], [4]]
     assert {plan.step for plan in plans} == {7}
-
-
-def test_hidden_of_no_feedback_has_width_zero() -> None:
-    plan = SamplePlan(
-        prompts=(Prompt(index=0, text="p"),), group_size=2, step=1, seed=0, temperature=1.0, max_new_tokens=2
-    )
-    layout = rows(plan, 0).layout
-    hidden = Hidden(layout=layout, hidden_TP=torch.empty(layout.tokens, 0))
-    assert (layout.tokens, hidden.hidden_TP.numel()) == (6, 0)

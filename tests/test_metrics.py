@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_step_metrics_equal_the_hand_worked_numbers(trajectories, annotation):
             "response/length_mean": 2.0,
             "response/length_max": 5.0,
             "response/truncated_fraction": 1 / 12,
+            "response/empty_fraction": 5 / 12,
             "advantage/std": math.sqrt((8 + 18) / 12),
             "reward/mean": 30 / 12,
             "reward/std": math.sqrt((30 + 2 + 100) / 12 - 2.5**2),
@@ -76,7 +78,9 @@ def test_step_metrics_equal_the_hand_worked_numbers(trajectories, annotation):
             "reward/scale_ratio": sum(group_stds) / sum(frozen_stds),
             "reward/group_entropy": (1.013082 + 0.988400) / 2,
             "reward/pair_flip_rate": 0.5,
-            "reward/zero_std_groups": 1.0,
+            "reward/zero_std_groups": 1 / 3,
+            "reward/nonfinite": 0.0,
+            "hidden/nonfinite": 0.0,
             "gold/mean": 41 / 12,
             "gold/group_std": (math.sqrt(1.25) + math.sqrt(2.75 / 4)) / 3,
             # Within groups: 1 and 1/√(2·2.75); 1 and 0.25/√(6.75·2.75). The equal group has no correlation.
@@ -187,3 +191,59 @@ def test_group_correlation_ignores_shift_and_scale():
 def test_mean_of_nothing_is_undefined():
     assert mean(x for x in (1.0, 2.0, 6.0)) == 3.0
     assert math.isnan(mean([]))
+
+
+def spoiled(annotation: list[Annotation], **values: dict[int, float]) -> list[Annotation]:
+    """The first shard's scores with some of them replaced, by row."""
+    scores = {field: getattr(annotation[0], field).clone() for field in values}
+    for field, rows in values.items():
+        for row, value in rows.items():
+            scores[field][row] = value
+    return [replace(annotation[0], **scores), *annotation[1:]]
+
+
+def test_what_is_not_finite_is_counted_and_left_out(trajectories, annotation):
+    broken = spoiled(annotation, reward_N={0: math.nan, 1: math.inf}, frozen_reward_N={1: math.nan})
+    metrics = step_metrics(trajectories, broken, ADVANTAGE, 0.75, GOLD)
+    assert (metrics["reward/nonfinite"], metrics["hidden/nonfinite"]) == (2, 1)
+    # Rows 2 to 11 over rows; the second and third group over groups.
+    assert metrics["reward/mean"] == pytest.approx(27 / 10)
+    assert metrics["reward/frozen_mean"] == pytest.approx((25 - 6) / 10)
+    assert metrics["reward/frozen_gap"] == pytest.approx((27 - 19) / 10)
+    assert metrics["reward/group_std"] == pytest.approx(math.sqrt(0.5) / 2)
+    assert metrics["reward/zero_std_groups"] == 0.5
+    assert metrics["reward/pair_flip_rate"] == 1.0
+    assert metrics["gold/mean"] == pytest.approx(41 / 12)
+    assert metrics["gold/group_std"] == pytest.approx(math.sqrt(2.75 / 4) / 2)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_step_without_a_finite_reward_is_undefined_not_wrong(trajectories, annotation):
+    nothing = [replace(shard, reward_N=shard.reward_N * math.nan) for shard in annotation]
+    metrics = step_metrics(trajectories, nothing, ADVANTAGE, 0.75, GOLD)
+    assert metrics["reward/nonfinite"] == metrics["hidden/nonfinite"] == 12
+    for key in ("reward/mean", "reward/group_std", "reward/scale_ratio", "gold/pair_precision"):
+        assert math.isnan(metrics[key]), key
+    assert metrics["response/length_mean"] == 2
+
+
+def test_a_group_with_a_broken_reward_has_no_winner(trajectories, annotation):
+    broken = spoiled(annotation, reward_N={2: math.nan})
+    records = rollout_records(1, trajectories[:1], broken[:1], ADVANTAGE[:1], 1.0, limit=8)
+    assert [record["role"] for record in records] == ["none"] * 4 + ["loser", "none", "none", "winner"]
+
+
+def test_greedy_rows_are_no_samples(trajectories, annotation):
+    metrics = step_metrics(trajectories, annotation, ADVANTAGE, 0.75, GOLD, greedy_first=True)
+    # Rows 0, 4 and 8 are greedy: rewards 1, −1, 5; frozen 2, 3, 0; 3, 1 and 5 tokens; gold 1, 1, 7.
+    assert metrics["reward/greedy_mean"] == pytest.approx(5 / 3)
+    assert metrics["reward/mean"] == pytest.approx(25 / 9)
+    assert metrics["reward/frozen_mean"] == pytest.approx(20 / 9)
+    assert metrics["response/length_mean"] == pytest.approx(15 / 9)
+    assert metrics["response/truncated_fraction"] == 0
+    assert metrics["response/empty_fraction"] == pytest.approx(4 / 9)
+    assert metrics["gold/mean"] == pytest.approx(32 / 9)
+    # Groups are whole: the reward head learns from all of their rows.
+    whole = step_metrics(trajectories, annotation, ADVANTAGE, 0.75, GOLD)
+    for key in ("reward/group_std", "reward/pair_flip_rate", "gold/correlation", "response/tokens"):
+        assert metrics[key] == whole[key], key

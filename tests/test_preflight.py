@@ -362,3 +362,25 @@ def test_checkpoints_must_find_room(tmp_path: Path, tiny_policy_dir: Path) -> No
     text = only(run_problems(config))
     assert text.startswith("run.root: ")
     assert "lower checkpoint.keep" in text
+
+
+def test_the_lock_alone_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert run_problems(run_config(tmp_path)) == []
+    assert "holds no run" in only(run_problems(run_config(tmp_path, resume=True)))
+
+
+def test_checkpoints_that_are_there_already_need_no_room_again(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    config = run_config(tmp_path)
+    config.checkpoint.keep = 3
+    config.model.policy = str(shutil.copytree(tiny_policy_dir, tmp_path / "policy"))
+    free = shutil.disk_usage(tmp_path).free
+    with (tmp_path / "policy" / "model-00002-of-00002.safetensors").open("wb") as sparse:
+        # A checkpoint is four times the policy: a third of what is free.
+        sparse.truncate(free // 12)
+    assert "checkpoints need" in only(run_problems(config))
+    for step in (1, 2, 3):
+        (tmp_path / "run" / "checkpoints" / f"step-00000{step}").mkdir(parents=True)
+    config.run.resume = True
+    assert run_problems(config) == []

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.console import Console
 from r2m_ray.config import Config, WandbMode
 from r2m_ray.environment import environment
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.escape import HIDDEN, printable, redacted, redacted_command
+from r2m_ray.escape import printable
 from r2m_ray.metrics import MACHINE_PREFIXES
 from r2m_ray.progress import LiveProgress, Pace, PhaseClock, number, sparkline
 from r2m_ray.run_files import StepLines, read_steps
@@ -72,6 +71,20 @@ class TestFiles:
             assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
         starts = json.loads((tmp_path / "cut" / "environment.json").read_text())["starts"]
         assert [start["python"] for start in starts] == [sys.version.split()[0]] * 2
+
+    def test_the_configuration_of_every_start_is_kept(self, tmp_path: Path):
+        def start(root: str) -> None:
+            settings = config(resume=True)
+            settings.run.root = root
+            text = OmegaConf.to_yaml(OmegaConf.structured(settings))
+            with RunLog(tmp_path, config=settings, resolved_yaml=text, console=Console(file=io.StringIO())):
+                pass
+
+        for root in ("a", "b", "b", "c"):
+            start(root)
+        files = ("config-1.yaml", "config-2.yaml", "config.yaml")
+        assert [OmegaConf.load(tmp_path / name).run.root for name in files] == ["a", "b", "c"]
+        assert not (tmp_path / "config-3.yaml").exists()
 
     def test_rewinding_to_the_start_also_forgets_the_evaluation_before_it(self, tmp_path: Path):
         with run_log(tmp_path) as log:
@@ -149,50 +162,8 @@ class TestFiles:
             pass
 
 
-class TestSecrets:
-    def test_no_secret_reaches_any_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        canary = "canary-0123456789"
-        monkeypatch.setenv("WANDB_API_KEY", canary)
-        monkeypatch.setattr(sys, "argv", ["train", f"rollout.note={canary}", "--hub-token", "plain-one"])
-        settings = config()
-        text = f"engine:\n  hf_token: 'two words'\n  max_new_tokens: 48\nnote: {canary}\n"
-        with RunLog(
-            tmp_path, config=settings, resolved_yaml=text, console=Console(file=io.StringIO())
-        ) as log:
-            write(log, range(1, 2))
-        written = "".join(path.read_text() for path in tmp_path.iterdir())
-        assert canary not in written
-        assert "two words" not in written
-        assert "plain-one" not in written
-        assert OmegaConf.load(tmp_path / "config.yaml") == {
-            "engine": {"hf_token": HIDDEN, "max_new_tokens": 48},
-            "note": HIDDEN,
-        }
-
-    @pytest.mark.parametrize(
-        ("text", "kept"),
-        [
-            ("api_key=abc", f"api_key={HIDDEN}"),
-            ("password: 'a b'", f"password: {HIDDEN}"),
-            ("https://me:pw@host/x", f"https://{HIDDEN}@host/x"),
-            ("task.max_new_tokens=48", "task.max_new_tokens=48"),
-            ("tokenizer: gpt", "tokenizer: gpt"),
-            ("token:\n  nested: 1", "token:\n  nested: 1"),
-        ],
-    )
-    def test_redaction_hides_values_and_nothing_else(self, text: str, kept: str):
-        assert redacted(text) == kept
-
-    def test_a_secret_after_its_flag_is_hidden(self):
-        assert redacted_command(["x", "--api-key", "abc", "--steps", "3"]) == [
-            "x",
-            "--api-key",
-            HIDDEN,
-            "--steps",
-            "3",
-        ]
-
-    def test_the_environment_names_the_versions_that_made_the_numbers(self):
+class TestEnvironment:
+    def test_it_names_the_versions_that_made_the_numbers(self):
         found = environment()
         assert found["packages"]["torch"] == __import__("torch").__version__
         assert found["cores"] == len(os.sched_getaffinity(0))
@@ -277,91 +248,3 @@ class TestPhaseClock:
             "time/step": 16.0,
         }
         assert clock.collect() == {}
-
-
-WANDB_RUN = """
-import http.server, sys, threading, time
-from pathlib import Path
-import psutil
-from omegaconf import OmegaConf
-from r2m_ray.config import Config, WandbMode
-from r2m_ray.runlog import RunLog
-
-def log(directory, mode):
-    config = Config()
-    config.logging.wandb = WandbMode(mode)
-    return RunLog(directory, config=config, resolved_yaml=OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-root = Path(sys.argv[1])
-"""
-
-
-def run_wandb(tmp_path: Path, script: str, **environ: str) -> tuple[str, list[dict[str, object]]]:
-    """A script's stderr and rows; in a process of its own, because there is one W&B client per process."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB_RUN + script, str(tmp_path)],
-        env={**clean, "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", **environ},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr, read_steps(tmp_path / "run" / "metrics.jsonl")
-
-
-class TestWandb:
-    def test_disabled_never_imports_it_and_a_dying_service_costs_one_warning(self, tmp_path: Path):
-        script = """
-with log(root / "off", "disabled") as quiet:
-    quiet.step(1, {"a": 1.0})
-assert "wandb" not in sys.modules
-with log(root / "run", "offline") as kept:
-    kept.step(1, {"a": 1.0})
-    wait_for(kept._wandb._rows.empty)  # W&B has started and taken the row.
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-        child.wait(10)
-    for t in range(2, 300):
-        kept.step(t, {"a": float(t)})
-"""
-        printed, rows = run_wandb(tmp_path, script)
-        assert [row["a"] for row in rows] == [float(t) for t in range(1, 300)]
-        warnings = [line for line in printed.splitlines() if line.startswith("W&B")]
-        assert len(warnings) == 1
-        assert f"wandb sync {tmp_path}/run/wandb/offline-run-" in warnings[0]
-
-    def test_a_server_that_refuses_the_key_leaves_an_offline_run_and_one_warning(self, tmp_path: Path):
-        script = """
-class Refuse(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.send_response(401)
-        self.end_headers()
-    do_GET = do_POST
-    def log_message(self, *_):
-        pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-import os
-os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
-with log(root / "run", "online") as kept:
-    for t in range(1, 4):
-        kept.step(t, {"a": float(t)})
-"""
-        key = "0123456789" * 4
-        printed, rows = run_wandb(tmp_path, script, WANDB_API_KEY=key)
-        assert [row["a"] for row in rows] == [1.0, 2.0, 3.0]
-        warnings = [line for line in printed.splitlines() if line.startswith("W&B")]
-        assert len(warnings) == 1
-        assert "keeps this run offline" in warnings[0]
-        assert "wandb sync" in warnings[0]
-        kept = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-        assert any(path.suffix == ".wandb" for path in kept)
-        assert not any(key.encode() in path.read_bytes() for path in kept)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from r2m_ray.cli.arguments import check, parser, run_directory
 from r2m_ray.compose import load_saved
+from r2m_ray.config import Config
+from r2m_ray.exposure import exposure_problems
 from r2m_ray.preflight import data_problems, model_problems
+from r2m_ray.problems import Problem
 from r2m_ray.run_files import CONFIG_FILE
 
 SUMMARY = "Evaluate the newest checkpoint of a run on the task's held-out prompts and pairs."
@@ -19,6 +22,10 @@ The run's own configuration is used; overrides set single fields of it.
 """
 
 
+def _problems(config: Config) -> list[Problem]:
+    return [*model_problems(config), *data_problems(config), *exposure_problems(config.cluster)]
+
+
 def run(arguments: Sequence[str]) -> int:
     """Evaluate; the numbers are shown and kept with the run."""
     arg = parser("evaluate", SUMMARY, EXAMPLES)
@@ -27,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     parsed = arg.parse_args(arguments)
     directory = run_directory(parsed.run_dir)
     config = load_saved(directory / CONFIG_FILE, parsed.overrides)
-    check([config], lambda one: [*model_problems(one), *data_problems(one)], "what the evaluation needs")
+    check([config], _problems, "what the evaluation needs")
 
     from r2m_ray.runtime.launch import run_evaluation
 

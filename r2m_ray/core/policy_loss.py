@@ -31,14 +31,15 @@ class Surrogate:
     """Each row's clipped objective, and detached scalar sums for the statistics.
 
     objective_N: to be maximised, with gradients. units: ratios there were, one per row or one per response
-    token. ratio: their sum. clipped_low, clipped_high: units whose gradient the lower or the upper clip
-    removed. approx_kl: Σ over response tokens of the k3 estimate of KL(π_old‖π_θ). tokens: response tokens.
-    Counts are in the log-probs' dtype.
+    token. ratio: their sum; ratio_max: the largest of them, 0 of none. clipped_low, clipped_high: units whose
+    gradient the lower or the upper clip removed. approx_kl: Σ over response tokens of the k3 estimate of
+    KL(π_old‖π_θ). tokens: response tokens. Counts are in the log-probs' dtype.
     """
 
     objective_N: Tensor
     units: Tensor
     ratio: Tensor
+    ratio_max: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
     approx_kl: Tensor
@@ -147,11 +148,13 @@ def clipped_surrogate(
         objective = row_total(objective, action_T, offsets, token_scale_N)
     unit = action_T if per_token else torch.ones_like(advantage_N, dtype=torch.bool)
     lost = unit & (clipped < plain)
+    counted = torch.where(unit, ratios.detach(), 0)
     old_to_new_T = kl_penalty(old_logp_T.detach(), logp_T.detach(), "k3")
     return Surrogate(
         objective_N=objective,
         units=unit.sum().to(logp_T.dtype),
-        ratio=torch.where(unit, ratios.detach(), 0).sum(),
+        ratio=counted.sum(),
+        ratio_max=torch.cat([counted, counted.new_zeros(1)]).amax(),
         clipped_low=(lost & (advantage < 0)).sum().to(logp_T.dtype),
         clipped_high=(lost & (advantage > 0)).sum().to(logp_T.dtype),
         approx_kl=torch.where(action_T, old_to_new_T, 0).sum(),

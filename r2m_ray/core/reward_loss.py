@@ -105,21 +105,18 @@ def grebt_sums(
     )
 
 
-def grebt_loss(
-    sums: GrebtSums,
-    *,
-    entropy_weight: float,
-    pairs: Tensor | float | None = None,
-    groups: Tensor | float | None = None,
+def grebt_mix(
+    bradley_terry: Tensor, entropy: Tensor, *, pairs: Tensor, groups: Tensor, entropy_weight: float
 ) -> Tensor:
-    """`(1−α)·mean BT + α·mean GRE` (Eq. 7), means over valid groups; a mean over none is 0.
+    """`(1−α)·BT/pairs + α·GRE/groups` (Eq. 7): means over valid groups; a mean over none is 0.
 
-    `pairs` and `groups` replace the counts of `sums` where it holds only one replica's share: pass the counts
-    of the whole batch on every replica, then *sum* losses and gradients over replicas.
+    bradley_terry, entropy: sums over `pairs` and `groups` of the two losses, or, as means are linear, of
+    their gradients, any shape. Where replicas hold shares of the batch, the counts must be those of all of
+    them; their mixes then add up to that of the whole batch.
     """
-    pairs = torch.as_tensor(sums.pairs if pairs is None else pairs).clamp(min=1)
-    groups = torch.as_tensor(sums.groups if groups is None else groups).clamp(min=1)
-    return (1 - entropy_weight) * (sums.bradley_terry / pairs) + entropy_weight * (sums.entropy / groups)
+    return (1 - entropy_weight) * (bradley_terry / pairs.clamp(min=1)) + entropy_weight * (
+        entropy / groups.clamp(min=1)
+    )
 
 
 def grebt(
@@ -132,4 +129,7 @@ def grebt(
 ) -> tuple[Tensor, GrebtSums]:
     """GREBT of a whole batch (Eq. 7): the scalar loss, and the sums it was made of as statistics."""
     sums = grebt_sums(reward_GK, pair_reward_GK, response_id_GK, detach_stats=detach_stats)
-    return grebt_loss(sums, entropy_weight=entropy_weight), sums
+    loss = grebt_mix(
+        sums.bradley_terry, sums.entropy, pairs=sums.pairs, groups=sums.groups, entropy_weight=entropy_weight
+    )
+    return loss, sums

@@ -21,7 +21,7 @@ from r2m_ray.models.learner_state import load_state, save_state
 from r2m_ray.models.learner_stats import UpdateStats, largest, total
 from r2m_ray.models.minibatch import MiniBatch, minibatches, shards_per_minibatch, split_hidden
 from r2m_ray.models.objective import LossSums, Objective
-from r2m_ray.models.weights import WeightBucket, pack_buckets
+from r2m_ray.models.weights import WeightBucket, pack_buckets, require_finite, tensor_digest
 from r2m_ray.models.zero import ZeroEngine, join_group
 
 POLICY_DIR = "policy"
@@ -105,7 +105,12 @@ class PolicyLearner:
                 learning_rate = self._engine.learning_rate
                 applied = self._engine.step()
                 stats.count(applied, sums, ratio_max, self._engine.grad_norm, learning_rate)
-        return stats.result(steps, passes=algo.epochs * sum(passes)), self._refreshed(batches, steps, fresh)
+        found = stats.result(
+            steps,
+            unmoved=len(steps) if algo.old_logp is OldLogprobs.learner else 1,
+            passes=algo.epochs * sum(passes),
+        )
+        return found, self._refreshed(batches, steps, fresh)
 
     def hidden(self, trajectories: Sequence[Trajectories]) -> list[Hidden]:
         """h of every row under the current weights; of width 0 in a run without feedback."""
@@ -131,12 +136,14 @@ class PolicyLearner:
         """All weights under their Hugging Face names, tied ones once, whole, on the learner's device.
 
         All ranks must iterate side by side: with ZeRO-3 they gather each parameter together. The tensors
-        may not be written to, and hold until the next update.
+        may not be written to, and hold until the next update. Raises RunError naming the first that is not
+        finite: such weights are neither saved nor sent.
         """
         for name, parameter in self._engine.parameters.items():
             with self._engine.gathered(parameter):
                 # ZeRO-3 takes the gathered values away again.
                 weight = parameter.detach().clone() if self._engine.stage == 3 else parameter.detach()
+            require_finite(f"policy weight {name}", weight)
             yield name, weight
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -145,6 +152,10 @@ class PolicyLearner:
         All ranks must ask for each bucket: with ZeRO-3 it is gathered by all of them.
         """
         return pack_buckets(self.weights(), bucket_bytes)
+
+    def weight_digests(self) -> dict[str, str]:
+        """sha256 of each weight, alike on ranks that are equal to the last bit; all ranks must call it."""
+        return {name: tensor_digest(weight) for name, weight in self.weights()}
 
     def save(self, directory: Path) -> None:
         """Write ``policy/``, a Hugging Face model with tokenizer, and ``policy_state/`` for `load`."""

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from r2m_ray.errors import RunError
+from r2m_ray.models.weights import require_finite
 from r2m_ray.models.zero import STATE, ZeroEngine
 
 COUNTERS = "optimizer.json"
@@ -24,7 +25,7 @@ FILE_BYTES = 2**31
 
 
 def save_state(engine: ZeroEngine, directory: Path) -> None:
-    """Write the state; every rank calls it, rank 0 writes."""
+    """Write the state; every rank calls it, rank 0 writes. RunError for a value that is not finite."""
     pending: dict[str, Tensor] = {}
     files = 0
 
@@ -38,6 +39,7 @@ def save_state(engine: ZeroEngine, directory: Path) -> None:
     for name in engine.parameters:
         for kind in STATE:
             value = engine.read_state(name, kind)
+            require_finite(f"{kind} of policy weight {name}", value)
             if engine.rank == 0:
                 pending[f"{kind}/{name}"] = value.cpu().contiguous()
         if sum(tensor.nbytes for tensor in pending.values()) >= FILE_BYTES:

@@ -24,9 +24,10 @@ from r2m_ray.models.blocks import Block, Rows, blocks, packs_lines
 class MiniBatch:
     """Shards end to end, laid out once for every pass over them; tensors on the learner's device.
 
-    order: which of the update's batches it holds. sampled_N: false for the greedy baselines of ReMax, which
-    are no draw from the policy; rows counts the others. response_T: response tokens of sampled rows.
-    rollout_T, reference_T: log-probs at the sampling temperature; reference_unit_T: at temperature 1.
+    order: which of the update's batches it holds. row_T: the row of each token. sampled_N: false for the
+    greedy baselines of ReMax, which are no draw from the policy; rows counts the others. response_T:
+    response tokens of sampled rows. rollout_T, reference_T: log-probs at the sampling temperature;
+    reference_unit_T: at temperature 1.
     old_T, old_unit_T: π_old's, written by the first pass.
     """
 
@@ -34,6 +35,7 @@ class MiniBatch:
     blocks: tuple[Block, ...]
     tokens: int
     rows: int
+    row_T: Tensor
     advantage_N: Tensor
     sampled_N: Tensor
     response_T: Tensor
@@ -90,6 +92,8 @@ def _minibatch(
     if config.algo.advantage is Advantage.remax:
         sampled_N[:: config.algo.responses_per_prompt] = False
 
+    row_T = row_index(rows.offsets)
+
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.zeros(0), *tensors]).to(device)
 
@@ -98,9 +102,10 @@ def _minibatch(
         blocks=tuple(laid),
         tokens=rows.input_T.numel(),
         rows=int(sampled_N.sum()),
+        row_T=row_T.to(device),
         advantage_N=joined([batch.advantage_N for batch in chosen]),
         sampled_N=sampled_N.to(device),
-        response_T=(rows.action_T & sampled_N[row_index(rows.offsets)]).to(device),
+        response_T=(rows.action_T & sampled_N[row_T]).to(device),
         rollout_T=joined([record.rollout_logp_T for record in records]),
         reference_T=joined([batch.reference.tempered_T for batch in chosen]),
         reference_unit_T=joined([batch.reference.unit_T for batch in chosen]),

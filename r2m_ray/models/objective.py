@@ -14,13 +14,11 @@ from torch import Tensor
 from r2m_ray.config import Advantage, Config, KLPlace, OldLogprobs, Ratio
 from r2m_ray.core.policy_loss import (
     clipped_surrogate,
-    importance_ratio,
     kl_penalty,
     mean_token_scale,
     row_total,
     truncated_importance,
 )
-from r2m_ray.core.segment import row_index
 
 
 class LossSums(NamedTuple):
@@ -87,7 +85,7 @@ class Objective:
         optimizer step samples. The KL of a row is the sum over its tokens (s = 1) with the ratio of whole
         responses, and is scaled like the surrogate with the two others. With `importance_cap` the weight is
         `w = min(π_old/π_rollout, cap)`, and 1 without. Rows outside `sampled_N` have no KL: they are no draw
-        from the policy.
+        from the policy. Where a log-prob of anyone is not finite, the loss is NaN.
         """
         action_A = torch.ones_like(logp_A, dtype=torch.bool)
         ratio = self.ratio.value
@@ -115,20 +113,20 @@ class Objective:
             kl_A = kl_penalty(logp_A, reference_A, self.kl_estimator)
             kl_N = row_total(kl_A, action_A, offsets, scale_N)
             kl_loss = self.kl_weight / rows * (kl_N * sampled_N).sum()
-        ratios = importance_ratio(logp_A.detach(), old_A, action_A, offsets, ratio=ratio)
-        advantage = advantage_N[row_index(offsets)] if self.ratio is Ratio.token else advantage_N
-        total = loss + kl_loss
+        # A step on rows that somebody could not score must be seen as broken, though clamped ratios hide an
+        # infinity and not every loss reads every log-prob.
+        total = loss + kl_loss + 0 * (logp_A.detach() + old_A + rollout_A + reference_A).sum()
         sums = LossSums(
             loss=total.detach(),
             kl_loss=kl_loss.detach(),
             units=surrogate.units,
             ratio=surrogate.ratio,
-            clipped_low=((ratios < 1 - self.clip_low) & (advantage < 0)).sum(),
-            clipped_high=((ratios > 1 + self.clip_high) & (advantage > 0)).sum(),
+            clipped_low=surrogate.clipped_low,
+            clipped_high=surrogate.clipped_high,
             old_kl=surrogate.approx_kl,
             tokens=surrogate.tokens,
         )
-        return total, sums, ratios.max()
+        return total, sums, surrogate.ratio_max
 
     def _token_scale(self, action_A: Tensor, offsets: Tensor) -> Tensor | None:
         if self.ratio is Ratio.sequence:

@@ -21,6 +21,7 @@ from r2m_ray.errors import InputError, RunError
 from r2m_ray.models.reward_head import HeadInfo, load_head, save_head
 from r2m_ray.models.reward_trainer import HeadTrainer, RewardShard
 from r2m_ray.models.reward_trunk import RewardTrunk
+from r2m_ray.models.weights import tensor_digest
 
 HEAD_DIRECTORY = "reward_head"
 
@@ -110,15 +111,24 @@ class RewardEngine:
         head and h; valid_pairs and valid_groups, the fractions of groups with a valid pair and a valid
         entropy; group_std (mean, ddof 0); feedback_ratio ‖Ĥ‖/‖H_last‖; attention_entropy over the log of
         the row's length; gradient_norm before clipping; gradient_norm_bradley_terry and gradient_norm_entropy
-        of the two unweighted losses. And skipped_steps, those whose gradient was 0 or not finite. Means over
-        nothing are NaN. Without update steps the result is empty, and h is not read.
+        of the two unweighted losses; nonfinite_rows, rows whose reward is not finite, now or when annotated.
+        And skipped_steps, those not taken: nonfinite_steps, where a gradient or reward was not finite, and
+        those whose gradient was 0. Means over nothing are NaN.
+
+        Without update steps a head that reads h is measured and not changed; one that does not is not even
+        that, and the result is empty.
         """
         self._info = replace(self._info, omega=omega)
         stats: list[dict[str, float]] = []
         for i in range(self._config.reward.update_steps):
             shards = (self._shard(batch, f"{step} update {i}") for batch in batches)
             stats.append(self._trainer.step(shards, omega))
-        return {**stats[0], "skipped_steps": sum(s["skipped_steps"] for s in stats)} if stats else {}
+        if stats:
+            counts = ("skipped_steps", "nonfinite_steps")
+            return stats[0] | {name: sum(s[name] for s in stats) for name in counts}
+        if not self._config.uses_feedback:
+            return {}
+        return self._trainer.measure((self._shard(batch, f"{step} update 0") for batch in batches), omega)
 
     def attention(self, hidden: Hidden, annotation: Annotation) -> Tensor:
         """The head's attention weight on every token, float32 [T], 1 in sum over each row; h as exported."""
@@ -148,13 +158,9 @@ class RewardEngine:
         self.head.load_state_dict(head.state_dict())
         self._info = replace(self._info, omega=info.omega)
 
-    def digest(self) -> str:
-        """sha256 of the head's parameters; equal on replicas that are equal to the last bit."""
-        digest = hashlib.sha256()
-        for name, parameter in self.head.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
+    def digests(self) -> dict[str, str]:
+        """sha256 of each parameter of the head; equal on replicas that are equal to the last bit."""
+        return {name: tensor_digest(parameter) for name, parameter in self.head.named_parameters()}
 
     def _shard(self, batch: RewardBatch, moment: str) -> RewardShard:
         annotation = batch.annotation
@@ -186,7 +192,8 @@ class RewardEngine:
 def gaussian_feedback(hidden_TP: Tensor, noise: float, seed: int) -> Tensor:
     """h with a fraction of noise, `(1−noise)·h + noise·(μ + σ·ε)`, ε ~ N(0, 1), float32 [T, P].
 
-    μ and σ (ddof 0) are those of each feature over the T tokens of the shard.
+    μ and σ (ddof 0) are those of each feature over the T tokens at hand, which are one shard's: a replica may
+    hold no other. So another ``algo.prompts_per_shard`` draws from slightly different moments.
     """
     states_TP = hidden_TP.float()
     std_P, mean_P = torch.std_mean(states_TP, 0, correction=0)

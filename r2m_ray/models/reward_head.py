@@ -24,6 +24,7 @@ from torch import Tensor
 
 from r2m_ray.core.head import R2MHead
 from r2m_ray.errors import InputError
+from r2m_ray.models.weights import require_finite
 
 TENSORS_FILE = "head.safetensors"
 INFO_FILE = "head.json"
@@ -46,9 +47,14 @@ class HeadInfo:
 
 
 def save_head(head: R2MHead, info: HeadInfo, directory: Path) -> None:
-    """Write ``head.safetensors`` and ``head.json`` into a directory, which is made if absent."""
+    """Write ``head.safetensors`` and ``head.json`` into a directory, which is made if absent.
+
+    Raises RunError, naming the parameter, where one is not finite.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
+    for name, tensor in tensors.items():
+        require_finite(f"{name} of the R2M head", tensor)
     save_file(tensors, directory / TENSORS_FILE)
     (directory / INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -23,15 +23,16 @@ from torch.optim import AdamW
 from r2m_ray.batch import Annotation
 from r2m_ray.config import PairSource, RewardConfig
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import GrebtSums, grebt_loss, grebt_sums
+from r2m_ray.core.reward_loss import GrebtSums, grebt_mix, grebt_sums
 from r2m_ray.models.reward_head import read_json, read_tensors
+from r2m_ray.models.weights import require_finite
 
 TENSORS_FILE = "optimizer.safetensors"
 INFO_FILE = "optimizer.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 GREBT_SUMS = tuple(field.name for field in fields(GrebtSums))
-ATTENTION_SUMS = ("rows", "feedback_ratio", "attention_entropy")
+ROW_SUMS = ("rows", "nonfinite_rows", "feedback_ratio", "attention_entropy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class HeadTrainer:
 
     def __init__(self, head: R2MHead, config: RewardConfig, *, world_size: int) -> None:
         self._head = head
+        self._device = head.score_weight.device
         self._config = config
         self._world_size = world_size
         self._parameters = dict(head.named_parameters())
@@ -62,40 +64,44 @@ class HeadTrainer:
 
         The shards are read one at a time; a replica may have none. Returns statistics from before the step,
         equal on all replicas (`RewardEngine.update` lists them). The step is skipped, on all replicas alike,
-        where the gradient is not finite or is 0, so that momentum alone moves nothing.
+        where the gradient or a row's reward is not finite, and where the gradient is 0, so that momentum
+        alone moves nothing.
         """
-        device = self._head.score_weight.device
-        gradient_2X = torch.zeros(2, sum(p.numel() for p in self._parameters.values()), device=device)
-        totals = torch.zeros(len(GREBT_SUMS) + len(ATTENTION_SUMS), dtype=torch.float64, device=device)
-        for shard in shards:
-            sums = self._add_gradients(shard, omega, gradient_2X)
-            totals += torch.cat([sums, self._attention_sums(shard)])
+        size = sum(parameter.numel() for parameter in self._parameters.values())
+        gradient_2X = torch.zeros(2, size, device=self._device)
+        total = self._totals(shards, omega, gradient_2X)
         if self._world_size > 1:
-            distributed.all_reduce(totals)
             distributed.all_reduce(gradient_2X)
-        total = dict(zip(GREBT_SUMS + ATTENTION_SUMS, totals.tolist(), strict=True))
-
-        alpha = self._config.entropy_weight
-        pairs, groups = max(total["pairs"], 1.0), max(total["groups"], 1.0)
         bradley_terry_norm, entropy_norm = gradient_2X.norm(dim=1).tolist()
-        gradient_X = gradient_2X[0].mul_((1 - alpha) / pairs).add_(gradient_2X[1], alpha=alpha / groups)
+        gradient_X = self._mixed(gradient_2X[0], gradient_2X[1], total)
         norm = float(gradient_X.norm())
-        taken = math.isfinite(norm) and norm > 0
-        if taken:
+        finite = math.isfinite(norm) and not total["nonfinite_rows"]
+        if finite and norm > 0:
             self._apply(gradient_X.mul_(min(1.0, self._config.max_grad_norm / norm)))
         return {
-            **_statistics(total, alpha),
+            **self._statistics(total),
             "gradient_norm": norm,
-            "gradient_norm_bradley_terry": bradley_terry_norm / pairs,
-            "gradient_norm_entropy": entropy_norm / groups,
-            "skipped_steps": float(not taken),
+            "gradient_norm_bradley_terry": bradley_terry_norm / max(total["pairs"], 1.0),
+            "gradient_norm_entropy": entropy_norm / max(total["groups"], 1.0),
+            "skipped_steps": float(not finite or norm == 0),
+            "nonfinite_steps": float(not finite),
         }
 
+    @torch.no_grad()
+    def measure(self, shards: Iterable[RewardShard], omega: float) -> dict[str, float]:
+        """The statistics of `step` that need no gradient; changes nothing, and every replica must call."""
+        return self._statistics(self._totals(shards, omega, None))
+
     def save(self, directory: Path) -> None:
-        """Write AdamW's moments as ``optimizer.safetensors`` and its step count as ``optimizer.json``."""
+        """Write AdamW's moments as ``optimizer.safetensors`` and its step count as ``optimizer.json``.
+
+        Raises RunError for a moment that is not finite.
+        """
         states = [(name, self._optimizer.state[p]) for name, p in self._parameters.items()]
         states = [(name, state) for name, state in states if state]
         tensors = {f"{name}.{moment}": state[moment].cpu() for name, state in states for moment in MOMENTS}
+        for name, tensor in tensors.items():
+            require_finite(f"moment {name} of the R2M head", tensor)
         save_file(tensors, directory / TENSORS_FILE)
         steps = int(states[0][1]["step"]) if states else 0
         (directory / INFO_FILE).write_text(json.dumps({"steps": steps}) + "\n")
@@ -111,45 +117,93 @@ class HeadTrainer:
             moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS}
             self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
-    def _add_gradients(self, shard: RewardShard, omega: float, gradient_2X: Tensor) -> Tensor:
-        """Add each loss's gradient, summed over the shard's valid groups, to its row; returns GREBT_SUMS."""
+    def _totals(
+        self, shards: Iterable[RewardShard], omega: float, gradient_2X: Tensor | None
+    ) -> dict[str, float]:
+        """GREBT_SUMS and ROW_SUMS over all replicas; adds each loss's gradient to its row of gradient_2X."""
+        totals = torch.zeros(len(GREBT_SUMS) + len(ROW_SUMS), dtype=torch.float64, device=self._device)
+        for shard in shards:
+            reward_N = self._reward(shard, omega)
+            sums = self._grebt_sums(shard, reward_N)
+            if gradient_2X is not None:
+                self._add_gradients(sums, gradient_2X)
+            values = [*attrgetter(*GREBT_SUMS)(sums), *self._row_sums(shard, reward_N)]
+            totals += torch.stack([value.detach().to(totals) for value in values])
+        if self._world_size > 1:
+            distributed.all_reduce(totals)
+        return dict(zip(GREBT_SUMS + ROW_SUMS, totals.tolist(), strict=True))
+
+    def _reward(self, shard: RewardShard, omega: float) -> Tensor:
+        offsets = shard.annotation.layout.offsets.to(self._device)
+        reward_N: Tensor = self._head(
+            shard.annotation.rte_ND.to(self._device), shard.hidden_TP, offsets, omega
+        )
+        return reward_N
+
+    def _grebt_sums(self, shard: RewardShard, reward_N: Tensor) -> GrebtSums:
         annotation = shard.annotation
         group_size = annotation.layout.group_size
-        device = gradient_2X.device
-        offsets = annotation.layout.offsets.to(device)
-        reward_N = self._head(annotation.rte_ND.to(device), shard.hidden_TP, offsets, omega)
         pair_reward_N = {
             PairSource.annotation: annotation.reward_N,
             PairSource.frozen_rm: annotation.frozen_reward_N,
             PairSource.recomputed: reward_N,
         }[self._config.pair_source]
-        sums = grebt_sums(
+        return grebt_sums(
             reward_N.view(-1, group_size),
-            pair_reward_N.detach().to(device).view(-1, group_size),
-            annotation.response_id_N.to(device).view(-1, group_size),
+            pair_reward_N.detach().to(self._device).view(-1, group_size),
+            annotation.response_id_N.to(self._device).view(-1, group_size),
             detach_stats=self._config.gre_detach_stats,
         )
+
+    def _add_gradients(self, sums: GrebtSums, gradient_2X: Tensor) -> None:
         parameters = list(self._parameters.values())
         for row_X, loss in zip(gradient_2X, (sums.bradley_terry, sums.entropy), strict=True):
             # At ω = 1 the cross-attention takes no part, and what autograd leaves out is 0.
             parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
             for total, part in zip(self._views(row_X), parts, strict=True):
                 total += part
-        return torch.stack([value.detach().double() for value in attrgetter(*GREBT_SUMS)(sums)])
 
-    def _attention_sums(self, shard: RewardShard) -> Tensor:
-        """ATTENTION_SUMS of a shard: rows, ‖Ĥ‖/‖H_last‖, and attention entropy over the log of the length."""
-        device = shard.hidden_TP.device
-        offsets = shard.annotation.layout.offsets.to(device)
-        seen = self._head.diagnostics(shard.annotation.rte_ND.to(device), shard.hidden_TP, offsets)
-        uniform_N = offsets.diff().clamp(min=2).log()
-        return torch.stack(
-            [
-                torch.tensor(seen.entropy_N.numel(), dtype=torch.float64, device=device),
-                seen.norm_ratio_N.double().sum(),
-                (seen.entropy_N / uniform_N).double().sum(),
-            ]
+    def _row_sums(self, shard: RewardShard, reward_N: Tensor) -> list[Tensor]:
+        """ROW_SUMS of a shard: rows, those with a reward that is not finite, now or when annotated, and over
+        the finite ones ‖Ĥ‖/‖H_last‖ and attention entropy over the log of the row's length."""
+        annotation = shard.annotation
+        offsets = annotation.layout.offsets.to(self._device)
+        seen = self._head.diagnostics(annotation.rte_ND.to(self._device), shard.hidden_TP, offsets)
+        annotated_N = (annotation.reward_N + annotation.frozen_reward_N).to(self._device)
+        finite_N = torch.isfinite(reward_N.detach() + annotated_N)
+        relative_N = seen.entropy_N / offsets.diff().clamp(min=2).log()
+        return [
+            finite_N.sum(),
+            (~finite_N).sum(),
+            seen.norm_ratio_N[finite_N].double().sum(),
+            relative_N[finite_N].double().sum(),
+        ]
+
+    def _mixed(self, bradley_terry: Tensor, entropy: Tensor, total: Mapping[str, float]) -> Tensor:
+        """Eq. 7 over the valid pairs and groups of all replicas."""
+        return grebt_mix(
+            bradley_terry,
+            entropy,
+            pairs=torch.tensor(total["pairs"]),
+            groups=torch.tensor(total["groups"]),
+            entropy_weight=self._config.entropy_weight,
         )
+
+    def _statistics(self, total: Mapping[str, float]) -> dict[str, float]:
+        losses = [torch.tensor(total[name]) for name in ("bradley_terry", "entropy")]
+        return {
+            "loss": float(self._mixed(losses[0], losses[1], total)),
+            "bradley_terry": _mean(total["bradley_terry"], total["pairs"]),
+            "entropy": _mean(total["entropy"], total["groups"]),
+            "margin": _mean(total["margin"], total["pairs"]),
+            "flip_rate": _mean(total["flips"], total["pairs"]),
+            "valid_pairs": _mean(total["pairs"], total["all_groups"]),
+            "valid_groups": _mean(total["groups"], total["all_groups"]),
+            "group_std": _mean(total["std"], total["all_groups"]),
+            "feedback_ratio": _mean(total["feedback_ratio"], total["rows"]),
+            "attention_entropy": _mean(total["attention_entropy"], total["rows"]),
+            "nonfinite_rows": total["nonfinite_rows"],
+        }
 
     def _apply(self, gradient_X: Tensor) -> None:
         for parameter, part in zip(self._parameters.values(), self._views(gradient_X), strict=True):
@@ -162,22 +216,6 @@ class HeadTrainer:
         parameters = list(self._parameters.values())
         parts = torch.split(gradient_X, [parameter.numel() for parameter in parameters])
         return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
-
-
-def _statistics(total: dict[str, float], alpha: float) -> dict[str, float]:
-    sums = GrebtSums(**{name: torch.tensor(total[name]) for name in GREBT_SUMS})
-    return {
-        "loss": float(grebt_loss(sums, entropy_weight=alpha)),
-        "bradley_terry": _mean(total["bradley_terry"], total["pairs"]),
-        "entropy": _mean(total["entropy"], total["groups"]),
-        "margin": _mean(total["margin"], total["pairs"]),
-        "flip_rate": _mean(total["flips"], total["pairs"]),
-        "valid_pairs": _mean(total["pairs"], total["all_groups"]),
-        "valid_groups": _mean(total["groups"], total["all_groups"]),
-        "group_std": _mean(total["std"], total["all_groups"]),
-        "feedback_ratio": _mean(total["feedback_ratio"], total["rows"]),
-        "attention_entropy": _mean(total["attention_entropy"], total["rows"]),
-    }
 
 
 def _mean(total: float, count: float) -> float:

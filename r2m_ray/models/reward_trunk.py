@@ -11,7 +11,7 @@ padding and end token are one; here the position is the last attended token, kno
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from r2m_ray.errors import InputError
+from r2m_ray.models.blocks import grids
 from r2m_ray.models.text import conversation_ids
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class RewardTrunk:
         ]
         self._check_rows(rows)
         rte_ND = torch.empty(len(rows), self.width, device=self._device)
-        for batch in _microbatches([len(ids) for ids in rows], self._tokens_per_microbatch):
+        for batch in grids([len(ids) for ids in rows], self._tokens_per_microbatch):
             rte_ND[batch] = self._embed([rows[n] for n in batch])
         return rte_ND, self.score(rte_ND)
 
@@ -221,15 +222,3 @@ def _score_layer(model: PreTrainedModel, path: str, model_dir: str) -> nn.Linear
             + (f"one of: {', '.join(candidates)}" if candidates else "none: this model has no such layer")
         )
     return linears[path]
-
-
-def _microbatches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers, longest rows first, in batches of at most ``budget`` padded tokens (or of one row)."""
-    batch: list[int] = []
-    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(n)
-    if batch:
-        yield batch

@@ -25,7 +25,7 @@ OBJECT_STORE = "object_store"
 _OWN_ARGS = (
     "model", "tokenizer", "skip_tokenizer_init", "trust_remote_code", "dtype", "seed", "max_model_len",
     "logprobs_mode", "worker_cls", "worker_extension_cls", "kv_transfer_config", "weight_transfer_config",
-    "disable_hybrid_kv_cache_manager",
+    "disable_hybrid_kv_cache_manager", "load_format",
 )  # fmt: skip
 
 # Values with which a token's slot, or the step that computes it, is not the one the export knows.
@@ -159,6 +159,8 @@ class VLLMEngine:
             model=model_dir,
             dtype=dtype,
             seed=seed,
+            # By itself vLLM would fall back to pickled weights.
+            load_format="safetensors",
             max_model_len=max_model_len,
             logprobs_mode="processed_logprobs",
             worker_extension_cls="r2m_ray.models.vllm_worker.RolloutWorker",

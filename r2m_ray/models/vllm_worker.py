@@ -32,6 +32,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from r2m_ray.errors import InputError
+from r2m_ray.faults import reach
 from r2m_ray.models import vllm_weights  # noqa: F401  registers the weight-transfer engine
 from r2m_ray.models.vllm_engine import Export, WeightReceipt
 
@@ -235,6 +236,7 @@ class RolloutWorker:
             forward = runner._model_forward
 
             def forward_and_keep(input_ids: Tensor, positions: Tensor, **inputs: Any) -> Any:
+                reach("mid_generate")
                 hidden_TP = forward(input_ids=input_ids, positions=positions, **inputs)
                 keep(get_forward_context().slot_mapping, hidden_TP, input_ids, positions)
                 return hidden_TP

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r2m_ray.errors import RunError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightBucket:
@@ -62,12 +64,36 @@ class WeightDigest:
         return self._hash.hexdigest()
 
 
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise RunError, naming the tensor, where a value of it is NaN or infinite."""
+    # A finite sum proves all terms finite, and costs no memory; an infinite one may only have overflowed.
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    broken = int((~torch.isfinite(tensor)).sum())
+    if broken:
+        raise RunError(
+            f"{name}: {broken} of {tensor.numel()} values are NaN or infinite; it is neither saved nor "
+            "synced. Go back to the last checkpoint with run.resume=true, and lower policy.learning_rate or "
+            "reward.learning_rate."
+        )
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(_raw(tensor).numpy().data).hexdigest()
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor on the CPU, uint8."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
 def _pack(parameters: list[tuple[str, Tensor]]) -> WeightBucket:
     sizes = [_aligned(t.numel() * t.element_size()) for _, t in parameters]
     data = torch.zeros(sum(sizes), dtype=torch.uint8)
     start = 0
     for (_, tensor), size in zip(parameters, sizes, strict=True):
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        raw = _raw(tensor)
         data[start : start + raw.numel()] = raw
         start += size
     return WeightBucket(

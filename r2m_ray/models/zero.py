@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from r2m_ray.config import Config
 from r2m_ray.errors import RunError
+from r2m_ray.faults import reach
 from r2m_ray.models.deepspeed_config import deepspeed_config
 
 WEIGHT = "weight"
@@ -47,6 +48,8 @@ def join_group(*, rank: int, world_size: int, device: torch.device, timeout_s: f
             f"policy rank {rank}: DeepSpeed was imported for {accelerator} before the learner started on "
             f"{device.type}; set DS_ACCELERATOR={device.type} in the environment of its process"
         )
+    # It serves inference alone, and DeepSpeed would compile it for minutes on a machine's first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls these once a parameter, and torch warns once a call.
     warnings.filterwarnings("ignore", DEPRECATED_COLLECTIVE, FutureWarning)
@@ -101,6 +104,7 @@ class ZeroEngine:
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the module returns for these inputs."""
+        reach("forward")
         return self._engine(*inputs)
 
     @contextmanager
@@ -116,6 +120,8 @@ class ZeroEngine:
         A non-finite loss makes the gradient non-finite too (the k1 penalty's would not be), so that `step`
         skips it on every rank.
         """
+        if last:
+            reach("all_reduce")
         self._engine.set_gradient_accumulation_boundary(last)
         scale = self.world_size + 0 * loss.detach()
         self._engine.backward(loss * scale, scale_wrt_gas=False)
@@ -123,6 +129,7 @@ class ZeroEngine:
 
     def step(self) -> bool:
         """Clip and apply the gradient; return False, changing nothing, where it is not finite."""
+        reach("optimizer")
         self._set_learning_rate(self.learning_rate)
         if self.stage == 0:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]

@@ -6,20 +6,20 @@ the driver can wait for the light part without pulling a tensor through its own 
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from r2m_ray.batch import Annotation, Hidden, PolicyBatch, ReferenceLogprobs, RewardBatch, Trajectories
 from r2m_ray.config import Config
+from r2m_ray.faults import reach
 from r2m_ray.models.weights import WeightBucket, WeightDigest
 from r2m_ray.roles import SamplePlan
 from r2m_ray.runtime.device import device_of, join_environment
 from r2m_ray.runtime.direct_sync import EngineClient
+from r2m_ray.runtime.team import free_address
 
 
 class RolloutActor:
@@ -41,6 +41,7 @@ class RolloutActor:
 
     def sample(self, plans: Sequence[SamplePlan]) -> tuple[Any, ...]:
         """One (light) count of tokens, then Trajectories and Hidden of each plan in turn."""
+        reach("sample", plans[0].step)
         shards = self._engine.sample(plans)
         tokens = sum(int(trajectories.action_T.sum()) for trajectories, _ in shards)
         return tokens, *(record for shard in shards for record in shard)
@@ -49,6 +50,7 @@ class RolloutActor:
         self._engine.begin_weight_update(verify=verify)
 
     def load_bucket(self, bucket: WeightBucket) -> None:
+        reach("load_bucket")
         self._engine.load_bucket(bucket)
 
     def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
@@ -65,7 +67,7 @@ class PolicyActor:
     """One rank of the DeepSpeed learner."""
 
     def address(self) -> tuple[str, int]:
-        return _free_address()
+        return free_address()
 
     def start(self, config: Config, model_dir: str, rank: int, address: tuple[str, int], gpus: float) -> None:
         from r2m_ray.models.learner import PolicyLearner
@@ -85,6 +87,7 @@ class PolicyActor:
         count = len(shard_ids)
         trajectories: Sequence[Trajectories] = records[:count]
         reference: Sequence[ReferenceLogprobs] = records[count:]
+        reach("update", trajectories[0].version + 1 if trajectories else None)
         batches = [
             PolicyBatch(trajectories=t, advantage_N=a, reference=r)
             for t, a, r in zip(trajectories, advantage, reference, strict=True)
@@ -111,6 +114,9 @@ class PolicyActor:
     def weight_digest(self) -> str | None:
         return self._digest.hexdigest() if self._digest else None
 
+    def weight_digests(self) -> dict[str, str]:
+        return self._learner.weight_digests()
+
     def join_transfer(self, config: Config, engines: Sequence[Any], address: tuple[str, int]) -> None:
         """Open vLLM's own transfer to the rollout engines (``sync.backend`` nccl or ipc)."""
         from r2m_ray.models.vllm_sender import weight_sender
@@ -134,6 +140,7 @@ class PolicyActor:
         self._sender.send_weights()
 
     def save(self, directory: Path) -> None:
+        reach("save")
         self._learner.save(directory)
 
     def load(self, directory: Path) -> None:
@@ -149,14 +156,12 @@ class ReferenceActor:
         self._reference = ReferencePolicy(config=config, model_dir=model_dir, device=device_of(gpus))
 
     def logprobs(self, trajectories: Trajectories) -> tuple[int, ReferenceLogprobs]:
+        reach("logprobs", trajectories.version + 1)
         return trajectories.layout.tokens, self._reference.logprobs(trajectories)
 
 
 class RewardActor:
     """The frozen reward model with its R2M head, one replica."""
-
-    def address(self) -> tuple[str, int]:
-        return _free_address()
 
     def start(
         self,
@@ -183,11 +188,13 @@ class RewardActor:
     def annotate(
         self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int
     ) -> tuple[int, Annotation]:
+        reach("annotate", step)
         return trajectories.layout.rows, self._engine.annotate(trajectories, hidden, omega, step)
 
     def update(self, omega: float, step: int, *records: Any) -> dict[str, float]:
         """One update from this replica's shards; records are Hidden…, then Annotation…."""
         count = len(records) // 2
+        reach("update", step)
         batches = [
             RewardBatch(hidden=h, annotation=a) for h, a in zip(records[:count], records[count:], strict=True)
         ]
@@ -196,17 +203,14 @@ class RewardActor:
     def attention(self, hidden: Hidden, annotation: Annotation) -> torch.Tensor:
         return self._engine.attention(hidden, annotation)
 
+    def head_digests(self) -> dict[str, str]:
+        return self._engine.digests()
+
     def save(self, directory: Path) -> None:
+        reach("save")
         # Replicas are equal; one writes.
         if self._rank == 0:
             self._engine.save(directory)
 
     def load(self, directory: Path) -> None:
         self._engine.load(directory)
-
-
-def _free_address() -> tuple[str, int]:
-    ip: str = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((ip, 0))
-        return ip, int(probe.getsockname()[1])

@@ -1,8 +1,9 @@
 """Weight sync from GPU to GPU by vLLM's own transfer engines: ``sync.backend=nccl`` or ``ipc``.
 
 ``nccl`` broadcasts from learner rank 0 to every engine; ``ipc`` shares memory between processes on the
-same GPUs. Versions and the quarantine of a torn update are those of the object-store path; there is no
-digest, since no bytes pass through a place where both sides could hash them.
+same GPUs. Versions and the quarantine of a torn update are those of the object-store path. The learner ranks
+are compared with one another, every ``sync.verify_every`` steps; with the engines they are not, since no
+bytes pass through a place where both sides could hash them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ray
 
 from r2m_ray.config import Config
 from r2m_ray.roles import Stats
+from r2m_ray.runtime.agreement import require_agreement
 from r2m_ray.runtime.group import Actors
 
 PHASE = "weight sync"
@@ -59,13 +61,17 @@ class DirectSync:
         self._config = config
         self._policy = policy
         self._rollout = rollout
-        self._joined = False
+        self._members: list[Any] = []
 
     async def __call__(self, *, version: int) -> Stats:
         start = time.monotonic()
-        if not self._joined:
+        every = self._config.sync.verify_every
+        if len(self._policy) > 1 and every and version % every == 0:
+            await require_agreement(self._policy, PHASE, "weight_digests")
+        members = [*self._policy.handles, *self._rollout.handles]
+        if members != self._members:
             address = (await self._policy.all(PHASE, "address"))[0]
             await self._policy.all(PHASE, "join_transfer", self._config, self._rollout.handles, address)
-            self._joined = True
+            self._members = members
         await self._policy.all(PHASE, "send_weights", version)
         return {"time/transfer": time.monotonic() - start}

@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r2m_ray.config import Config
 from r2m_ray.errors import RunError
+from r2m_ray.faults import ACTOR
 from r2m_ray.runtime.device import actor_environment
 
 
@@ -78,23 +79,27 @@ class Placement:
                 f"{ray.available_resources()} are free. Stop other jobs or use cluster.placement=SPREAD."
             )
 
-    def spawn(self, actor_class: type, role: str) -> dict[str, Any]:
-        """Start every actor of a role, each in its bundle; returns handles by name (``rollout-0`` …)."""
+    def count(self, role: str) -> int:
+        """How many actors the role has."""
+        return next(demand.count for demand in self._demands if demand.role == role)
+
+    def spawn(self, actor_class: type, role: str, rank: int) -> Any:
+        """Start one actor of a role in its bundle, which whoever had it before must have left."""
         places = [demand for demand in self._demands for _ in range(demand.count)]
-        bundles = [bundle for bundle, demand in enumerate(places) if demand.role == role]
-        return {
-            f"{role}-{i}": ray.remote(actor_class)
+        bundle = [i for i, demand in enumerate(places) if demand.role == role][rank]
+        environment = actor_environment(self._config, places[bundle].gpus)
+        return (
+            ray.remote(actor_class)
             .options(
                 num_cpus=places[bundle].cpus,
                 num_gpus=places[bundle].gpus,
-                runtime_env={"env_vars": actor_environment(self._config, places[bundle].gpus)},
+                runtime_env={"env_vars": {**environment, ACTOR: f"{role}-{rank}"}},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=self._group, placement_group_bundle_index=bundle
                 ),
             )
             .remote()
-            for i, bundle in enumerate(bundles)
-        }
+        )
 
     def release(self) -> None:
         """End every actor of the run and give its place back."""

@@ -2,9 +2,9 @@
 
 The learner packs parameters into buckets; each travels once through the object store to every
 engine, while the learner packs the next. Every batch sampled afterwards carries the version, and
-a sha256 over all buckets is compared on both sides at the first sync and every
-``sync.verify_every`` steps. A failed sync leaves the engines quarantined: they refuse to sample
-until one completes.
+a sha256 over all buckets is compared on both sides, and between all learner ranks, at the first
+sync, after a recovery, and every ``sync.verify_every`` steps. A failed sync leaves the engines
+quarantined: they refuse to sample until one completes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 
 from r2m_ray.config import Config, SyncBackend, SyncConfig
 from r2m_ray.roles import Stats, WeightSync
+from r2m_ray.runtime.agreement import require_agreement
 from r2m_ray.runtime.direct_sync import DirectSync
 from r2m_ray.runtime.group import Actors
 
@@ -35,11 +36,13 @@ class ObjectStoreSync:
         self._verify_every = config.verify_every
         self._policy = policy
         self._rollout = rollout
-        self._synced = False
+        self._last: int | None = None
 
     async def __call__(self, *, version: int) -> Stats:
         start = time.monotonic()
-        verify = not self._synced or (self._verify_every > 0 and version % self._verify_every == 0)
+        due = self._verify_every > 0 and version % self._verify_every == 0
+        # A version that comes again, or an older one, is for actors that replace others.
+        verify = self._last is None or version <= self._last or due
         await asyncio.gather(
             self._rollout.all(PHASE, "begin_weight_update", verify),
             self._policy.all(PHASE, "begin_weights", self._bucket_bytes, verify),
@@ -53,9 +56,11 @@ class ObjectStoreSync:
             upcoming = asyncio.ensure_future(self._next_bucket())
             await self._rollout.all(PHASE, "load_bucket", bucket)
             sent, buckets = sent + size, buckets + 1
-        digest = (await self._policy.all(PHASE, "weight_digest"))[0]
-        await self._rollout.all(PHASE, "finish_weight_update", version, digest)
-        self._synced = True
+        digests = await self._policy.all(PHASE, "weight_digest")
+        if len(set(digests)) > 1:
+            await require_agreement(self._policy, PHASE, "weight_digests")
+        await self._rollout.all(PHASE, "finish_weight_update", version, digests[0])
+        self._last = version
         return {
             "bytes": float(sent),
             "buckets": float(buckets),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+
+from r2m_ray.environment import usable_cores
 
 WARMUP_SHARE = 0.05
 """Share of the steps in which the learning rate rises; then it falls as a cosine."""
@@ -111,7 +112,7 @@ def train(trainer: Trainer, name: str) -> Trained:
 def every_core() -> Iterator[None]:
     """Give torch all cores of this process for a while: nothing else runs beside a stage."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ import pytest
 from r2m_ray.compose import load_config
 from r2m_ray.config import ClusterConfig
 from r2m_ray.metrics import MACHINE_PREFIXES
-from r2m_ray.runtime.launch import cluster, run_evaluation, run_training
+from r2m_ray.runtime.cluster import cluster
+from r2m_ray.runtime.launch import run_evaluation, run_training
 from r2m_ray.stages.prepare import prepare
 
 pytestmark = pytest.mark.e2e

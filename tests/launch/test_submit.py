@@ -76,9 +76,11 @@ def test_a_runtime_env_is_merged_and_wins(submit: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "DB_PASSWORD", "my_secret"])
 def test_secrets_do_not_travel(submit: ModuleType, name: str) -> None:
-    submit.refuse_secrets({"env_vars": {"TOKENIZERS_PARALLELISM": "false"}})
+    submit.refuse_secrets(
+        {"env_vars": {"TOKENIZERS_PARALLELISM": "false"}}, ["train", "task.max_new_tokens=8"]
+    )
     with pytest.raises(InputError, match=name) as caught:
-        submit.refuse_secrets({"env_vars": {name: "hunter2"}})
+        submit.refuse_secrets({"env_vars": {name: "hunter2"}}, ["train"])
     assert "hunter2" not in str(caught.value)
 
 

@@ -73,7 +73,7 @@ def replica(model_dir: str, rank: int, directory: Path) -> None:
     reward = engine(model_dir, rank, world_size=2)
     stats = [reward.update(shards[rank], 0.6, step) for step, shards in enumerate(UPDATES)]
     reward.save(directory)
-    (directory / "report.json").write_text(json.dumps({"stats": stats, "digest": reward.digest()}))
+    (directory / "report.json").write_text(json.dumps({"stats": stats, "digest": reward.digests()}))
 
 
 def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from r2m_ray.errors import InputError
-from r2m_ray.models.reward_trunk import RewardTrunk, _microbatches
+from r2m_ray.models.reward_trunk import RewardTrunk
 
 PROMPTS = ("w1 w2 w3", "w4 w5 w6 w7 w8 w9", "w1", "w10 w11")
 RESPONSES = ("w20 w21", "w22 w23 w24 w25 w26 w27 w28", "w29", "w30 w31 w32")
@@ -274,11 +274,3 @@ def test_bfloat16_trunk_gives_float32_scores_near_the_float32_model(
     assert narrow.dtype == torch.float32
     # Two layers of bfloat16 (2^-8 each) under weights of deviation 0.3.
     torch.testing.assert_close(narrow, scores, atol=0.25, rtol=0.1)
-
-
-def test_microbatches_cover_all_rows_within_the_budget() -> None:
-    lengths = [3, 9, 1, 4, 9, 20]
-    batches = list(_microbatches(lengths, 18))
-    assert batches == [[5], [1, 4], [3, 0, 2]]
-    assert sorted(n for batch in batches for n in batch) == list(range(6))
-    assert list(_microbatches([], 18)) == []

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from r2m_ray.config import ClusterConfig
-from r2m_ray.runtime.launch import cluster
+from r2m_ray.runtime.cluster import cluster
 
 
 @pytest.fixture(scope="package")

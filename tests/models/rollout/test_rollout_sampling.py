@@ -154,6 +154,10 @@ def test_torn_rows_are_sampled_again(engine: RolloutEngine, make_plan: MakePlan)
         ),
         (lambda e: dict(zip(e, reversed(e.values()), strict=True)), "rows for|other tokens"),
         (
+            lambda e: {name: Export(x.hidden_TP, x.token_T + 1, x.position_T) for name, x in e.items()},
+            "other tokens, twice",
+        ),
+        (
             lambda e: {name: Export(x.hidden_TP, x.token_T, x.position_T + 1) for name, x in e.items()},
             "positions",
         ),

@@ -1,0 +1,194 @@
+"""Rules between the fields that say what a run computes: its name, data, batches, losses and models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from r2m_ray.config import PREPARED, Config, FeedbackRefresh, KLEstimator, KLPlace, TaskName
+from r2m_ray.config_rules import Rule, near, registrar
+from r2m_ray.problems import Problem, shown
+
+RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+LEAST_TEMPERATURE = 0.01
+"""vLLM silently samples at 0.01 where less is asked for, and the learner's log-probs would not."""
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of an attention head that vLLM's CPU backend computes."""
+
+RULES: list[Rule] = []
+rule = registrar(RULES)
+
+
+@rule("run.name")
+def _run_name(config: Config) -> Iterator[Problem]:
+    if not RUN_NAME.fullmatch(config.run.name):
+        yield Problem(
+            "run.name",
+            f"'{shown(config.run.name)}' is not 1 to 100 of A-Z a-z 0-9 . _ - (no dot first); "
+            "choose such a name, and say where by run.root",
+        )
+
+
+@rule("run.root", "prepare.root", "model.policy", "model.reward", "cluster.address")
+def _empty_names(config: Config) -> Iterator[Problem]:
+    values = {
+        "run.root": config.run.root,
+        "prepare.root": config.prepare.root,
+        "model.policy": config.model.policy,
+        "model.reward": config.model.reward,
+        "cluster.address": config.cluster.address,
+    }
+    for path, value in values.items():
+        if not value.strip():
+            yield Problem(path, "is empty; give a value or leave the field out")
+
+
+@rule("task.name", "task.train_file", "task.eval_file")
+def _data_files(config: Config) -> Iterator[Problem]:
+    task = config.task
+    for path, value in (("task.train_file", task.train_file), ("task.eval_file", task.eval_file)):
+        if task.name is TaskName.preferences and not value:
+            yield Problem(path, f"is needed for preferences: JSONL, Parquet or a datasets id; give {path}=…")
+        elif task.name is not TaskName.preferences and value:
+            yield Problem(
+                path, f"{shown(value)} is read by task=preferences alone; choose it or leave this out"
+            )
+
+
+@rule("algo.prompts_per_step", "algo.prompts_per_shard")
+def _whole_shards(config: Config) -> Iterator[Problem]:
+    step, shard = config.algo.prompts_per_step, config.algo.prompts_per_shard
+    if step % shard:
+        message = f"{step} is not a multiple of algo.prompts_per_shard={shard}; use {near(step, shard)}"
+        yield Problem("algo.prompts_per_step", message)
+
+
+@rule("algo.prompts_per_step", "algo.minibatch_prompts", "algo.prompts_per_shard", "policy.ranks")
+def _whole_minibatches(config: Config) -> Iterator[Problem]:
+    step, minibatch = config.algo.prompts_per_step, config.algo.minibatch_prompts
+    shard, ranks = config.algo.prompts_per_shard, config.policy.ranks
+    if minibatch % (shard * ranks):
+        yield Problem(
+            "algo.minibatch_prompts",
+            f"{minibatch} is not a multiple of {shard * ranks} (algo.prompts_per_shard={shard} × "
+            f"policy.ranks={ranks}); use {near(minibatch, shard * ranks)}",
+        )
+    elif minibatch > step:
+        message = f"{minibatch} is more than algo.prompts_per_step={step}; use at most {step}"
+        yield Problem("algo.minibatch_prompts", message)
+    elif step % minibatch:
+        message = f"{step} is not a multiple of algo.minibatch_prompts={minibatch}; "
+        yield Problem("algo.prompts_per_step", f"{message}use {near(step, minibatch)}")
+
+
+@rule(
+    "algo.prompts_per_step", "algo.prompts_per_shard",
+    "rollout.replicas", "reward.replicas", "reference.replicas",
+)  # fmt: skip
+def _idle_replicas(config: Config) -> Iterator[Problem]:
+    shards = -(-config.algo.prompts_per_step // config.algo.prompts_per_shard)
+    replicas = {
+        "rollout.replicas": config.rollout.replicas,
+        "reward.replicas": config.reward.replicas,
+        "reference.replicas": config.reference.replicas,
+    }
+    for path, count in replicas.items():
+        if count > shards:
+            yield Problem(
+                path,
+                f"{count} are more than the {shards} shards of a step (algo.prompts_per_step / "
+                f"algo.prompts_per_shard), so some would never work; use at most {shards}, or smaller shards",
+            )
+
+
+@rule("algo.responses_per_prompt", "reward.entropy_weight", "reward.update_steps")
+def _groups_of_two(config: Config) -> Iterator[Problem]:
+    alpha = config.reward.entropy_weight
+    if config.algo.responses_per_prompt > 2 or config.reward.update_steps == 0 or alpha == 0:
+        return
+    yield Problem(
+        "reward.entropy_weight",
+        f"{alpha:g}, but group reward entropy (Eq. 6) is constant with algo.responses_per_prompt=2, so "
+        f"{'nothing is learned' if alpha == 1 else 'it has no effect'}; use 3 responses or more, or weight 0",
+        warning=alpha < 1,
+    )
+
+
+@rule(
+    "feedback.refresh", "algo.epochs", "algo.minibatch_prompts", "algo.prompts_per_step",
+    "reward.update_steps", "reward.omega_floor",
+)  # fmt: skip
+def _refresh(config: Config) -> Iterator[Problem]:
+    learns_from_h = config.uses_feedback and config.reward.update_steps > 0
+    one_step = config.algo.epochs == 1 and config.algo.minibatch_prompts >= config.algo.prompts_per_step
+    if learns_from_h and one_step and config.feedback.refresh is FeedbackRefresh.last_epoch:
+        yield Problem(
+            "feedback.refresh",
+            "last_epoch, but with algo.epochs=1 and one minibatch h is computed before the policy moves, so "
+            "it is not refreshed; use algo.epochs=2, smaller minibatches, or feedback.refresh=exact",
+            warning=True,
+        )
+
+
+@rule("prepare.policy_width", "prepare.policy_heads", "prepare.reward_width", "prepare.reward_heads")
+def _heads(config: Config) -> Iterator[Problem]:
+    prepare = config.prepare
+    for role, width, heads in (
+        ("policy", prepare.policy_width, prepare.policy_heads),
+        ("reward", prepare.reward_width, prepare.reward_heads),
+    ):
+        # Rotary positions turn one half of a head against the other.
+        if width % (2 * heads):
+            yield Problem(
+                f"prepare.{role}_width",
+                f"{width} does not give prepare.{role}_heads={heads} heads an even width each; "
+                f"use {near(width, 2 * heads)}",
+            )
+
+
+@rule(
+    "prepare.policy_width", "prepare.policy_heads", "model.policy", "cluster.gpus_per_rollout",
+)  # fmt: skip
+def _head_size(config: Config) -> Iterator[Problem]:
+    width, heads = config.prepare.policy_width, config.prepare.policy_heads
+    sampled_on_cpu = config.model.policy == PREPARED and config.cluster.gpus_per_rollout == 0
+    if sampled_on_cpu and width % (2 * heads) == 0 and width // heads not in CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        closest = min(CPU_HEAD_SIZES, key=lambda size: abs(size - width / heads))
+        yield Problem(
+            "prepare.policy_width",
+            f"{width} gives prepare.policy_heads={heads} heads {width // heads} each, and vLLM's attention "
+            f"on a CPU has {sizes}; use {closest * heads}",
+        )
+
+
+@rule("algo.kl_weight", "algo.kl_place", "algo.kl_estimator")
+def _kl_gradient(config: Config) -> Iterator[Problem]:
+    algo = config.algo
+    if algo.kl_weight == 0:
+        return
+    if algo.kl_place is KLPlace.loss and algo.kl_estimator is KLEstimator.k1:
+        yield Problem(
+            "algo.kl_estimator",
+            "k1 as a term of the loss has an expected gradient of zero on the policy's own samples, so it "
+            "holds nothing back; use k3 or k2, or algo.kl_place=reward",
+            warning=True,
+        )
+    elif algo.kl_place is KLPlace.reward and algo.kl_estimator is not KLEstimator.k1:
+        yield Problem(
+            "algo.kl_estimator",
+            f"{algo.kl_estimator.value} as a part of the reward is not differentiated, and the gradient of "
+            "the KL is then missing a part; use k1, or algo.kl_place=loss",
+            warning=True,
+        )
+
+
+@rule("algo.temperature")
+def _temperature(config: Config) -> Iterator[Problem]:
+    temperature = config.algo.temperature
+    if temperature < LEAST_TEMPERATURE:
+        yield Problem(
+            "algo.temperature",
+            f"{temperature:g} is below {LEAST_TEMPERATURE}, at which vLLM would sample instead; use "
+            f"{LEAST_TEMPERATURE} or more",
+        )

@@ -1,0 +1,190 @@
+"""What happens when an actor is lost.
+
+Roles without state, rollout and reference, are replaced in place and their work is done again; an engine
+serves nothing before it has the current weights. The learner and the reward model have state: when one
+of them is lost, both are replaced, go back to the last commit, and the steps since are computed again.
+Sampling is seeded by prompt and step, so the run ends as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from r2m_ray.errors import ActorLost, RunError
+from r2m_ray.roles import Stats, WeightSync
+from r2m_ray.runtime.team import Team, together
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work for one actor that its successor can do again.
+
+    submit: sends it to whoever has the rank now; returns a light object reference, then the records.
+    content: what it works on, for the error that names it.
+    """
+
+    rank: int
+    submit: Callable[[], list[Any]]
+    content: str
+
+
+class Redo(Protocol):
+    """Does jobs of a phase; returns each one's records."""
+
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[list[Any]]: ...
+
+
+class InPlace:
+    """Jobs of a role without state, done again by the successor of an actor that was lost.
+
+    revive: replaces actors by rank and makes them fit to work.
+    Raises RunError naming the job that ``limit`` successors did not survive either.
+    """
+
+    def __init__(self, team: Team, revive: Callable[[ActorLost], Awaitable[None]], *, limit: int) -> None:
+        self._team = team
+        self._revive = revive
+        self._limit = limit
+
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[list[Any]]:
+        actors = self._team.actors
+        records: dict[int, list[Any]] = {}
+        for attempt in range(self._limit + 1):
+            if attempt:
+                await asyncio.sleep(pause_s(attempt))
+            waiting = [n for n in range(len(jobs)) if n not in records]
+            sent = {n: jobs[n].submit() for n in waiting}
+            calls = [(actors.names[jobs[n].rank], sent[n][0]) for n in waiting]
+            lost: dict[int, ActorLost] = {}
+            for n, outcome in zip(waiting, await actors.outcomes(phase, calls), strict=True):
+                if isinstance(outcome, ActorLost):
+                    lost[n] = outcome
+                elif isinstance(outcome, Exception):
+                    raise outcome
+                else:
+                    records[n] = sent[n][1:]
+            if not lost:
+                return [records[n] for n in range(len(jobs))]
+            first = next(iter(lost.values()))
+            if attempt < self._limit:
+                await self._revive(
+                    ActorLost(
+                        str(first), tuple(dict.fromkeys(name for e in lost.values() for name in e.actors))
+                    )
+                )
+        # An actor takes its jobs in turn: those behind the first are innocent.
+        suspects = {jobs[n].rank: jobs[n].content for n in reversed(lost)}
+        contents = "; ".join(suspects.values())
+        raise RunError(
+            f"{phase}: {contents} ended {self._limit + 1} actors in a row, so the work itself may do it "
+            f"(cluster.max_recoveries={self._limit}). The last one: {first}"
+        ) from first
+
+
+class ReliableSync:
+    """A weight sync that replaces rollout engines it has lost, and brings new ones up to date.
+
+    A sync that an engine did not survive is done again for all of them: a torn one leaves them quarantined.
+    """
+
+    def __init__(self, sync: WeightSync, rollout: Team, *, limit: int, notify: Notify) -> None:
+        self._sync = sync
+        self._rollout = rollout
+        self._limit = limit
+        self._notify = notify
+        self._version = 0
+
+    async def __call__(self, *, version: int) -> Stats:
+        self._version = version
+        for attempt in range(self._limit + 1):
+            try:
+                return await self._sync(version=version)
+            except ActorLost as lost:
+                if attempt == self._limit or not lost.concerns(self._rollout.role):
+                    raise
+                await asyncio.sleep(pause_s(attempt))
+                await replace(self._rollout, lost, self._notify)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def revive(self, lost: ActorLost) -> None:
+        """Replace engines, and let all of them sample the current version again."""
+        await replace(self._rollout, lost, self._notify)
+        await self(version=self._version)
+
+
+async def replace(team: Team, lost: ActorLost, notify: Notify) -> None:
+    """Start successors of lost actors in their places, and tell how long it took."""
+    start = time.monotonic()
+    await team.replace(team.ranks_of(lost.actors))
+    seconds = time.monotonic() - start
+    notify(f"{lost}\n{', '.join(lost.actors)} replaced after {seconds:.1f} s; the work is done again")
+
+
+async def rolled_back(
+    attempt: Callable[[], Awaitable[None]],
+    stateful: Sequence[Team],
+    *,
+    finished: Callable[[], int],
+    limit: int,
+    notify: Notify,
+) -> None:
+    """Run ``attempt``, and again after each loss of an actor with state, from the last commit.
+
+    finished: the last step that was finished. Raises RunError after ``limit`` losses in a row between which
+    the run came no further than before.
+    """
+    bystanders = asyncio.all_tasks()
+    furthest, in_a_row = -1, 0
+    loss: _Loss | None = None
+    while True:
+        try:
+            if loss is not None:
+                await together(*(team.replace() for team in stateful))
+                notify(loss.repaired())
+            return await attempt()
+        except ActorLost as lost:
+            loss = _Loss(lost)
+            in_a_row = in_a_row + 1 if finished() <= furthest else 1
+            furthest = max(furthest, finished())
+            if in_a_row > limit:
+                raise RunError(
+                    f"{lost}\nThis was loss {in_a_row} in a row in step {finished() + 1}, which the run "
+                    f"never finished (cluster.max_recoveries={limit}). Its last commit is kept."
+                ) from lost
+            await _quiet(bystanders)
+            await asyncio.sleep(pause_s(in_a_row))
+
+
+class _Loss:
+    """What was lost, and since when."""
+
+    def __init__(self, lost: ActorLost) -> None:
+        self._lost = lost
+        self._since = time.monotonic()
+
+    def repaired(self) -> str:
+        seconds = time.monotonic() - self._since
+        names = ", ".join(self._lost.actors) or "a record"
+        return f"{self._lost}\n{names} replaced after {seconds:.1f} s; back to the last commit"
+
+
+def pause_s(losses: int) -> float:
+    """Seconds to wait after so many losses in a row: doubled by each one."""
+    return min(FIRST_PAUSE_S * 2.0**losses, LONGEST_PAUSE_S)
+
+
+async def _quiet(bystanders: set[asyncio.Task[Any]]) -> None:
+    """End what a failed attempt left running side by side with what failed."""
+    left = asyncio.all_tasks() - bystanders
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)

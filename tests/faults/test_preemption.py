@@ -1,0 +1,111 @@
+"""Told to stop, or ended without a word: what is committed stays, and the run goes on from there."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(
+    lab: Any, undisturbed: Any, same: Any
+) -> None:
+    stopped = lab.run("told", faults=["driver@3:annotate:term"])
+    assert stopped.code == 75, stopped.text
+    assert stopped.commits[-1] == "step-000003"
+    assert "run.resume=true" in stopped.text
+    same(lab.run("told", again=True), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "commit"),
+    [
+        ("1:start", None),
+        ("1:evaluate", None),
+        ("2:sample", "step-000002"),
+        ("3:policy", "step-000003"),
+        ("1:reward", "step-000001"),
+        ("4:evaluate", "step-000003"),
+        ("3:checkpoint", "step-000002"),
+    ],
+)
+def test_a_signal_in_any_phase(lab: Any, undisturbed: Any, same: Any, point: str, commit: str | None) -> None:
+    name = f"signal-{point.replace(':', '-')}"
+    stopped = lab.run(name, faults=[f"driver@{point}:term"])
+    assert stopped.code == 75, stopped.text
+    assert stopped.commits[-1:] == ([commit] if commit else [])
+    same(lab.run(name, again=True), undisturbed)
+
+
+@pytest.mark.slow
+def test_the_terminals_interrupt_reaches_the_whole_group_and_is_the_same(
+    lab: Any, undisturbed: Any, same: Any
+) -> None:
+    running = lab.start("interrupt")
+    running.until(lambda: running.finished_steps() >= 2)
+    running.signal_group(signal.SIGINT)
+    stopped = running.wait()
+    lab.clean(running)
+    assert stopped.code == 75, stopped.text
+    same(lab.run("interrupt", again=True), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any, same: Any) -> None:
+    running = lab.start("twice", faults=["rollout-0@2:sample:stop"])
+    running.until(lambda: list(running.faults.iterdir()))
+    running.signal(signal.SIGTERM)
+    running.until(lambda: "SIGTERM: saving" in running.output.read_text())
+    start = time.monotonic()
+    running.signal(signal.SIGTERM)
+    stopped = running.wait(20)
+    assert time.monotonic() - start < 10
+    lab.clean(running, killed=True)
+    assert stopped.code == 75
+    same(lab.run("twice", again=True), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undisturbed: Any, same: Any) -> None:
+    running = lab.start("grace", "cluster.stop_grace_s=5", faults=["rollout-0@3:sample:stop"])
+    running.until(lambda: list(running.faults.iterdir()))
+    running.signal(signal.SIGTERM)
+    stopped = running.wait(60)
+    lab.clean(running)
+    assert stopped.code == 75, stopped.text
+    assert stopped.commits == ["step-000002"]
+    same(lab.run("grace", again=True), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturbed: Any, same: Any) -> None:
+    running = lab.start("killed")
+    running.until(lambda: running.finished_steps() >= 3)
+    locked = lab.run("killed", again=True)
+    assert locked.code == 2
+    assert "is writing this run" in locked.text
+    running.process.kill()
+    running.wait()
+    lab.clean(running, killed=True)
+    resumed = lab.run("killed", again=True)
+    same(resumed, undisturbed)
+    # What the killed one left in the temporary directory went with the next start.
+    assert not list(lab.temporary_files(running))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["raylet", "gcs_server"])
+def test_a_lost_server_is_a_clear_error(lab: Any, undisturbed: Any, same: Any, server: str) -> None:
+    running = lab.start(f"server-{server}")
+    running.until(lambda: running.finished_steps() >= 3)
+    next(p for p in running.processes() if p.name() == server).kill()
+    stopped = running.wait(60)
+    lab.clean(running, killed=True)
+    assert stopped.code == 3, stopped.text
+    assert "error: " in stopped.text
+    same(lab.run(f"server-{server}", again=True), undisturbed)

@@ -1,0 +1,84 @@
+"""Stop after any step and resume: to the last bit the run that was never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+EVERY = ["checkpoint.every=1", "checkpoint.keep=6"]
+
+
+def cut(lab: Any, whole: Any, name: str, step: int) -> Path:
+    """A copy of a finished run as it was when ``step`` was committed."""
+    target = lab.root / "runs" / name
+    shutil.copytree(whole.directory, target)
+    for checkpoint in (target / "checkpoints").glob("step-*"):
+        if checkpoint.name > f"step-{step:06d}":
+            shutil.rmtree(checkpoint)
+    return target
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_resume_after_every_step(lab: Any, same: Any, step: int) -> None:
+    whole = lab.once("zero2", *EVERY)
+    cut(lab, whole, f"zero2-{step}", step)
+    same(lab.run(f"zero2-{step}", *EVERY, again=True), whole)
+
+
+VARIANTS = {
+    "vanilla": ["reward=vanilla"],
+    "zero3": ["+policy.deepspeed.zero_optimization.stage=3"],
+    "zero2-ranks": ["policy.ranks=2"],
+    "zero3-ranks": ["policy.ranks=2", "+policy.deepspeed.zero_optimization.stage=3"],
+    "replicas": ["rollout.replicas=2", "reward.replicas=2", "reference.replicas=2"],
+}
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_of_every_kind_of_run(lab: Any, same: Any, name: str, step: int) -> None:
+    settings = [*EVERY, *VARIANTS[name]]
+    whole = lab.once(name, *settings)
+    cut(lab, whole, f"{name}-{step}", step)
+    same(lab.run(f"{name}-{step}", *settings, again=True), whole)
+
+
+@pytest.mark.parametrize("field", ["position", "pass"])
+def test_without_the_data_cursor_the_run_is_another(lab: Any, field: str) -> None:
+    whole = lab.once("zero2", *EVERY)
+    checkpoint = cut(lab, whole, f"control-{field}", 3) / "checkpoints" / "step-000003"
+    file, manifest = checkpoint / "driver.json", checkpoint / "MANIFEST.json"
+    state = json.loads(file.read_text())
+    state["prompts"][field] = 0 if field == "position" else 5
+    file.write_text(json.dumps(state))
+    entries = json.loads(manifest.read_text())
+    entries["files"]["driver.json"] = {
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(entries))
+    other = lab.run(f"control-{field}", *EVERY, again=True)
+    assert other.code == 0, other.text
+    assert other.rows != whole.rows
+
+
+def test_a_resume_on_other_ranks_goes_on_from_the_exact_state(lab: Any) -> None:
+    whole = lab.once("zero2", *EVERY)
+    cut(lab, whole, "reshard", 3)
+    wide = ["policy.ranks=2", "+policy.deepspeed.zero_optimization.stage=3"]
+    refused = lab.run("reshard", *EVERY, *wide, again=True)
+    assert refused.code == 2
+    assert "policy.ranks" in refused.text
+    resharded = lab.run("reshard", *EVERY, *wide, "run.reshard=true", again=True)
+    assert resharded.code == 0, resharded.text
+    first, expected = (next(r for r in run.rows if r["step"] == 4) for run in (resharded, whole))
+    # Sums are taken in another order.
+    for key in ("reward/mean", "policy/loss", "rm/loss", "response/tokens"):
+        assert first[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key

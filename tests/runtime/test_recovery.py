@@ -1,0 +1,225 @@
+"""Lost actors: replaced in place or rolled back, a bounded number of times, then named."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from r2m_ray.config import Config
+from r2m_ray.errors import ActorLost, RunError
+from r2m_ray.runtime import recovery
+from r2m_ray.runtime.placement import Placement
+from r2m_ray.runtime.recovery import InPlace, Job, ReliableSync, rolled_back
+from r2m_ray.runtime.team import Address, Team
+
+
+class Worker:
+    """Answers with a number; dies when it is told to."""
+
+    def start(self, rank: int, meeting: Address) -> None:
+        self.rank = rank
+
+    def whoami(self) -> tuple[int, int]:
+        return self.rank, os.getpid()
+
+    def double(self, value: int, deadly: bool = False) -> tuple[str, int]:
+        if deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done", 2 * value
+
+    def freeze(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def placement(local_cluster: None) -> Iterator[Placement]:
+    config = Config()
+    config.reference.replicas = 2
+    found = Placement(config)
+    yield found
+    found.release()
+
+
+@pytest.fixture
+def team(placement: Placement) -> Iterator[Team]:
+    made = Team(
+        "reference",
+        Worker,
+        placement,
+        lambda rank, meeting: (rank, meeting),
+        start_timeout_s=240,
+        phase_timeout_s=60,
+    )
+    asyncio.run(made.start())
+    yield made
+    made.actors.stop()
+
+
+def jobs(team: Team, deadly: dict[int, int]) -> list[Job]:
+    """Jobs 0 to 3; ``deadly`` says how many tries of a job still end its actor."""
+
+    def job(n: int) -> Job:
+        rank = team.actors.owner(n)
+
+        def submit() -> list[Any]:
+            deadly[n] = deadly.get(n, 0) - 1
+            method = team.actors.handles[rank].double.options(num_returns=2)
+            return list(method.remote(n, deadly[n] >= 0))
+
+        return Job(rank, submit, f"shard {n}")
+
+    return [job(n) for n in range(4)]
+
+
+def in_place(team: Team, told: list[str], limit: int = 2) -> InPlace:
+    async def revive(lost: ActorLost) -> None:
+        await recovery.replace(team, lost, told.append)
+
+    return InPlace(team, revive, limit=limit)
+
+
+def test_the_work_of_a_dead_actor_is_done_by_its_successor(team: Team) -> None:
+    async def work(told: list[str]) -> list[int]:
+        before = await team.actors.all("ask", "whoami")
+        answers = await in_place(team, told)("score", jobs(team, {2: 1}))
+        after = await team.actors.all("ask", "whoami")
+        assert after[1] == before[1]
+        assert after[0][0] == before[0][0] == 0
+        assert after[0][1] != before[0][1]
+        return [await record for (record,) in answers]
+
+    told: list[str] = []
+    assert asyncio.run(work(told)) == [0, 2, 4, 6]
+    assert len(told) == 1
+    assert "reference-0 died during score" in told[0]
+    assert "reference-0 replaced after " in told[0]
+
+
+def test_work_that_ends_every_actor_is_named(team: Team) -> None:
+    told: list[str] = []
+    with pytest.raises(RunError, match=r"score: shard 1 ended 3 actors in a row.*max_recoveries=2"):
+        asyncio.run(in_place(team, told)("score", jobs(team, {1: 99})))
+    assert len(told) == 2
+
+
+def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(team: Team) -> None:
+    async def work() -> list[int]:
+        await team.actors.outcomes(
+            "freeze", [("reference-1", team.actors.handles[1].freeze.remote())], timeout_s=1
+        )
+        team.actors.timeout_s = 3
+        answers = await in_place(team, told)("score", jobs(team, {}))
+        return [await record for (record,) in answers]
+
+    told: list[str] = []
+    assert asyncio.run(work()) == [0, 2, 4, 6]
+    assert "score: no answer from reference-1 within 3 s" in told[0]
+
+
+def test_a_sync_that_an_engine_did_not_survive_is_done_again(team: Team) -> None:
+    versions: list[int] = []
+
+    async def sync(*, version: int) -> dict[str, float]:
+        versions.append(version)
+        if len(versions) == 1:
+            raise ActorLost("reference-1 died during weight sync", ("reference-1",))
+        return {"bytes": 7.0}
+
+    told: list[str] = []
+    reliable = ReliableSync(sync, team, limit=2, notify=told.append)
+    assert asyncio.run(reliable(version=4)) == {"bytes": 7.0}
+    assert versions == [4, 4]
+    asyncio.run(reliable.revive(ActorLost("reference-0 died", ("reference-0",))))
+    assert versions == [4, 4, 4]
+
+
+def test_a_lost_learner_is_no_matter_of_the_sync(team: Team) -> None:
+    async def sync(*, version: int) -> dict[str, float]:
+        raise ActorLost("policy-0 died during weight sync", ("policy-0",))
+
+    with pytest.raises(ActorLost, match="policy-0"):
+        asyncio.run(ReliableSync(sync, team, limit=2, notify=print)(version=1))
+
+
+class Stateful:
+    """Stands for a team with state; counts how often it was replaced."""
+
+    def __init__(self) -> None:
+        self.replaced = 0
+
+    async def replace(self) -> None:
+        self.replaced += 1
+
+
+def roll(progress: list[int], limit: int) -> tuple[int, int]:
+    """Run attempts that get to given steps and, but for the last, are lost; count attempts and rollbacks."""
+    team: Any = Stateful()
+    reached = 0
+    attempts = 0
+
+    async def attempt() -> None:
+        nonlocal reached, attempts
+        reached = max(reached, progress[attempts])
+        attempts += 1
+        if attempts < len(progress):
+            raise ActorLost("policy-0 died during policy update", ("policy-0",))
+
+    asyncio.run(rolled_back(attempt, [team], finished=lambda: reached, limit=limit, notify=lambda _: None))
+    return attempts, team.replaced
+
+
+def test_a_run_is_rolled_back_as_often_as_it_moves_on() -> None:
+    assert roll([1, 2, 3, 4, 5, 6], limit=1) == (6, 5)
+
+
+def test_a_step_that_is_never_finished_ends_the_run() -> None:
+    with pytest.raises(RunError, match=r"loss 3 in a row in step 5.*max_recoveries=2"):
+        roll([4, 2, 4, 4, 6], limit=2)
+
+
+def test_a_rollback_leaves_no_task_of_the_failed_attempt() -> None:
+    cancelled: list[str] = []
+    attempts = 0
+
+    async def lasting() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append("sync")
+            raise
+
+    async def attempt() -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            asyncio.get_running_loop().create_task(lasting())
+            await asyncio.sleep(0)
+            raise ActorLost("reward-0 died", ("reward-0",))
+        assert cancelled == ["sync"]
+
+    asyncio.run(rolled_back(attempt, [], finished=lambda: 0, limit=2, notify=lambda _: None))
+    assert attempts == 2
+
+
+def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "FIRST_PAUSE_S", 0.5)
+    assert [recovery.pause_s(n) for n in (1, 2, 3, 20)] == [1.0, 2.0, 4.0, recovery.LONGEST_PAUSE_S]
+
+
+def test_ray_is_the_one_who_kept_the_books(team: Team) -> None:
+    """A successor has the rank, the name and the place of whom it follows."""
+    asyncio.run(recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None))
+    found = ray.get([handle.whoami.remote() for handle in team.actors.handles], timeout=60)
+    assert [rank for rank, _ in found] == [0, 1]
+    assert [team.actors.pids[name] for name in team.actors.names] == [pid for _, pid in found]

@@ -1,0 +1,287 @@
+"""Mistakes in a configuration: names, types, ranges and contradictions, all told at once with a remedy."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from r2m_ray.compose import load_config
+from r2m_ray.config import Config, FeedbackRefresh
+from r2m_ray.config_checks import RULES, validate
+from r2m_ray.config_checks_method import CPU_HEAD_SIZES, LEAST_TEMPERATURE
+from r2m_ray.config_schema import schema
+from r2m_ray.errors import InputError
+from r2m_ray.problems import Problem
+
+GPUS = ("cluster.gpus_per_learner=1", "cluster.gpus_per_rollout=1")
+TWO_GPUS_EACH = (
+    "rollout.engine_args.tensor_parallel_size=2",
+    "rollout.engine_args.distributed_executor_backend=mp",
+)
+FILES = ("task.train_file=org/pairs", "task.eval_file=org/pairs")
+
+
+def complaint(*overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(overrides)
+    return str(caught.value)
+
+
+def lines_about(text: str, path: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip().startswith(f"{path}:")]
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = complaint(
+        "experiment=dem",
+        "reward=vanila",
+        "algo.stepz=3",
+        "omega_floor=0.5",
+        "algo.temperature=nan",
+        "algo.responses_per_prompt=1",
+        "policy.learning_rate=-1",
+        "task.overlong=eror",
+        "run.resume=maybe",
+        "run.name=../up",
+        "algo.epochs=1,2",
+        "==",
+        "algo.minibatch_prompts=6",
+        "reward.max_grad_norm=inf",
+    )
+    assert text.startswith("14 problems")
+    for words in (
+        "experiment=dem: no such option; there are demo, ",
+        "Did you mean demo?",
+        "reward=vanila: no such option",
+        "Did you mean vanilla?",
+        "algo.stepz: no such field",
+        "Did you mean algo.steps?",
+        "Did you mean reward.omega_floor?",
+        "algo.temperature: nan is not a number > 0",
+        "algo.responses_per_prompt: 1 is not a whole number ≥ 2",
+        "policy.learning_rate: -1.0 is not a number ≥ 0",
+        "task.overlong: eror is not one of error, drop. Did you mean error?",
+        "run.resume: maybe is not true or false",
+        "algo.epochs=1,2: is several values",
+        "algo.minibatch_prompts: 6 is not a multiple of 4",
+        "use 4 or 8",
+        "reward.max_grad_norm: inf is not a number > 0",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algo.steps=2.5", "algo.steps: 2.5 is not a whole number ≥ 1"),
+        ("algo.steps=many", "algo.steps: many is not a whole number ≥ 1"),
+        ("algo.steps=null", "algo.steps: null is not a whole number ≥ 1"),
+        ("algo.clip_low=1.0", "algo.clip_low: 1.0 is not a number in (0, 1)"),
+        ("reward.omega_floor=1.01", "reward.omega_floor: 1.01 is not a number in [0, 1]"),
+        ("reward.entropy_weight=-0.1", "reward.entropy_weight: -0.1 is not a number in [0, 1]"),
+        ("algo.temperature=0", "algo.temperature: 0.0 is not a number > 0"),
+        ("algo.advantage=rlo", "Did you mean rloo?"),
+        ("model.dtype=float16", "one of float32, bfloat16. Did you mean bfloat16?"),
+        ("algo=7", "algo: is a section, not a value"),
+        ("rewards.omega_floor=1", "Did you mean reward?"),
+        ("learning_rate=1", "Did you mean policy.learning_rate or reward.learning_rate?"),
+        ("algo.learning_rate=1", "Did you mean policy.learning_rate or reward.learning_rate?"),
+        ("rollout.engine_args=fast", "rollout.engine_args: fast is not a mapping"),
+        ("rollout.engine_args.x=nan", "rollout.engine_args.x: nan is not a finite number"),
+        ("policy.deepspeed={a: [1.0, inf]}", "policy.deepspeed.a[1]: inf is not a finite number"),
+        ("run.name=???", "run.name: needs a value; give run.name=…"),
+        ("run.root=${task.nothing}", "task.nothing"),
+        ("~algo.nothing", "there is nothing to delete"),
+        ("run.name=a b", "run.name: 'a b' is not 1 to 100 of"),
+    ],
+)
+def test_a_mistake_names_field_value_and_remedy(override: str, words: str) -> None:
+    assert words in complaint(override)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x", "x/../../y", "..", "/tmp/x", "a/b", "a\\b", ".hidden", "", "a\nb", "run\n", "a\0b", "\x1b[2J",
+        "\u202e", "ü", "x" * 101, "x" * 300,
+    ],
+)  # fmt: skip
+def test_run_names_that_could_leave_the_root_are_refused(name: str) -> None:
+    config = Config()
+    config.run.name = name
+    assert [problem.path for problem in validate(config)] == ["run.name"]
+
+
+@pytest.mark.parametrize("name", ["run", "a.b-c_D9", "x" * 100])
+def test_run_names_of_the_allowed_characters_pass(name: str) -> None:
+    config = Config()
+    config.run.name = name
+    assert validate(config) == []
+
+
+def test_messages_spell_out_control_characters() -> None:
+    text = complaint("model.dtype='\x1b[2J\u202e'")
+    assert "\x1b" not in text
+    assert "\\x1b" in text
+    assert "\\u202e" in text
+
+
+RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
+    (["algo.prompts_per_step=18"], "algo.prompts_per_step", "use 16 or 20", False),
+    (["algo.minibatch_prompts=6"], "algo.minibatch_prompts", "use 4 or 8", False),
+    (["algo.minibatch_prompts=12", "policy.ranks=2"], "algo.minibatch_prompts", "use 8 or 16", False),
+    (["algo.minibatch_prompts=32"], "algo.minibatch_prompts", "at most 16", False),
+    (["algo.prompts_per_step=20"], "algo.prompts_per_step", "use 16 or 24", False),
+    (["rollout.replicas=5"], "rollout.replicas", "at most 4", False),
+    (["reward.replicas=5"], "reward.replicas", "at most 4", False),
+    (["reference.replicas=5"], "reference.replicas", "at most 4", False),
+    (["algo.responses_per_prompt=2"], "reward.entropy_weight", "has no effect", True),
+    (
+        ["algo.responses_per_prompt=2", "reward=r2m_no_bt"],
+        "reward.entropy_weight",
+        "nothing is learned",
+        False,
+    ),
+    (["algo.epochs=1", "algo.minibatch_prompts=16"], "feedback.refresh", "not refreshed", True),
+    (["sync.backend=nccl"], "sync.backend", "use object_store", False),
+    (["sync.backend=ipc", "cluster.gpus_per_learner=1"], "sync.backend", "gpus_per_rollout=0", False),
+    (["cluster.gpus_per_rollout=1.5"], "cluster.gpus_per_rollout", "use 1 or 2", False),
+    (["model.dtype=bfloat16"], "model.dtype", "use float32", True),
+    (["model.reward_dtype=bfloat16"], "model.reward_dtype", "use float32", True),
+    (["cluster.cpus_per_actor=0.6"], "cluster.cpus_per_actor", "use 0.5", False),
+    (["cluster.object_store_gb=0.01"], "cluster.object_store_gb", "use 0.08 or more", False),
+    (["cluster.placement=spread"], "cluster.placement", "Did you mean SPREAD?", False),
+    (["task=preferences", FILES[1]], "task.train_file", "give task.train_file=…", False),
+    (["task=preferences", FILES[0]], "task.eval_file", "give task.eval_file=…", False),
+    ([FILES[0]], "task.train_file", "task=preferences alone", False),
+    (["prepare.policy_width=90", "prepare.policy_heads=4"], "prepare.policy_width", "use 88 or 96", False),
+    (["run.root=' '"], "run.root", "is empty", False),
+    (
+        ["rollout.engine_args.trust_remote_code=true"],
+        "rollout.engine_args.trust_remote_code",
+        "never run",
+        False,
+    ),
+    (["run.name=.x"], "run.name", "no dot first", False),
+    (["prepare.policy_width=48"], "prepare.policy_width", "use 96", False),
+    (["algo.kl_estimator=k1"], "algo.kl_estimator", "expected gradient of zero", True),
+    (["algo=remax", "algo.kl_estimator=k3"], "algo.kl_estimator", "is not differentiated", True),
+    (["algo.temperature=0.009"], "algo.temperature", "use 0.01 or more", False),
+    (
+        ["feedback.norm=pre", "~rollout.engine_args.enforce_eager"],
+        "feedback.norm",
+        "enforce_eager=true",
+        False,
+    ),
+    (["cluster.stop_grace_s=600"], "cluster.stop_grace_s", "use 540 or less", False),
+    ([*GPUS, "sync.backend=ipc"], "sync.backend", "no two of them share one; use nccl", False),
+    (["cluster.gpus_per_learner=2"], "cluster.gpus_per_learner", "computes on one GPU; use 1", False),
+    (["cluster.gpus_per_reward=2"], "cluster.gpus_per_reward", "computes on one GPU; use 1", False),
+    (["cluster.gpus_per_reference=2"], "cluster.gpus_per_reference", "computes on one GPU; use 1", False),
+    (
+        ["cluster.gpus_per_learner=0.5", "policy.ranks=2"],
+        "cluster.gpus_per_learner",
+        "NCCL cannot join them",
+        False,
+    ),
+    (
+        ["cluster.gpus_per_reward=0.5", "reward.replicas=2"],
+        "cluster.gpus_per_reward",
+        "NCCL cannot join them",
+        False,
+    ),
+    (
+        ["rollout.engine_args.tensor_parallel_size=2", "cluster.gpus_per_rollout=2"],
+        "rollout.engine_args.distributed_executor_backend",
+        "set it to mp",
+        False,
+    ),
+    ([*TWO_GPUS_EACH, "cluster.gpus_per_rollout=1"], "cluster.gpus_per_rollout", "make them equal", False),
+    (["cluster.gpus_per_rollout=2"], "cluster.gpus_per_rollout", "make them equal", False),
+    (
+        ["rollout.engine_args.data_parallel_size=2"],
+        "rollout.engine_args.data_parallel_size",
+        "replicated by rollout.replicas",
+        False,
+    ),
+    (
+        ["rollout.engine_args.tensor_parallel_size=two"],
+        "rollout.engine_args.tensor_parallel_size",
+        "not a whole number",
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "path", "words", "warning"), RULE_CASES)
+def test_rules_between_fields(overrides: Sequence[str], path: str, words: str, warning: bool) -> None:
+    if warning:
+        found = [str(problem) for problem in validate(load_config(overrides)) if problem.warning]
+    else:
+        found = lines_about(complaint(*overrides), path)
+    assert any(line.startswith(f"{path}:") and words in line for line in found), found
+
+
+def test_every_rule_has_a_case() -> None:
+    broken = {path for _, path, _, _ in RULE_CASES}
+    # The code of a model is refused below the field that the rule reads.
+    assert all(any(path.startswith(read) for path in broken for read in reads) for reads, _ in RULES)
+    assert set(itertools.chain(*(reads for reads, _ in RULES))) <= set(schema())
+
+
+def test_groups_of_two_learn_by_bradley_terry_alone_without_complaint() -> None:
+    for arm in ("r2m_no_gre", "vanilla", "r2m_frozen"):
+        assert validate(load_config(["algo.responses_per_prompt=2", f"reward={arm}"])) == []
+
+
+def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
+    once = ["algo.epochs=1", "algo.minibatch_prompts=16"]
+    for change in ("reward=vanilla", "reward=r2m_frozen", "feedback.refresh=exact", "feedback.refresh=none"):
+        assert validate(load_config([*once, change])) == []
+    assert load_config([*once, "feedback.refresh=exact"]).feedback.refresh is FeedbackRefresh.exact
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*TWO_GPUS_EACH, "cluster.gpus_per_rollout=2"],
+        ["sync.backend=ipc", "cluster.gpus_per_learner=0.5", "cluster.gpus_per_rollout=0.5"],
+        [*GPUS, "sync.backend=nccl", "policy.ranks=2"],
+        ["feedback.norm=pre", "feedback.source=learner", "~rollout.engine_args.enforce_eager"],
+        ["feedback.norm=pre", "reward=vanilla", "~rollout.engine_args.enforce_eager"],
+        ["feedback.norm=pre", "rollout.engine_args.enforce_eager=true"],
+        ["algo.kl_estimator=k1", "algo.kl_weight=0"],
+        ["algo.kl_estimator=k2"],
+        ["algo.temperature=0.01"],
+        ["prepare.policy_width=48", "model.policy=org/policy"],
+        ["prepare.policy_width=48", "cluster.gpus_per_rollout=1"],
+        ["prepare.policy_width=192", "prepare.policy_heads=2"],
+        ["cluster.phase_timeout_s=20", "cluster.stop_grace_s=10"],
+    ],
+)
+def test_what_fits_together_passes_without_a_word(overrides: Sequence[str]) -> None:
+    assert validate(load_config(overrides)) == []
+
+
+def test_vllms_own_limits_are_the_ones_the_rules_state() -> None:
+    # Read as text: importing them starts vLLM.
+    root = Path(str(find_spec("vllm").origin)).parent  # type: ignore[union-attr]
+    attention = (root / "v1" / "attention" / "backends" / "cpu_attn.py").read_text()
+    assert f"return {list(CPU_HEAD_SIZES)}" in attention
+    least = re.search(r"^_MAX_TEMP = (.+)$", (root / "sampling_params.py").read_text(), re.MULTILINE)
+    assert least is not None
+    assert float(least[1]) == LEAST_TEMPERATURE
+
+
+def test_a_rule_is_silent_about_a_field_known_to_be_wrong() -> None:
+    text = complaint("algo.prompts_per_step=0", "algo.prompts_per_shard=three")
+    assert text.startswith("2 problems")
+
+
+def test_a_problem_is_one_line() -> None:
+    assert str(Problem("a.b", "one\ntwo")) == "a.b: one\\x0atwo"
