@@ -51,6 +51,7 @@ class RunLog:
         self._yaml = redacted(resolved_yaml)
         self._console = console or Console(stderr=True)
         self._clock = PhaseClock()
+        self._logged = 0
         self.finished = 0
         """The furthest step that was logged since this start."""
         if (directory / METRICS_FILE).exists() and not config.run.resume:
@@ -82,12 +83,13 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Forget every row after ``step``, all of them when it is 0: those steps will be computed again."""
+        self._logged = step
         self._metrics.rewind(step)
         self._rollouts.rewind(step)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a phase of the step and show that it is running; phases may overlap."""
-        reach(name, self.finished + 1)
+        reach(name, self._logged + 1)
         return self._clock.phase(name)
 
     def step(
@@ -102,6 +104,7 @@ class RunLog:
         metrics = {**metrics, **self._clock.collect(), "memory/driver": resident}
         self._rollouts.append(rollouts)
         self._write({"step": step, "kind": "step"}, metrics, metrics)
+        self._logged = step
         self.finished = max(self.finished, step)
         self._progress.step(step, metrics)
 
@@ -117,7 +120,8 @@ class RunLog:
 
     def message(self, text: str) -> None:
         """Show a line to whoever watches the run, escaped; it is not kept."""
-        self._progress.message(text)
+        for line in text.splitlines():
+            self._progress.message(line)
 
     def _write(self, header: dict[str, Any], kept: Mapping[str, float], shared: Mapping[str, float]) -> None:
         self._metrics.append([{**header, **kept}])

@@ -22,24 +22,26 @@ def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("point", "commit"),
-    [
-        ("1:start", None),
-        ("1:evaluate", None),
-        ("2:sample", "step-000002"),
-        ("3:policy", "step-000003"),
-        ("1:reward", "step-000001"),
-        ("4:evaluate", "step-000003"),
-        ("3:checkpoint", "step-000002"),
-    ],
-)
-def test_a_signal_in_any_phase(lab: Any, undisturbed: Any, same: Any, point: str, commit: str | None) -> None:
-    name = f"signal-{point.replace(':', '-')}"
-    stopped = lab.run(name, faults=[f"driver@{point}:term"])
-    assert stopped.code == 75, stopped.text
-    assert stopped.commits[-1:] == ([commit] if commit else [])
-    same(lab.run(name, again=True), undisturbed)
+def test_signals_in_every_phase(lab: Any, undisturbed: Any, same: Any) -> None:
+    points = {
+        "1:start": None,
+        "1:evaluate": None,
+        "1:sample": "step-000001",
+        "2:policy": "step-000002",
+        "3:reward": "step-000003",
+        "4:annotate": "step-000004",
+        # Step 5 is logged by then.
+        "6:checkpoint": "step-000005",
+    }
+    commit: str | None = None
+    for point, expected in points.items():
+        every = "checkpoint.every=1" if "checkpoint" in point else "checkpoint.every=100"
+        stopped = lab.run("phases", every, faults=[f"driver@{point}:term"], again=point != "1:start")
+        assert len(stopped.evidence) == 1, point
+        assert stopped.code == 75, stopped.text
+        commit = expected or commit
+        assert stopped.commits[-1:] == ([commit] if commit else []), point
+    same(lab.run("phases", again=True), undisturbed)
 
 
 @pytest.mark.slow

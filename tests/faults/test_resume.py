@@ -41,22 +41,20 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resume_of_every_kind_of_run(lab: Any, same: Any, name: str, step: int) -> None:
+def test_resume_of_every_kind_of_run(lab: Any, same: Any, name: str) -> None:
     settings = [*EVERY, *VARIANTS[name]]
     whole = lab.once(name, *settings)
-    cut(lab, whole, f"{name}-{step}", step)
-    same(lab.run(f"{name}-{step}", *settings, again=True), whole)
+    cut(lab, whole, f"{name}-cut", 3)
+    same(lab.run(f"{name}-cut", *settings, again=True), whole)
 
 
-@pytest.mark.parametrize("field", ["position", "pass"])
-def test_without_the_data_cursor_the_run_is_another(lab: Any, field: str) -> None:
+def test_without_the_data_cursor_the_run_is_another(lab: Any) -> None:
     whole = lab.once("zero2", *EVERY)
-    checkpoint = cut(lab, whole, f"control-{field}", 3) / "checkpoints" / "step-000003"
+    checkpoint = cut(lab, whole, "control", 3) / "checkpoints" / "step-000003"
     file, manifest = checkpoint / "driver.json", checkpoint / "MANIFEST.json"
     state = json.loads(file.read_text())
-    state["prompts"][field] = 0 if field == "position" else 5
+    state["prompts"]["position"] = 0
     file.write_text(json.dumps(state))
     entries = json.loads(manifest.read_text())
     entries["files"]["driver.json"] = {
@@ -64,7 +62,7 @@ def test_without_the_data_cursor_the_run_is_another(lab: Any, field: str) -> Non
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     manifest.write_text(json.dumps(entries))
-    other = lab.run(f"control-{field}", *EVERY, again=True)
+    other = lab.run("control", *EVERY, again=True)
     assert other.code == 0, other.text
     assert other.rows != whole.rows
 
