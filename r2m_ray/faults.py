@@ -38,6 +38,11 @@ def refuse_faults(environment: Mapping[str, str]) -> None:
             )
 
 
+def fault_environment() -> dict[str, str]:
+    """The variables by which this process's actors take part in its faults; none in a user's run."""
+    return {name: os.environ[name] for name in (FAULTS, TESTING, EVIDENCE) if name in os.environ}
+
+
 def reach(point: str, step: int | None = None) -> None:
     """Say that this process has come to a point of a step; a fault that was asked for here happens now.
 

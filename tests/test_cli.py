@@ -17,7 +17,7 @@ from r2m_ray.cli import plan, prepare, train
 from r2m_ray.cli.arguments import run_jobs
 from r2m_ray.compose import groups
 from r2m_ray.config import Config
-from r2m_ray.errors import InputError, RunError
+from r2m_ray.errors import InputError, Preempted, RunError
 from r2m_ray.preflight import preflight
 from r2m_ray.sweep import Job, run_in_turn, sweep
 
@@ -121,6 +121,7 @@ def test_the_nearest_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (InputError("file.yaml: wrong"), 2, "error: file.yaml: wrong"),
         (RunError("policy-0 died"), 3, "error: policy-0 died"),
+        (Preempted("stopped by SIGTERM"), 75, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -175,7 +175,7 @@ def config() -> Config:
 
 def test_a_step_does_algorithm_1_in_order(config: Config) -> None:
     names = [call[0] for call in run(config).calls]
-    step = ["sample", "annotate", "reference", "policy", "reward", "sync"]
+    step = ["sample", "annotate", "reference", "look", "policy", "reward", "sync"]
     assert names == ["sync", *step, *step, *step]
 
 

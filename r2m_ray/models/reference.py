@@ -8,6 +8,7 @@ from r2m_ray.batch import ReferenceLogprobs, Trajectories
 from r2m_ray.config import Config, FeedbackNorm
 from r2m_ray.models.blocks import Rows, blocks, packs_lines
 from r2m_ray.models.causal import CausalScorer, load_causal
+from r2m_ray.models.weights import module_digest
 
 
 class ReferencePolicy:
@@ -24,7 +25,7 @@ class ReferencePolicy:
             attention=config.model.attention,
             device=device,
         )
-        model.eval().requires_grad_(False)
+        self._model = model.eval().requires_grad_(False)
         self._budget = config.reference.tokens_per_microbatch
         self._scorer = CausalScorer(
             model,
@@ -34,6 +35,10 @@ class ReferencePolicy:
         )
         self._packed = packs_lines(config.model.attention)
         self._device = device
+
+    def digest(self) -> str:
+        """sha256 of the weights."""
+        return module_digest(self._model)
 
     @torch.no_grad()
     def logprobs(self, trajectories: Trajectories) -> ReferenceLogprobs:

@@ -21,7 +21,7 @@ from r2m_ray.errors import InputError, RunError
 from r2m_ray.models.reward_head import HeadInfo, load_head, save_head
 from r2m_ray.models.reward_trainer import HeadTrainer, RewardShard
 from r2m_ray.models.reward_trunk import RewardTrunk
-from r2m_ray.models.weights import tensor_digest
+from r2m_ray.models.weights import module_digest, tensor_digest
 
 HEAD_DIRECTORY = "reward_head"
 
@@ -136,6 +136,10 @@ class RewardEngine:
         hidden_TP = self._checked(hidden, annotation.layout).to(self._device)
         offsets = annotation.layout.offsets.to(self._device)
         return self.head.diagnostics(rte_ND, hidden_TP, offsets).weight_T.cpu()
+
+    def trunk_digest(self) -> str:
+        """sha256 of the frozen reward model's weights."""
+        return module_digest(self.trunk.model)
 
     def save(self, directory: Path) -> None:
         """Write head and optimizer below ``directory/reward_head``; any one replica's files serve all."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r2m_ray.errors import RunError
 
@@ -81,6 +81,14 @@ def require_finite(name: str, tensor: Tensor) -> None:
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
     return hashlib.sha256(_raw(tensor).numpy().data).hexdigest()
+
+
+def module_digest(module: nn.Module) -> str:
+    """sha256 over all parameters of a module, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {tensor_digest(parameter)}\n".encode())
+    return digest.hexdigest()
 
 
 def _raw(tensor: Tensor) -> Tensor:

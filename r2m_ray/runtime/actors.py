@@ -150,10 +150,12 @@ class PolicyActor:
 class ReferenceActor:
     """The frozen reference policy."""
 
-    def start(self, config: Config, model_dir: str, gpus: float) -> None:
+    def start(self, config: Config, model_dir: str, gpus: float) -> str:
+        """Load the model; returns the digest of its weights."""
         from r2m_ray.models.reference import ReferencePolicy
 
         self._reference = ReferencePolicy(config=config, model_dir=model_dir, device=device_of(gpus))
+        return self._reference.digest()
 
     def logprobs(self, trajectories: Trajectories) -> tuple[int, ReferenceLogprobs]:
         reach("logprobs", trajectories.version + 1)
@@ -171,7 +173,8 @@ class RewardActor:
         rank: int,
         address: tuple[str, int],
         gpus: float,
-    ) -> None:
+    ) -> str:
+        """Load model and head; returns the digest of the frozen weights."""
         from r2m_ray.models.reward import RewardEngine
 
         join_environment(rank, config.reward.replicas, address)
@@ -184,6 +187,7 @@ class RewardActor:
             world_size=config.reward.replicas,
             device=device_of(gpus),
         )
+        return self._engine.trunk_digest()
 
     def annotate(
         self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r2m_ray.config import Config
 from r2m_ray.errors import RunError
-from r2m_ray.faults import ACTOR
+from r2m_ray.faults import ACTOR, fault_environment
 from r2m_ray.runtime.device import actor_environment
 
 
@@ -93,7 +93,7 @@ class Placement:
             .options(
                 num_cpus=places[bundle].cpus,
                 num_gpus=places[bundle].gpus,
-                runtime_env={"env_vars": {**environment, ACTOR: f"{role}-{rank}"}},
+                runtime_env={"env_vars": {**environment, **fault_environment(), ACTOR: f"{role}-{rank}"}},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group=self._group, placement_group_bundle_index=bundle
                 ),

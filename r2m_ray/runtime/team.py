@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from r2m_ray.errors import RunError
 from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.placement import Placement
 
@@ -20,7 +21,8 @@ Arguments = Callable[[int, Address], tuple[Any, ...]]
 class Team:
     """The actors of one role, and how to start them anew.
 
-    arguments: of an actor's ``start``, by its rank and the address where rank 0 listens.
+    arguments: of an actor's ``start``, by its rank and the address where rank 0 listens. What ``start``
+    returns is the digest of weights that never change, if there are any: a successor must return the same.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Team:
         self._placement = placement
         self._arguments = arguments
         self._start_timeout_s = start_timeout_s
+        self._frozen: dict[str, str | None] = {}
         self._ranks = range(placement.count(role))
         self.actors = Actors(
             {f"{role}-{rank}": self._spawn(rank) for rank in self._ranks}, timeout_s=phase_timeout_s
@@ -58,7 +61,14 @@ class Team:
             handle.start.remote(*self._arguments(rank, meeting))
             for rank, handle in zip(chosen, handles, strict=True)
         ]
-        await self._settle(names, starts)
+        for name, frozen in zip(names, await self._settle(names, starts), strict=True):
+            known = self._frozen.setdefault(name, frozen)
+            if frozen != known:
+                raise RunError(
+                    f"{name} was started again and holds other frozen weights than before ({known} then, "
+                    f"{frozen} now): its model's files have changed. Put them back, and continue with "
+                    "run.resume=true."
+                )
 
     async def replace(self, ranks: Sequence[int] | None = None) -> None:
         """End actors, whatever state they are in, and start others in their places."""

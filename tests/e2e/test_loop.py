@@ -133,6 +133,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(r2m: Path, train: Train) -> N
     assert digests(stopped / last) == digests(r2m / last)
 
 
+def test_every_role_dies_once_and_the_run_is_the_same(
+    r2m: Path,
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    faults = (
+        "rollout-0@1:mid_generate:kill",
+        "reward-0@2:annotate:kill",
+        "reference-0@3:logprobs:kill",
+        "policy-0@3:optimizer:kill",
+    )
+    monkeypatch.setenv("R2M_TESTING", "1")
+    monkeypatch.setenv("R2M_FAULTS", ",".join(faults))
+    monkeypatch.setenv("R2M_FAULTS_DIR", str(tmp_path))
+    struck = train("struck")
+    assert len(list(tmp_path.iterdir())) == len(faults)
+    assert rows(struck) == rows(r2m)
+    last = Path("checkpoints") / "step-000003"
+    assert digests(struck / last) == digests(r2m / last)
+    told = capsys.readouterr().err
+    assert [f"{role}-0 replaced after" in told for role in ("rollout", "reward", "reference", "policy")] == [
+        True
+    ] * 4
+
+
 def test_vanilla_trains_on_the_frozen_reward_and_shares_the_first_batch(r2m: Path, train: Train) -> None:
     vanilla = steps(train("vanilla", "reward=vanilla"))
     assert all(row["reward/mean"] == row["reward/frozen_mean"] for row in vanilla)

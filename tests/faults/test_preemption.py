@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(
@@ -21,7 +21,6 @@ def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(
     same(lab.run("told", again=True), undisturbed)
 
 
-@pytest.mark.slow
 def test_signals_in_every_phase(lab: Any, undisturbed: Any, same: Any) -> None:
     points = {
         "1:start": None,
@@ -44,7 +43,6 @@ def test_signals_in_every_phase(lab: Any, undisturbed: Any, same: Any) -> None:
     same(lab.run("phases", again=True), undisturbed)
 
 
-@pytest.mark.slow
 def test_the_terminals_interrupt_reaches_the_whole_group_and_is_the_same(
     lab: Any, undisturbed: Any, same: Any
 ) -> None:
@@ -57,7 +55,6 @@ def test_the_terminals_interrupt_reaches_the_whole_group_and_is_the_same(
     same(lab.run("interrupt", again=True), undisturbed)
 
 
-@pytest.mark.slow
 def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any, same: Any) -> None:
     running = lab.start("twice", faults=["rollout-0@2:sample:stop"])
     running.until(lambda: list(running.faults.iterdir()))
@@ -72,7 +69,6 @@ def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any, same: 
     same(lab.run("twice", again=True), undisturbed)
 
 
-@pytest.mark.slow
 def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undisturbed: Any, same: Any) -> None:
     running = lab.start("grace", "cluster.stop_grace_s=5", faults=["rollout-0@3:sample:stop"])
     running.until(lambda: list(running.faults.iterdir()))
@@ -84,7 +80,6 @@ def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undistur
     same(lab.run("grace", again=True), undisturbed)
 
 
-@pytest.mark.slow
 def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturbed: Any, same: Any) -> None:
     running = lab.start("killed")
     running.until(lambda: running.finished_steps() >= 3)
@@ -100,7 +95,6 @@ def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturb
     assert not list(lab.temporary_files(running))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("server", ["raylet", "gcs_server"])
 def test_a_lost_server_is_a_clear_error(lab: Any, undisturbed: Any, same: Any, server: str) -> None:
     running = lab.start(f"server-{server}")

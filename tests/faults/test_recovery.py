@@ -6,27 +6,9 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def test_every_role_dies_once_and_the_run_is_the_same(lab: Any, undisturbed: Any, same: Any) -> None:
-    faults = [
-        "rollout-0@2:mid_generate:kill",
-        "reference-0@3:logprobs:kill",
-        "reward-0@4:annotate:kill",
-        "policy-0@5:optimizer:kill",
-        "rollout-0@4:load_bucket:kill",
-    ]
-    run = lab.run("everyone", faults=faults)
-    assert len(run.evidence) == len(faults)
-    same(run, undisturbed)
-    for name in ("rollout-0 died during", "reference-0 died during", "reward-0 died", "policy-0 died"):
-        assert name in run.text
-    # The learner and the reward model go back to a commit; the others are replaced where they are.
-    assert run.text.count("back to the last commit") == 2
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "faults",
     [
@@ -42,7 +24,6 @@ def test_busy_actors_die(lab: Any, undisturbed: Any, same: Any, faults: list[str
     same(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_idle_actors_die(lab: Any, same: Any) -> None:
     settings = ["algo.steps=40"]
     whole = lab.once("forty", *settings)
@@ -58,7 +39,6 @@ def test_idle_actors_die(lab: Any, same: Any) -> None:
     same(run, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_one_of_two_learner_ranks_dies(lab: Any, same: Any, stage: int) -> None:
     wide = ["policy.ranks=2", f"+policy.deepspeed.zero_optimization.stage={stage}", "algo.steps=4"]
@@ -70,7 +50,6 @@ def test_one_of_two_learner_ranks_dies(lab: Any, same: Any, stage: int) -> None:
     same(run, whole)
 
 
-@pytest.mark.slow
 def test_actors_that_hang_are_replaced_at_the_deadline(lab: Any, undisturbed: Any, same: Any) -> None:
     limits = ["cluster.phase_timeout_s=20", "cluster.stop_grace_s=15"]
     faults = [
@@ -85,7 +64,6 @@ def test_actors_that_hang_are_replaced_at_the_deadline(lab: Any, undisturbed: An
     same(run, undisturbed)
 
 
-@pytest.mark.slow
 def test_one_of_two_ranks_hangs(lab: Any, same: Any) -> None:
     wide = ["policy.ranks=2", "+policy.deepspeed.zero_optimization.stage=2", "algo.steps=4"]
     whole = lab.once("ranks-2", *wide)
@@ -95,7 +73,6 @@ def test_one_of_two_ranks_hangs(lab: Any, same: Any) -> None:
     same(run, whole)
 
 
-@pytest.mark.slow
 def test_a_poisoned_chunk_is_named(lab: Any) -> None:
     deadly = "rollout-0@2:sample:kill"
     run = lab.run("poison", "cluster.max_recoveries=1", faults=[deadly, deadly])
@@ -105,7 +82,6 @@ def test_a_poisoned_chunk_is_named(lab: Any) -> None:
     assert "of step 2 ended 2 actors in a row" in run.text
 
 
-@pytest.mark.slow
 def test_a_learner_that_never_survives_a_step_ends_the_run(lab: Any) -> None:
     deadly = "policy-0@3:forward:kill"
     run = lab.run("loop", "cluster.max_recoveries=1", faults=[deadly, deadly])

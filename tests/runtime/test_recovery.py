@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from r2m_ray.runtime.team import Address, Team
 class Worker:
     """Answers with a number; dies when it is told to."""
 
-    def start(self, rank: int, meeting: Address) -> None:
+    def start(self, rank: int, meeting: Address, model: Path) -> str:
         self.rank = rank
+        return model.read_text()
 
     def whoami(self) -> tuple[int, int]:
         return self.rank, os.getpid()
@@ -52,12 +54,20 @@ def placement(local_cluster: None) -> Iterator[Placement]:
 
 
 @pytest.fixture
-def team(placement: Placement) -> Iterator[Team]:
+def model(tmp_path: Path) -> Path:
+    """Stands for the files of a frozen model."""
+    path = tmp_path / "model"
+    path.write_text("weights")
+    return path
+
+
+@pytest.fixture
+def team(placement: Placement, model: Path) -> Iterator[Team]:
     made = Team(
         "reference",
         Worker,
         placement,
-        lambda rank, meeting: (rank, meeting),
+        lambda rank, meeting: (rank, meeting, model),
         start_timeout_s=240,
         phase_timeout_s=60,
     )
@@ -217,9 +227,14 @@ def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [recovery.pause_s(n) for n in (1, 2, 3, 20)] == [1.0, 2.0, 4.0, recovery.LONGEST_PAUSE_S]
 
 
-def test_ray_is_the_one_who_kept_the_books(team: Team) -> None:
-    """A successor has the rank, the name and the place of whom it follows."""
+def test_a_successor_has_the_rank_and_the_name_of_whom_it_follows(team: Team) -> None:
     asyncio.run(recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None))
     found = ray.get([handle.whoami.remote() for handle in team.actors.handles], timeout=60)
     assert [rank for rank, _ in found] == [0, 1]
     assert [team.actors.pids[name] for name in team.actors.names] == [pid for _, pid in found]
+
+
+def test_a_successor_with_other_frozen_weights_ends_the_run(team: Team, model: Path) -> None:
+    model.write_text("other weights")
+    with pytest.raises(RunError, match=r"reference-1 was started again and holds other frozen weights"):
+        asyncio.run(recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None))

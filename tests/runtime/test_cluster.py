@@ -1,0 +1,100 @@
+"""A cluster of one's own: nothing is left of it, its loss is told, and Ray's memory monitor is understood."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from r2m_ray.runtime.cluster import PREFIX, remove_leftovers
+
+COMMON = """
+import asyncio, os, sys, psutil, ray
+from pathlib import Path
+from r2m_ray.config import ClusterConfig
+from r2m_ray.errors import ActorLost
+from r2m_ray.runtime.cluster import cluster
+from r2m_ray.runtime.group import Actors
+
+class Worker:
+    async def never(self):
+        await asyncio.Event().wait()
+    def echo(self):
+        return 1
+
+def workers():
+    return Actors({"policy-0": ray.remote(Worker).options(num_cpus=0).remote()}, timeout_s=60)
+"""
+MEMORY = """
+os.environ |= {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+with cluster(ClusterConfig(cpus=1, object_store_gb=0.1)):
+    try:
+        asyncio.run(workers().all("policy update", "never"))
+    except ActorLost as lost:
+        print(lost)
+"""
+SERVER = """
+with cluster(ClusterConfig(cpus=1, object_store_gb=0.1)):
+    actors = workers()
+    asyncio.run(actors.all("start", "echo"))
+    next(p for p in psutil.Process().children() if p.name() == "raylet").kill()
+    asyncio.run(actors.all("sample", "never"))
+"""
+TIDY = """
+with cluster(ClusterConfig(cpus=1, object_store_gb=0.1)):
+    asyncio.run(workers().all("start", "echo"))
+    print(os.environ["RAY_TMPDIR"], Path(os.environ["RAY_TMPDIR"]).is_dir())
+print("RAY_TMPDIR" in os.environ)
+"""
+
+
+def ended(script: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", COMMON + script], capture_output=True, text=True, timeout=300, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_everything_it_wrote_goes_with_it() -> None:
+    code, text = ended(TIDY)
+    assert code == 0, text
+    first, second = text.splitlines()[:2]
+    assert first.endswith(" True")
+    assert not Path(first.split()[0]).exists()
+    assert second == "False"
+
+
+def test_an_actor_that_the_memory_monitor_ends_is_named_with_memory_and_setting() -> None:
+    code, text = ended(MEMORY)
+    assert code == 0, text
+    assert "policy-0 died during policy update: Ray's memory monitor ended it (Memory usage " in text
+    assert "tokens_per_microbatch" in text
+    assert "RAY_memory_usage_threshold" in text
+
+
+def test_a_server_that_ends_ends_the_run_with_three() -> None:
+    code, text = ended(SERVER)
+    assert code == 3, text
+    assert "error: the run's own Ray cluster lost its raylet" in text
+    remove_leftovers()
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as root:
+        monkeypatch.setattr("r2m_ray.runtime.cluster._parent", lambda: Path(root))
+        dead, alive, other = (
+            Path(root) / name
+            for name in (f"{PREFIX}{gone.pid}-a", f"{PREFIX}{os.getpid()}-b", f"{PREFIX}notes-c")
+        )
+        for directory in (dead, alive, other):
+            (directory / "ray").mkdir(parents=True)
+        remove_leftovers()
+        assert [directory.exists() for directory in (dead, alive, other)] == [False, True, True]
