@@ -21,6 +21,9 @@ def actor_environment(config: Config, gpus: float) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
+        # What a process last said should be about its end.
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore:The given NumPy array is not writable,ignore:Zero-copy tensor serialization",
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     }
     if gpus <= 0:
