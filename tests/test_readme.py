@@ -43,6 +43,27 @@ def check_overrides(command: str, arguments: list[str]) -> None:
     assert errors == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_a_document_names_exists(document: Path) -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)((?:::\w+)*)`", document.read_text()))
+    assert named or document.name != "reliability.md"
+    for file, path in named:
+        text = (ROOT / file).read_text()
+        for part in path.split("::")[1:]:
+            assert re.search(rf"^\s*(async )?(def|class) {part}\b", text, re.MULTILINE), f"{file}::{part}"
+
+
+def test_the_functions_beside_the_papers_equations_exist() -> None:
+    rows = re.findall(r"^\| Eq\. [^|]*\|([^|]*)\|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 7
+    for row in rows:
+        names = re.findall(r"`([\w.]+)`", row)
+        module = (ROOT / "r2m_ray" / Path(*names[0].split(".")[:2])).with_suffix(".py").read_text()
+        for name in names:
+            last = name.split(".")[-1]
+            assert re.search(rf"^\s*(def|class) {last}\b", module, re.MULTILINE), f"{name} in {row}"
+
+
 @pytest.mark.parametrize("line", commands())
 def test_a_documented_command_parses(line: str) -> None:
     words = shlex.split(line)

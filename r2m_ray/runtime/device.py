@@ -23,7 +23,7 @@ def actor_environment(config: Config, gpus: float) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # What a process last said should be about its end.
         "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore:The given NumPy array is not writable,ignore:Zero-copy tensor serialization",
+        "PYTHONWARNINGS": "ignore:The given NumPy array is not writable,ignore:Zero-copy tensor",
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     }
     if gpus <= 0:
