@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from hydra.core.override_parser.types import Glob, Override
 
@@ -77,21 +80,34 @@ def job_name(base: str, suffixes: Sequence[str]) -> str:
 def run_in_turn(commands: Sequence[Sequence[str]]) -> list[int]:
     """Run each command in a process of its own; returns the exit codes, negative for a signal.
 
-    A command that fails does not stop those after it; one that was interrupted or pre-empted does.
+    A command that fails does not stop those after it; one that was told to stop does. SIGTERM is passed on
+    to the command that runs, which ends in order; a terminal's SIGINT reaches it anyway.
     """
     codes = []
     for command in commands:
-        with subprocess.Popen(command) as process:
-            try:
-                code = process.wait()
-            except KeyboardInterrupt:
-                # The terminal interrupted the child as well; it needs time to leave its cluster.
-                process.wait()
-                raise
-        codes.append(code)
-        if code in STOPPED:
+        with subprocess.Popen(command) as process, _passing_on(process) as told:
+            codes.append(process.wait())
+        if told or codes[-1] in STOPPED:
             break
     return codes
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Within, signals to this process end the command; yields those that came."""
+    told: list[int] = []
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    former = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _values(override: Override) -> Iterator[str]:

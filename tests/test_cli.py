@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -199,6 +200,21 @@ def test_a_failed_run_does_not_stop_the_sweep() -> None:
 @pytest.mark.parametrize("code", [75, 130])
 def test_a_run_that_was_told_to_stop_stops_the_sweep(code: int) -> None:
     assert run_in_turn(exits(0, code, 0)) == [0, code]
+
+
+def test_a_signal_to_the_sweep_ends_its_run_in_order_and_starts_no_other(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    child = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(75))\n"
+        f"open({str(started)!r}, 'a').write('run ')\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "signal.pause()\n"
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_in_turn([[sys.executable, "-S", "-c", child]] * 2) == [75]
+    assert started.read_text() == "run "
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_killed_by_a_signal_has_a_negative_code() -> None:

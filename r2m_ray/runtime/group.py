@@ -7,7 +7,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from r2m_ray.errors import ActorLost, InputError, RunError
@@ -120,11 +119,6 @@ class Actors:
             f"cluster.{'start' if phase == 'start' else 'phase'}_timeout_s.",
             (name,),
         )
-
-    def stop(self) -> None:
-        """End every actor, also one that does not answer."""
-        for handle in self.handles:
-            ray.kill(handle)
 
 
 def _root_cause(failures: Sequence[Exception]) -> Exception:

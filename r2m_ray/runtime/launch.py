@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,13 +100,17 @@ async def _evaluate(run: _Run, directory: Path) -> tuple[int, dict[str, float]]:
         raise InputError(f"{checkpoints.directory}: no checkpoint to evaluate; train the run first")
     placement = Placement(run.config)
     try:
-        roles = await Crew(run.config, run.models, placement, print).start()
+        roles = await Crew(run.config, run.models, placement, _warn).start()
         step = await checkpoints.restore(roles, run.prompts())
         await roles.sync(version=step)
         _, evaluator = run.observers(roles, Unlogged())
         return step, await evaluator.evaluate(step)
     finally:
         placement.release()
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 async def _train(run: _Run, log: RunLog, checkpoints: Checkpoints, stop: StopRequest) -> None:

@@ -56,7 +56,8 @@ def workers(local_cluster: None) -> Iterator[Actors]:
     actors = Actors({f"reward-{i}": remote.remote() for i in range(2)}, timeout_s=120)
     asyncio.run(actors.all("start", "echo", 0))
     yield actors
-    actors.stop()
+    for handle in actors.handles:
+        ray.kill(handle)
 
 
 def test_answers_come_back_in_rank_order(workers: Actors) -> None:

@@ -73,7 +73,8 @@ def team(placement: Placement, model: Path) -> Iterator[Team]:
     )
     asyncio.run(made.start())
     yield made
-    made.actors.stop()
+    for handle in made.actors.handles:
+        ray.kill(handle)
 
 
 def jobs(team: Team, deadly: dict[int, int]) -> list[Job]:
