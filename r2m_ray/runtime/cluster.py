@@ -66,7 +66,9 @@ def _own(config: ClusterConfig) -> Iterator[None]:
         scratch = Path(root) / "tmp"
         scratch.mkdir()
         # Ray's documented place for its session; workers put their own temporary files beside it.
-        with _environment({"RAY_TMPDIR": root, "TMPDIR": str(scratch)}):
+        places = {"RAY_TMPDIR": root, "TMPDIR": str(scratch)}
+        # Actors have environments of their own, so workers that Ray makes ahead would never be used.
+        with _environment({**places, "RAY_prestart_worker_first_driver": "0"}):
             token = Path.home() / ".ray" / "auth_token"
             made = not token.exists()
             ray.init(

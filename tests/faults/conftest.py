@@ -46,7 +46,7 @@ SMALL = (
     "cluster.stop_grace_s=100",
     "cluster.start_timeout_s=240",
 )
-DEADLINE_S = 420.0
+DEADLINE_S = 900.0
 MARK = "R2M_RUN_MARK"
 """An environment variable that every process of a run inherits, by which none is overlooked afterwards."""
 

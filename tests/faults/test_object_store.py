@@ -17,7 +17,7 @@ from r2m_ray.run_files import read_steps
 from r2m_ray.runtime import launch
 from r2m_ray.runtime.cluster import cluster
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 STORE_GB = 0.1
 

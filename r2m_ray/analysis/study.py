@@ -1,0 +1,180 @@
+"""The comparison that was decided on before the runs: endpoints, and each arm against the baseline.
+
+Primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the baseline's
+and counts as fixed: the intervals do not hold its own uncertainty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+
+from r2m_ray.analysis.bootstrap import RESAMPLES, Interval, holm, paired_interval, sign_flip_p
+from r2m_ray.analysis.comparison import Comparison
+from r2m_ray.analysis.curves import Curve
+from r2m_ray.analysis.matched import Peak, area, gold_at, peak_of_mean
+from r2m_ray.analysis.measures import common_range, fall, fallen, final, mean_gold, peak
+from r2m_ray.errors import InputError
+
+MULTIPLES = (1, 2, 4)
+"""Of KL*, where gold is matched; the area reaches to the last."""
+FALL = 0.5
+"""The fall of gold whose KL is told: what over-optimization must at least cost here."""
+SHARED_NAME = "shared_mean_gold"
+"""The endpoint over the KL that an arm and the baseline both reach under every seed: a range per arm."""
+
+Values = tuple[float | None, ...]
+"""One number per seed, in the order of the seeds; None where the arm is censored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A number that a curve has or is censored in. label: for a reader. kl: nats it is taken at or up to."""
+
+    name: str
+    label: str
+    primary: bool
+    value: Callable[[Curve], float | None]
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """One arm minus the baseline in one endpoint.
+
+    differences: per seed, None where either is censored. interval: over the seeds that have both, None for
+    fewer than two. p: the sign-flip test's, None where any seed is censored, because those that reach a KL
+    are not a fair sample of all. p_holm: p over all arms of this endpoint. kl: as of the endpoint.
+    """
+
+    arm: str
+    endpoint: str
+    differences: Values
+    interval: Interval | None
+    p: float | None
+    p_holm: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Everything the tables show. values: of each endpoint and arm, one number per seed."""
+
+    baseline: str
+    seeds: tuple[int, ...]
+    peak: Peak
+    endpoints: tuple[Endpoint, ...]
+    values: Mapping[str, Mapping[str, Values]]
+    contrasts: Mapping[str, Mapping[str, Contrast]]
+
+
+def study(comparison: Comparison, *, seed: int = 0, resamples: int = RESAMPLES) -> Study:
+    """Compare every arm with the baseline in every endpoint.
+
+    seed: the bootstrap's. Raises InputError where there is no other arm, or the baseline has no KL* (see
+    ``peak_of_mean``).
+    """
+    if not comparison.challengers:
+        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
+    top = peak_of_mean(comparison.curves(comparison.baseline))
+    found = endpoints(top.kl)
+    values: dict[str, Mapping[str, Values]] = {}
+    contrasts: dict[str, Mapping[str, Contrast]] = {}
+    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
+    for endpoint in found:
+        values[endpoint.name] = MappingProxyType(
+            {arm: tuple(endpoint.value(curve) for curve in curves) for arm, curves in comparison.arms.items()}
+        )
+        contrasts[endpoint.name] = _corrected([draw(arm, endpoint) for arm in comparison.challengers])
+    shared = [draw(arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
+    contrasts[SHARED_NAME] = _corrected(shared)
+    return Study(
+        baseline=comparison.baseline,
+        seeds=comparison.seeds,
+        peak=top,
+        endpoints=found,
+        values=MappingProxyType(values),
+        contrasts=MappingProxyType(contrasts),
+    )
+
+
+def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
+    """The endpoints of a comparison whose baseline peaks at KL* nats per response."""
+    matched = [
+        Endpoint(
+            name=f"gold_at_{n}_kl_star",
+            label=f"Gold at {f'{n} ' if n > 1 else ''}KL* = {n * kl_star:.3g} nats",
+            primary=True,
+            value=partial(gold_at, kl=n * kl_star),
+            kl=n * kl_star,
+        )
+        for n in MULTIPLES
+    ]
+    widest = MULTIPLES[-1] * kl_star
+    return (
+        *matched,
+        Endpoint(
+            name="area",
+            label=f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats",
+            primary=True,
+            value=partial(area, kl=widest),
+            kl=widest,
+        ),
+        Endpoint(name="final_gold", label="Final gold", primary=False, value=lambda c: final(c).gold),
+        Endpoint(name="final_kl", label="Final KL, nats", primary=False, value=lambda c: final(c).kl),
+        Endpoint(
+            name="peak_gold", label="Highest evaluation of gold", primary=False, value=lambda c: peak(c).gold
+        ),
+        Endpoint(
+            name="peak_kl", label="KL of that evaluation, nats", primary=False, value=lambda c: peak(c).kl
+        ),
+        Endpoint(name="fall", label="Fall of gold from there to the end", primary=False, value=fall),
+        Endpoint(
+            name="fall_kl",
+            label=f"KL at which gold had fallen by {FALL:g}, nats",
+            primary=False,
+            value=_fall_kl,
+        ),
+    )
+
+
+def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
+    pair = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
+    upper = min(MULTIPLES[-1] * kl_star, common_range(pair))
+    return Endpoint(
+        name=SHARED_NAME,
+        label="Mean gold over the KL that both reach",
+        primary=False,
+        value=lambda curve: mean_gold(curve, upper) if upper > 0 else None,
+        kl=upper,
+    )
+
+
+def _fall_kl(curve: Curve) -> float | None:
+    place = fallen(curve, FALL)
+    return None if place is None else place.kl
+
+
+def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int, resamples: int) -> Contrast:
+    pairs = zip(comparison.curves(arm), comparison.curves(comparison.baseline), strict=True)
+    differences = tuple(
+        None if ours is None or theirs is None else ours - theirs
+        for ours, theirs in ((endpoint.value(a), endpoint.value(b)) for a, b in pairs)
+    )
+    known = [difference for difference in differences if difference is not None]
+    return Contrast(
+        arm=arm,
+        endpoint=endpoint.name,
+        differences=differences,
+        interval=paired_interval(known, seed=seed, resamples=resamples) if len(known) > 1 else None,
+        p=sign_flip_p(known) if len(known) == len(differences) > 1 else None,
+        p_holm=None,
+        kl=endpoint.kl,
+    )
+
+
+def _corrected(contrasts: Sequence[Contrast]) -> Mapping[str, Contrast]:
+    adjusted = holm({contrast.arm: contrast.p for contrast in contrasts})
+    return MappingProxyType({c.arm: replace(c, p_holm=adjusted[c.arm]) for c in contrasts})
