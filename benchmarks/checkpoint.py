@@ -37,9 +37,9 @@ from r2m_ray.config import Config
 from r2m_ray.data import PromptStream
 from r2m_ray.models.learner import PolicyLearner
 from r2m_ray.models.reward import RewardEngine
+from r2m_ray.pretrained import Models
 from r2m_ray.roles import Roles
 from r2m_ray.run_files import METRICS_FILE, read_steps
-from r2m_ray.runtime.models import Models
 
 PARTS = ("write", "hash", "fsync", "verify")
 

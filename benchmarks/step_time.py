@@ -24,11 +24,11 @@ from r2m_ray.compose import load_config
 from r2m_ray.config import Config
 from r2m_ray.data import PromptStream
 from r2m_ray.driver import train
+from r2m_ray.pretrained import Models
 from r2m_ray.progress import PhaseClock
 from r2m_ray.roles import Roles
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.crew import Crew
-from r2m_ray.runtime.models import Models
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.stop import StopRequest
 from r2m_ray.tasks import load_task

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config
+from r2m_ray.pretrained import Models
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.crew import Crew
-from r2m_ray.runtime.models import Models
 from r2m_ray.runtime.placement import Placement
 
 LAYERS = 4

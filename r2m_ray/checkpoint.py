@@ -10,6 +10,7 @@ and stay until somebody removes them.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -61,6 +62,7 @@ class Checkpoints:
         self.directory = directory
         self._keep = keep
         self._identity = dict(identity or {})
+        self._reached = 0
 
     async def save(self, step: int, roles: Roles, prompts: PromptStream) -> Path:
         """Commit the state after ``step``, then prune older checkpoints beyond ``keep``.
@@ -74,14 +76,15 @@ class Checkpoints:
             return final
         building = commit.temporary(final)
         try:
-            self._make_room(final)
+            self._make_room()
             building.mkdir()
             await roles.policy.save(building)
             await roles.reward.save(building)
             _require_roles(building)
             state = {"step": step, "prompts": prompts.state(), "identity": self._identity}
             (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
-            commit.seal(building, step=step)
+            # On a thread, because signals are heard between the event loop's turns.
+            await asyncio.to_thread(commit.seal, building, step=step)
             if final.exists():
                 _set_aside(final)
             commit.publish(building, final)
@@ -91,6 +94,7 @@ class Checkpoints:
             raise self._unsaved(final, building, error) from error
         finally:
             _remove(building)
+        self._reached = step
         self._point_at(final)
         try:
             self._prune(final)
@@ -99,14 +103,23 @@ class Checkpoints:
         return final
 
     async def restore(self, roles: Roles, prompts: PromptStream) -> int:
-        """Load the newest valid checkpoint into every stateful role; return its step, 0 if there is none."""
-        directory = self.newest()
+        """Load the newest valid checkpoint into every stateful role; return its step, 0 if there is none.
+
+        Raises RunError where there is none any more, though this object has committed or restored one.
+        """
+        directory = await asyncio.to_thread(self.newest)
         if directory is None:
+            if self._reached:
+                raise RunError(
+                    f"{self.directory}: step {self._reached} was committed here, and no checkpoint is left. "
+                    "Put them back, and continue with run.resume=true."
+                )
             return 0
         await roles.policy.load(directory)
         await roles.reward.load(directory)
         state = driver_state(directory)
         prompts.restore(state.prompts)
+        self._reached = state.step
         return state.step
 
     def newest(self) -> Path | None:
@@ -131,12 +144,13 @@ class Checkpoints:
 
     def committed(self) -> list[Path]:
         """Every directory with a checkpoint's name, oldest first, valid or not."""
-        found = [
-            path for path in self.directory.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()
-        ]
+        if not self.directory.is_dir():
+            return []
+        # Not by a pattern: where a directory cannot be read, a pattern finds nothing and says nothing.
+        found = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=step_of)
 
-    def _make_room(self, final: Path) -> None:
+    def _make_room(self) -> None:
         """Remove what a crash left, and refuse to begin what cannot be finished."""
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)

@@ -31,9 +31,6 @@ class ActorLost(RunError):
         super().__init__(message)
         self.actors = actors
 
-    def __reduce__(self) -> tuple[type[ActorLost], tuple[str, tuple[str, ...]]]:
-        return ActorLost, (str(self), self.actors)
-
     def concerns(self, role: str) -> bool:
         """Whether all of them play this role."""
         return bool(self.actors) and all(name.rpartition("-")[0] == role for name in self.actors)

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from r2m_ray.config import Config, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.escape import redacted
+from r2m_ray.pretrained import Models
 from r2m_ray.problems import Problem, shown
-from r2m_ray.runtime.models import Models
 
 WHOLE_BYTES = 64 * 2**20
 """A larger file of a model counts by its size, its first and its last MiB: a header and some weights."""

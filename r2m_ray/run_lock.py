@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +14,9 @@ from pathlib import Path
 from r2m_ray.errors import InputError
 
 LOCK_FILE = ".lock"
+LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -20,9 +25,12 @@ def run_lock(directory: Path) -> Iterator[None]:
 
     Raises InputError naming host and process where another one holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK_FILE
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); choose another run.root") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,6 +39,10 @@ def run_lock(directory: Path) -> Iterator[None]:
             raise InputError(
                 f"{directory}: {holder} is writing this run; wait for it, stop it, or choose another run.name"
             ) from error
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise InputError(f"{path}: cannot be locked ({error.strerror})") from error
+            logger.warning("%s: this file system has no locks; see to it that one process writes a run", path)
         os.truncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

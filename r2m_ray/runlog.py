@@ -53,7 +53,7 @@ class RunLog:
         self._clock = PhaseClock()
         self._logged = 0
         self.finished = 0
-        """The furthest step that was logged since this start."""
+        """The furthest step that this start has restored or logged."""
         if (directory / METRICS_FILE).exists() and not config.run.resume:
             raise InputError(
                 f"{directory}: a run was already written here. "
@@ -84,6 +84,7 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Forget every row after ``step``, all of them when it is 0: those steps will be computed again."""
         self._logged = step
+        self.finished = max(self.finished, step)
         self._metrics.rewind(step)
         self._rollouts.rewind(step)
 
@@ -119,8 +120,8 @@ class RunLog:
         self._progress.message(f"evaluation after step {step}  {values}")
 
     def message(self, text: str) -> None:
-        """Show a line to whoever watches the run, escaped; it is not kept."""
-        for line in text.splitlines():
+        """Show lines to whoever watches the run, escaped and without secrets; they are not kept."""
+        for line in redacted(text).splitlines():
             self._progress.message(line)
 
     def _write(self, header: dict[str, Any], kept: Mapping[str, float], shared: Mapping[str, float]) -> None:

@@ -6,14 +6,18 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any, Self
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
 
 from r2m_ray.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEAT_S = 1.0
+"""Seconds in which a signal that comes again is the same request: some senders tell process and group."""
+SHOW_CURSOR = "\x1b[?25h"
 
 
 class StopRequest:
@@ -27,6 +31,7 @@ class StopRequest:
         self._grace_s = grace_s
         self._name: str | None = None
         self._deferred = False
+        self._since = 0.0
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -38,15 +43,23 @@ class StopRequest:
         self._former = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            # Ray's own answer to SIGTERM, while it starts.
+            self._name = signal.SIGTERM.name
+            raise self.preempted("nothing was under way") from error
 
     def run(self, main: Coroutine[Any, Any, None]) -> None:
         """``asyncio.run``, ended in order by a signal: raises Preempted."""
         try:
             asyncio.run(self._listening(main))
         except asyncio.CancelledError:
+            if not self.requested:
+                raise
             raise self.preempted("the last commit is kept") from None
 
     @contextmanager
@@ -80,7 +93,8 @@ class StopRequest:
                 signal.signal(number, self._on_signal)
 
     def _in_loop(self, number: int) -> None:
-        self._note(number)
+        if not self._note(number):
+            return
         assert self._task is not None
         if self._deferred:
             print(
@@ -92,11 +106,23 @@ class StopRequest:
             self._task.cancel()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self._note(number)
-        raise self.preempted("nothing was under way")
+        if self._note(number):
+            raise self.preempted("nothing was under way")
 
-    def _note(self, number: int) -> None:
-        if self.requested:
+    def _note(self, number: int) -> bool:
+        """Take note of a signal; whether it is the first one."""
+        if not self.requested:
+            self._name, self._since = signal.Signals(number).name, time.monotonic()
+            return True
+        if time.monotonic() - self._since > REPEAT_S:
             # Whoever asks twice does not want to wait; the last commit is whole in any case.
-            os._exit(Preempted.exit_code)
-        self._name = signal.Signals(number).name
+            leave(Preempted.exit_code)
+        return False
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, with a terminal that its live panel has not cleared."""
+    if sys.stderr.isatty():
+        sys.stderr.write(SHOW_CURSOR)
+        sys.stderr.flush()
+    os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from r2m_ray.stop import StopRequest
 SCRIPT = """
 import asyncio, os, signal, sys
 from r2m_ray.errors import Preempted
-from r2m_ray.stop import StopRequest
+from r2m_ray.stop import REPEAT_S, StopRequest
 
 NUMBER = signal.Signals[sys.argv[1]]
 
@@ -44,6 +45,9 @@ async def twice(stop):
         os.kill(os.getpid(), NUMBER)
         while not stop.requested:
             await asyncio.sleep(0)
+        os.kill(os.getpid(), NUMBER)
+        await asyncio.sleep(1.1 * REPEAT_S)
+        print("the same request came twice", flush=True)
         os.kill(os.getpid(), NUMBER)
         await asyncio.Event().wait()
 
@@ -93,7 +97,21 @@ def test_a_step_that_does_not_end_is_given_up() -> None:
 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
-    assert ended("SIGTERM", "twice") == (75, "")
+    # Senders like timeout(1) tell a process and its group: that is one request.
+    assert ended("SIGTERM", "twice") == (75, "the same request came twice\n")
+
+
+def test_rays_own_answer_to_sigterm_is_the_same_request() -> None:
+    with pytest.raises(Preempted, match="stopped by SIGTERM"), StopRequest(1):
+        sys.exit(signal.SIGTERM)
+
+
+def test_an_error_that_nobody_asked_for_stays_one() -> None:
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError), StopRequest(1) as stop:
+        stop.run(cancelled())
 
 
 def test_the_former_handlers_come_back() -> None:

@@ -112,13 +112,13 @@ def limits(pairs: int, arms: int) -> str:
     family = f"Holm over {arms} arm{'s' if arms != 1 else ''}"
     text = (
         f"With {seeds}, a nominal {LEVEL:.0%} bootstrap interval holds the true mean about "
-        f"{typical_coverage(pairs):.0%} of the time where differences are normal: read it as the seeds' spread. "
+        f"{typical_coverage(pairs):.0%} of the time for normal differences: read it as the seeds' spread. "
         f"The sign-flip test cannot go below p = {smallest_p(pairs):.2g}"
     )
     needed = pairs_needed(arms)
     if pairs < needed:
         return (
-            f"{text}; {family} needs {needed} seeds before any arm can pass at {SIGNIFICANCE}, so nothing here "
-            "can be called significant."
+            f"{text}; {family} needs {needed} seeds before any arm can pass at {SIGNIFICANCE}, so nothing "
+            "here can be called significant."
         )
     return f"{text}, which {family} leaves room for."

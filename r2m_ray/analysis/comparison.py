@@ -36,9 +36,7 @@ class Comparison:
         """One arm's curves in the order of the seeds; InputError for an arm that is not here."""
         if arm not in self.arms:
             known = list(self.arms)
-            raise InputError(
-                f"no arm {arm!r} in this comparison; it has {', '.join(known)}.{hint(arm, known)}"
-            )
+            raise InputError(f"no arm {arm!r} here; there are {', '.join(known)}.{hint(arm, known)}")
         return self.arms[arm]
 
     @property

@@ -66,8 +66,9 @@ def information(
     """The pre-check of one seed.
 
     reward_NF: H_last. policy_NF: h pooled over the response, all poolings side by side. gold_N: scores.
-    prompt_N: the prompt of each response; the seed draws which prompts train, choose and test. Raises ValueError for
-    features that are not finite, and for prompts with one response only, which have no differences.
+    prompt_N: the prompt of each response; the seed draws which prompts train, choose and test.
+    Raises ValueError for features that are not finite, and for a prompt with one response only, which has no
+    differences.
     """
     sources = {
         "reward_model": reward_NF,

@@ -45,18 +45,18 @@ def markdown(study: Study) -> str:
         f"KL* = {top.kl:.4g} nats per response: there the mean curve of {baseline} is highest in gold "
         f"({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}",
         limits(len(study.seeds), arms),
-        f"Differences are to {baseline} under the same seed, their intervals percentile bootstraps over seeds "
-        "with KL* held fixed, p exact sign-flip tests, adjusted by Holm over the arms of each endpoint alone. "
-        f"“{CENSORED}”: that run never got there; nothing is extrapolated, means and intervals are then of the "
-        "remaining seeds, and there is no test.",
+        f"Differences are to {baseline} under the same seed, their intervals percentile bootstraps over "
+        "seeds with KL* held fixed, p exact sign-flip tests, by Holm adjusted over the arms of an endpoint. "
+        f"“{CENSORED}”: that run never got there; nothing is extrapolated, means and intervals are then of "
+        "the remaining seeds, and there is no test.",
     ]
     for endpoint in study.endpoints:
         kind = "Primary" if endpoint.primary else "Secondary"
         parts += [f"## {endpoint.label}", f"{kind} endpoint.", _endpoint_table(study, endpoint.name)]
     parts += [
         "## Mean gold over the KL that both reach",
-        "Secondary endpoint, from 0 to the largest KL that arm and baseline both reach under every seed, at most "
-        "4 KL*: a range per arm, so rows are not comparable.",
+        "Secondary endpoint, from 0 to the largest KL that arm and baseline both reach under every seed, at "
+        "most 4 KL*: a range per arm, so rows are not comparable.",
         _shared_table(study),
     ]
     return "\n\n".join(parts) + "\n"

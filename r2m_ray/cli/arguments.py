@@ -10,7 +10,7 @@ from pathlib import Path
 from r2m_ray.compose import groups
 from r2m_ray.config import Config
 from r2m_ray.config_checks import validate
-from r2m_ray.errors import InputError, RunError
+from r2m_ray.errors import InputError, Preempted, RunError
 from r2m_ray.escape import printable
 from r2m_ray.problems import Problem, hint, refuse
 from r2m_ray.run_files import CONFIG_FILE
@@ -80,4 +80,6 @@ def run_jobs(command: str, jobs: Sequence[Job]) -> int:
         print(f"{job.config.run.name}: {'done' if code == 0 else f'exit code {code}'}", file=sys.stderr)
     if codes[-1] in STOPPED:
         return codes[-1]
+    if len(codes) < len(jobs):
+        return Preempted.exit_code
     return RunError.exit_code if any(codes) else 0

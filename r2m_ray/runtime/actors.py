@@ -46,6 +46,9 @@ class RolloutActor:
         tokens = sum(int(trajectories.action_T.sum()) for trajectories, _ in shards)
         return tokens, *(record for shard in shards for record in shard)
 
+    def ready(self) -> None:
+        """Answer, and so show that this process lives."""
+
     def begin_weight_update(self, verify: bool) -> None:
         self._engine.begin_weight_update(verify=verify)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -11,14 +13,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 
 from r2m_ray.config import ClusterConfig
-from r2m_ray.errors import RunError
+from r2m_ray.errors import Preempted, RunError
+from r2m_ray.stop import StopRequest, leave
 
 PREFIX = "r2m-"
+LOCK = ".r2m-lock"
 LONGEST_PARENT = 14
 """Characters; below a longer path, the sockets of Ray's session would exceed the 107 bytes of the system."""
 SERVERS = ("raylet", "gcs_server")
@@ -28,12 +33,12 @@ GCS_SILENCE_S = 30
 
 
 @contextmanager
-def cluster(config: ClusterConfig) -> Iterator[None]:
+def cluster(config: ClusterConfig, stop: StopRequest | None = None) -> Iterator[None]:
     """Start a local Ray cluster, or join the one that ``cluster.address`` names; leave it at the end.
 
     A process that is already connected, a notebook or a sweep, keeps its connection. Everything that a
-    local cluster and its actors write lies in one temporary directory, which goes with the cluster; what
-    runs that were killed have left is removed first.
+    local cluster and its actors write lies in temporary directories, which go with the cluster; what
+    runs that were killed have left is removed first. Raises RunError where Ray does not start.
     """
     if ray.is_initialized():
         yield
@@ -48,57 +53,81 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     }
     with _environment(settings):
         if config.address == "local":
-            with _own(config):
+            with _own(config, stop):
                 yield
         else:
-            ray.init(address=config.address, log_to_driver=False)
-            try:
+            with _connected(config, address=config.address):
                 yield
-            finally:
-                ray.shutdown()
 
 
 @contextmanager
-def _own(config: ClusterConfig) -> Iterator[None]:
-    remove_leftovers()
-    prefix = f"{PREFIX}{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=_parent(), ignore_cleanup_errors=True) as root:
-        scratch = Path(root) / "tmp"
-        scratch.mkdir()
-        # Ray's documented place for its session; workers put their own temporary files beside it.
-        places = {"RAY_TMPDIR": root, "TMPDIR": str(scratch)}
+def _own(config: ClusterConfig, stop: StopRequest | None) -> Iterator[None]:
+    short = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_PARENT else "/tmp")
+    with temporary_directory(short) as root, temporary_directory(Path(tempfile.gettempdir())) as scratch:
+        # Ray's documented place for its session; workers put their own temporary files into the other one.
+        places = {"RAY_TMPDIR": str(root), "TMPDIR": str(scratch)}
         # Actors have environments of their own, so workers that Ray makes ahead would never be used.
-        with _environment({**places, "RAY_prestart_worker_first_driver": "0"}):
-            token = Path.home() / ".ray" / "auth_token"
-            made = not token.exists()
-            ray.init(
+        with (
+            _environment({**places, "RAY_prestart_worker_first_driver": "0"}),
+            _private_token(),
+            _connected(
+                config,
                 address="local",
                 num_cpus=config.cpus,
                 object_store_memory=int(config.object_store_gb * 2**30),
                 include_dashboard=False,
-                log_to_driver=False,
                 logging_level="ERROR",
-            )
-            if made and token.exists():
-                # Ray leaves it to the umask who else may read it.
-                token.chmod(0o600)
-            watch = ServerWatch()
+            ),
+        ):
+            watch = ServerWatch(stop)
             try:
                 yield
             finally:
                 watch.stop()
-                ray.shutdown()
+
+
+@contextmanager
+def _connected(config: ClusterConfig, **arguments: Any) -> Iterator[None]:
+    """A connection to Ray, which takes SIGTERM for itself while it is made."""
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        try:
+            ray.init(log_to_driver=False, **arguments)
+        except Exception as error:
+            # Ray raises bare ones here, such as for a machine so busy that its servers start too late.
+            raise RunError(
+                f"Ray did not start or was not reached (cluster.address={config.address}): {error}"
+            ) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, former)
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _private_token() -> Iterator[None]:
+    """Afterwards a token that Ray has made is readable by the user alone; Ray leaves that to the umask."""
+    token = Path.home() / ".ray" / "auth_token"
+    made = not token.exists()
+    try:
+        yield
+    finally:
+        if made and token.exists():
+            token.chmod(0o600)
 
 
 class ServerWatch:
-    """Ends this process with exit code 3 soon after a server process of its own cluster has ended.
+    """Ends this process soon after a server process of its own cluster has ended: nothing can answer then.
 
-    Without its servers no call would ever be answered, and Ray tells its driver only after a minute or more.
+    Ray tells its driver only after a minute or more. The exit code is 3, or 75 where the run was told to
+    stop: then whoever told it may have told the servers as well.
     """
 
-    def __init__(self) -> None:
-        children = psutil.Process().children()
-        self._servers = {p.name(): p for p in children if p.name() in SERVERS}
+    def __init__(self, stop: StopRequest | None) -> None:
+        self._stop = stop
+        self._servers = {name: process for process in _children() if (name := _name(process)) in SERVERS}
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="server watch", daemon=True).start()
 
@@ -109,15 +138,15 @@ class ServerWatch:
     def _watch(self) -> None:
         while not self._over.wait(WATCH_S):
             ended = [name for name, server in self._servers.items() if not _runs(server)]
-            if ended:
+            if ended and not self._over.is_set():
                 self._give_up(ended[0])
 
     def _give_up(self, name: str) -> None:
-        if self._over.is_set():
-            return
+        told = self._stop is not None and self._stop.requested
         print(
-            f"error: the run's own Ray cluster lost its {name} (process {self._servers[name].pid}), so no "
-            "actor can be reached. The last commit is kept; continue with run.resume=true.",
+            f"{'stopped' if told else 'error'}: the run's own Ray cluster lost its {name} (process "
+            f"{self._servers[name].pid}), so no actor can be reached. The last commit is kept; continue with "
+            "run.resume=true.",
             file=sys.stderr,
             flush=True,
         )
@@ -125,25 +154,50 @@ class ServerWatch:
         for server in self._servers.values():
             if _runs(server):
                 server.kill()
-        os._exit(RunError.exit_code)
+        leave(Preempted.exit_code if told else RunError.exit_code)
+
+
+def _children() -> list[psutil.Process]:
+    found: list[psutil.Process] = psutil.Process().children()
+    return found
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return ""
 
 
 def _runs(process: psutil.Process) -> bool:
-    return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
-def remove_leftovers() -> None:
-    """Remove the temporary directories of clusters whose process is gone."""
-    for directory in _parent().glob(f"{PREFIX}*-*"):
-        process = directory.name.removeprefix(PREFIX).partition("-")[0]
-        mine = directory.is_dir() and directory.stat().st_uid == os.getuid()
-        if mine and process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(directory, ignore_errors=True)
+@contextmanager
+def temporary_directory(parent: Path) -> Iterator[Path]:
+    """A directory that goes when the block ends; what killed processes left there goes first."""
+    remove_leftovers(parent)
+    with (
+        tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True) as name,
+        (Path(name) / LOCK).open("w") as lock,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Path(name)
 
 
-def _parent() -> Path:
-    chosen = tempfile.gettempdir()
-    return Path(chosen if len(chosen) <= LONGEST_PARENT else "/tmp")
+def remove_leftovers(parent: Path) -> None:
+    """Remove the directories of `temporary_directory` whose process is gone: nobody holds their lock."""
+    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
+        try:
+            with lock.open() as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:
+            # Its process lives, it is another user's, or it has just gone.
+            continue
 
 
 @contextmanager

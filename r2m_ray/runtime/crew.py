@@ -8,9 +8,9 @@ from transformers import AutoConfig
 
 from r2m_ray.config import Config, FeedbackSource
 from r2m_ray.feedback import LearnerFeedback
+from r2m_ray.pretrained import Models
 from r2m_ray.roles import Roles, Rollout
 from r2m_ray.runtime.actors import PolicyActor, ReferenceActor, RewardActor, RolloutActor
-from r2m_ray.runtime.models import Models
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import InPlace, Notify, ReliableSync, replace
 from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole, share
@@ -24,21 +24,21 @@ class Crew:
     def __init__(self, config: Config, models: Models, placement: Placement, notify: Notify) -> None:
         self._config = config
         self._notify = notify
-        gpus = config.cluster
+        cluster = config.cluster
         exports = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
         width = _width(models.policy) if config.uses_feedback else 0
 
         def policy(rank: int, meeting: Address) -> tuple[Any, ...]:
-            return config, models.policy, rank, meeting, gpus.gpus_per_learner
+            return config, models.policy, rank, meeting, cluster.gpus_per_learner
 
         def rollout(rank: int, _: Address) -> tuple[Any, ...]:
             return config, models.policy, exports
 
         def reward(rank: int, meeting: Address) -> tuple[Any, ...]:
-            return config, models.reward, width, rank, meeting, gpus.gpus_per_reward
+            return config, models.reward, width, rank, meeting, cluster.gpus_per_reward
 
         def reference(rank: int, _: Address) -> tuple[Any, ...]:
-            return config, models.reference, gpus.gpus_per_reference
+            return config, models.reference, cluster.gpus_per_reference
 
         def team(role: str, actor_class: type, arguments: Arguments) -> Team:
             return Team(
@@ -46,8 +46,8 @@ class Crew:
                 actor_class,
                 placement,
                 arguments,
-                start_timeout_s=config.cluster.start_timeout_s,
-                phase_timeout_s=config.cluster.phase_timeout_s,
+                start_timeout_s=cluster.start_timeout_s,
+                phase_timeout_s=cluster.phase_timeout_s,
             )
 
         self.policy = team("policy", PolicyActor, policy)
@@ -55,10 +55,14 @@ class Crew:
         self.reward = team("reward", RewardActor, reward)
         self.reference = team("reference", ReferenceActor, reference)
 
-    @property
-    def stateful(self) -> tuple[Team, Team]:
-        """The teams that a loss sends back to the last commit."""
-        return self.policy, self.reward
+    async def rebuild(self) -> None:
+        """Replace what has state, and whatever else a failure has interrupted on its way back."""
+        stateless = [team for team in (self.rollout, self.reference) if team.unready]
+        await together(
+            self.policy.replace(),
+            self.reward.replace(),
+            *(team.replace(sorted(team.unready)) for team in stateless),
+        )
 
     async def start(self) -> Roles:
         """Start every engine side by side; returns the roles, which replace actors that are lost."""

@@ -68,6 +68,8 @@ class DirectSync:
         every = self._config.sync.verify_every
         if len(self._policy) > 1 and every and version % every == 0:
             await require_agreement(self._policy, PHASE, "weight_digests")
+        # A dead engine is blamed before the learner that would wait for it.
+        await self._rollout.all(PHASE, "ready")
         members = [*self._policy.handles, *self._rollout.handles]
         if members != self._members:
             address = (await self._policy.all(PHASE, "address"))[0]

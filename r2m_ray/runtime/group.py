@@ -16,9 +16,7 @@ PEER_GRACE_S = 5.0
 """After a failure, how long to wait for its cause: a rank that died makes its peers fail too."""
 DEATH_GRACE_S = 0.5
 """After a death, how long to wait for others that died with it."""
-COLLECTIVE = re.compile(
-    r"gloo|nccl|connection (closed|reset)|timed out waiting|DistBackendError", re.IGNORECASE
-)
+COLLECTIVE = re.compile(r"gloo|nccl|Dist(Backend|Network|Store)Error", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"Memory usage \S+ exceeded threshold of [^\n]*")
 
 Call = tuple[str, Awaitable[Any]]
@@ -76,32 +74,37 @@ class Actors:
         when = asyncio.ALL_COMPLETED if patient else asyncio.FIRST_EXCEPTION
         done, pending = await asyncio.wait(tasks, timeout=limit, return_when=when)
         errors = [task.exception() for task in done]
+        waited = f"within {limit:g} s"
         if pending and any(errors):
             died = any(isinstance(error, ActorLost) for error in errors)
-            limit = DEATH_GRACE_S if died else PEER_GRACE_S
-            _, pending = await asyncio.wait(pending, timeout=limit)
+            grace_s = DEATH_GRACE_S if died else PEER_GRACE_S
+            _, pending = await asyncio.wait(pending, timeout=grace_s)
+            waited = f"within {grace_s:g} s of a peer's failure"
         for task in pending:
             task.cancel()
         return [
-            self._late(name, phase, limit) if task in pending else task.exception() or task.result()
+            self._late(name, phase, waited) if task in pending else task.exception() or task.result()
             for (name, _), task in zip(calls, tasks, strict=True)
         ]
 
     async def _answer(self, name: str, phase: str, call: Awaitable[Any]) -> Any:
         try:
             return await call
-        except (RayActorError, OutOfMemoryError) as error:
-            raise self._dead(name, phase, str(error)) from error
         except RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, RayError):
+                # What it works with went with another actor or a node; it is alive itself.
+                raise ActorLost(f"{name}, {phase}: {_first_lines(cause)}", ()) from error
             if type(cause) in (InputError, RunError):
                 raise type(cause)(f"{name}, {phase}: {cause}") from error
             if COLLECTIVE.search(f"{type(cause).__name__} {cause}"):
                 raise CollectiveFailure(f"{name} lost its peers during {phase}: {cause}") from error
             raise RunError(f"{name} failed during {phase}: {cause!r}\n{error}") from error
+        except (RayActorError, OutOfMemoryError) as error:
+            raise self._dead(name, phase, str(error)) from error
         except RayError as error:
             # An object that went with its node, or a store that could not take one.
-            raise ActorLost(f"{name}, {phase}: {_first_lines(error)}", (name,)) from error
+            raise ActorLost(f"{name}, {phase}: {_first_lines(error)}", ()) from error
 
     def _dead(self, name: str, phase: str, text: str) -> ActorLost:
         reason = _reason(text)
@@ -113,9 +116,9 @@ class Actors:
         pid = self.pids.get(name)
         return ActorLost(f"{name} died during {phase}: {reason}.{last_lines(pid) if pid else ''}", (name,))
 
-    def _late(self, name: str, phase: str, limit: float) -> ActorLost:
+    def _late(self, name: str, phase: str, waited: str) -> ActorLost:
         return ActorLost(
-            f"{phase}: no answer from {name} within {limit:g} s. If it is only slow, raise "
+            f"{phase}: no answer from {name} {waited}. If it is only slow, raise "
             f"cluster.{'start' if phase == 'start' else 'phase'}_timeout_s.",
             (name,),
         )

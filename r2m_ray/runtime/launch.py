@@ -15,8 +15,10 @@ from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.config import Config
 from r2m_ray.data import PromptStream
 from r2m_ray.driver import omega_at, train
-from r2m_ray.errors import InputError
+from r2m_ray.errors import ActorLost, InputError
+from r2m_ray.escape import printable, redacted
 from r2m_ray.evaluate import Evaluator
+from r2m_ray.pretrained import Models
 from r2m_ray.recorder import Log, Recorder, Unlogged
 from r2m_ray.report import write_report
 from r2m_ray.resume import run_identity
@@ -26,7 +28,6 @@ from r2m_ray.run_lock import run_lock
 from r2m_ray.runlog import RunLog
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.crew import Crew
-from r2m_ray.runtime.models import Models
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import rolled_back
 from r2m_ray.stop import StopRequest
@@ -78,7 +79,7 @@ def run_training(config: Config) -> Path:
         checkpoints = Checkpoints(
             directory / CHECKPOINTS, keep=config.checkpoint.keep, identity=run_identity(config)
         )
-        with RunLog(directory, config=config, resolved_yaml=resolved) as log, cluster(config.cluster):
+        with RunLog(directory, config=config, resolved_yaml=resolved) as log, cluster(config.cluster, stop):
             stop.run(_train(run, log, checkpoints, stop))
         write_report(directory)
     return directory
@@ -110,7 +111,7 @@ async def _evaluate(run: _Run, directory: Path) -> tuple[int, dict[str, float]]:
 
 
 def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(redacted(text), lines=True), file=sys.stderr)
 
 
 async def _train(run: _Run, log: RunLog, checkpoints: Checkpoints, stop: StopRequest) -> None:
@@ -126,12 +127,17 @@ async def _train(run: _Run, log: RunLog, checkpoints: Checkpoints, stop: StopReq
         record, evaluator = run.observers(roles, log)
 
         async def attempt() -> None:
-            with stop.deferred():
-                await train(config, roles, run.prompts(), checkpoints, evaluator, record, stop)
+            try:
+                with stop.deferred():
+                    await train(config, roles, run.prompts(), checkpoints, evaluator, record, stop)
+            except ActorLost:
+                # Who was told to stop has nothing to rebuild for.
+                stop.check()
+                raise
 
         await rolled_back(
             attempt,
-            crew.stateful,
+            crew.rebuild,
             finished=lambda: log.finished,
             limit=config.cluster.max_recoveries,
             notify=log.message,

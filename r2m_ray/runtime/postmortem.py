@@ -20,8 +20,11 @@ def last_lines(pid: int) -> str:
     """The last lines on a process's standard error, as a paragraph; empty where there are none here."""
     lines: list[str] = []
     for file in sorted(logs_directory().glob(f"worker-*-{pid}.err")):
-        with file.open("rb") as stream:
-            stream.seek(max(0, file.stat().st_size - LONGEST))
-            lines += stream.read().decode(errors="replace").splitlines()
+        try:
+            with file.open("rb") as stream:
+                stream.seek(max(0, file.stat().st_size - LONGEST))
+                lines += stream.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            lines.append(f"({file} cannot be read: {error.strerror})")
     told = [line for line in lines if line.strip() and not line.startswith(":")]
     return "".join(["\nIts last lines:", *(f"\n  {line}" for line in told[-LINES:])]) if told else ""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from r2m_ray.errors import ActorLost, RunError
 from r2m_ray.roles import Stats, WeightSync
-from r2m_ray.runtime.team import Team, together
+from r2m_ray.runtime.team import Team
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -131,7 +131,7 @@ async def replace(team: Team, lost: ActorLost, notify: Notify) -> None:
 
 async def rolled_back(
     attempt: Callable[[], Awaitable[None]],
-    stateful: Sequence[Team],
+    rebuild: Callable[[], Awaitable[None]],
     *,
     finished: Callable[[], int],
     limit: int,
@@ -139,8 +139,8 @@ async def rolled_back(
 ) -> None:
     """Run ``attempt``, and again after each loss of an actor with state, from the last commit.
 
-    finished: the last step that was finished. Raises RunError after ``limit`` losses in a row between which
-    the run came no further than before.
+    rebuild: makes all actors fit to begin again. finished: the last step that was finished. Raises RunError
+    after more than ``limit`` losses in a row between which the run came no further than before.
     """
     bystanders = asyncio.all_tasks()
     furthest, in_a_row = -1, 0
@@ -148,7 +148,7 @@ async def rolled_back(
     while True:
         try:
             if loss is not None:
-                await together(*(team.replace() for team in stateful))
+                await rebuild()
                 notify(loss.repaired())
             return await attempt()
         except ActorLost as lost:

@@ -41,6 +41,7 @@ class Team:
         self._arguments = arguments
         self._start_timeout_s = start_timeout_s
         self._frozen: dict[str, str | None] = {}
+        self.unready: set[int] = set()
         self._ranks = range(placement.count(role))
         self.actors = Actors(
             {f"{role}-{rank}": self._spawn(rank) for rank in self._ranks}, timeout_s=phase_timeout_s
@@ -52,10 +53,15 @@ class Team:
         Ranks that meet in a collective must be started together.
         """
         chosen = list(self._ranks if ranks is None else ranks)
+        self.unready |= set(chosen)
         handles = [self.actors.handles[i] for i in chosen]
         names = [self.actors.names[i] for i in chosen]
         found = await self._settle(names, [handle.__ray_call__.remote(_whereabouts) for handle in handles])
-        self.actors.pids.update(zip(names, (pid for pid, _ in found), strict=True))
+        here = ray.util.get_node_ip_address()
+        # A number means a process on this node only where the actor lives on it.
+        self.actors.pids |= {
+            name: pid for name, (pid, (ip, _)) in zip(names, found, strict=True) if ip == here
+        }
         meeting = found[0][1]
         starts = [
             handle.start.remote(*self._arguments(rank, meeting))
@@ -69,10 +75,12 @@ class Team:
                     f"{frozen} now): its model's files have changed. Put them back, and continue with "
                     "run.resume=true."
                 )
+        self.unready -= set(chosen)
 
     async def replace(self, ranks: Sequence[int] | None = None) -> None:
         """End actors, whatever state they are in, and start others in their places."""
         chosen = list(self._ranks if ranks is None else ranks)
+        self.unready |= set(chosen)
         for rank in chosen:
             ray.kill(self.actors.handles[rank])
             self.actors.handles[rank] = self._spawn(rank)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,7 @@ class Running:
     mark: str
     output: Path
     faults: Path
+    temporary: Path
     started: float = field(default_factory=time.monotonic)
 
     def wait(self, deadline_s: float = DEADLINE_S) -> Finished:
@@ -152,6 +154,7 @@ class Lab:
         self.common = [*SMALL, f"prepare.root={root / 'prepared'}"]
         self._count = 0
         self._whole: dict[str, Finished] = {}
+        self._temporary: list[Path] = []
         prepare(load_config(self.common))
 
     def start(self, name: str, *overrides: str, faults: Sequence[str] = (), again: bool = False) -> Running:
@@ -161,8 +164,11 @@ class Lab:
         evidence.mkdir()
         output = self.root / f"output-{self._count}.txt"
         mark = f"{self.root}-{self._count}"
+        temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+        self._temporary.append(temporary)
         environment = os.environ | {
             MARK: mark,
+            "TMPDIR": str(temporary),
             "R2M_TESTING": "1",
             "R2M_FAULTS": ",".join(faults),
             "R2M_FAULTS_DIR": str(evidence),
@@ -178,7 +184,7 @@ class Lab:
             process = subprocess.Popen(
                 command, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
-        return Running(process, self.root / "runs" / name, mark, output, evidence)
+        return Running(process, self.root / "runs" / name, mark, output, evidence, temporary)
 
     def run(
         self,
@@ -202,13 +208,17 @@ class Lab:
             assert self._whole[name].code == 0, self._whole[name].text
         return self._whole[name]
 
+    def close(self) -> None:
+        for directory in self._temporary:
+            shutil.rmtree(directory)
+
     def read(self, directory: Path) -> Finished:
         """A finished run that was made in this process."""
         return Finished(0, "", directory, 0.0, [])
 
     def temporary_files(self, running: Running) -> list[Path]:
-        """What is left of a run below the temporary directory."""
-        return list(Path("/tmp").glob(f"r2m-{running.process.pid}-*"))
+        """What a run has left below the temporary directory, and in its own."""
+        return [*running.temporary.glob("*"), *(running.directory / "checkpoints").glob(".tmp-*")]
 
     def clean(self, running: Running, *, killed: bool = False) -> None:
         """CLEAN: no process and no temporary file of the run is left; whatever is left is ended and told."""
@@ -227,7 +237,9 @@ class Lab:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     # Sockets need short paths.
     with tempfile.TemporaryDirectory(prefix="r2m-f", dir="/tmp") as root:
-        yield Lab(Path(root))
+        lab = Lab(Path(root))
+        yield lab
+        lab.close()
 
 
 @pytest.fixture(scope="session")

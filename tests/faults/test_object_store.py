@@ -32,7 +32,10 @@ def stored(kind: str) -> float:
     """MiB in the store, or spilled, as Ray counts them."""
     text = memory_summary(stats_only=True)
     found = re.search(rf"{kind}[^\d]*(\d+) MiB", text)
-    return float(found.group(1)) if found else 0.0
+    if found is None:
+        assert kind == "Spilled", text
+        return 0.0
+    return float(found.group(1))
 
 
 def test_a_full_store_spills_and_the_run_is_the_same(
@@ -68,5 +71,6 @@ def test_the_stores_use_is_flat(lab: Any, small_store: None, monkeypatch: pytest
         )
     )
     assert len(read_steps(directory / "metrics.jsonl")) >= 20
+    assert max(used) > 0
     # Two steps' records may overlap; what a twentieth step adds to a fifth would be a leak.
     assert max(used[15:]) <= 1.5 * max(used[2:7]) + 1

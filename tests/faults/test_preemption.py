@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from r2m_ray.stop import REPEAT_S
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -60,6 +62,8 @@ def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any, same: 
     running.until(lambda: list(running.faults.iterdir()))
     running.signal(signal.SIGTERM)
     running.until(lambda: "SIGTERM: saving" in running.output.read_text())
+    # A repeat within a second is the same request.
+    time.sleep(1.1 * REPEAT_S)
     start = time.monotonic()
     running.signal(signal.SIGTERM)
     stopped = running.wait(20)
@@ -91,8 +95,6 @@ def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturb
     lab.clean(running, killed=True)
     resumed = lab.run("killed", again=True)
     same(resumed, undisturbed)
-    # What the killed one left in the temporary directory went with the next start.
-    assert not list(lab.temporary_files(running))
 
 
 @pytest.mark.parametrize("server", ["raylet", "gcs_server"])

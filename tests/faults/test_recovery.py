@@ -15,11 +15,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
         # Nothing is committed yet: the roll back goes to the start.
         ["rollout-0@1:sample:kill", "reference-0@1:logprobs:kill", "policy-0@1:forward:kill"],
         ["reward-0@1:annotate:kill", "reward-0@3:update:kill", "rollout-0@2:load_bucket:kill"],
+        # Two roles in one phase: the rollback interrupts the other's replacement.
+        ["reward-0@2:annotate:kill", "reference-0@2:logprobs:kill", "reward-0@5:update:kill"],
         ["policy-0@2:save:kill", "reward-0@4:save:kill", "policy-0@6:all_reduce:kill"],
     ],
 )
 def test_busy_actors_die(lab: Any, undisturbed: Any, same: Any, faults: list[str]) -> None:
-    run = lab.run(f"busy-{faults[0].split('@')[0]}", faults=faults)
+    run = lab.run(f"busy-{faults[0].replace('@', '-').split(':')[0]}", faults=faults)
     assert len(run.evidence) == len(faults)
     same(run, undisturbed)
 

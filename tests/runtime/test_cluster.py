@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
-from r2m_ray.runtime.cluster import PREFIX, remove_leftovers
+from r2m_ray.runtime.cluster import PREFIX, remove_leftovers, temporary_directory
 
 COMMON = """
 import asyncio, os, sys, psutil, ray
@@ -45,10 +42,11 @@ with cluster(ClusterConfig(cpus=1, object_store_gb=0.1)):
     asyncio.run(actors.all("sample", "never"))
 """
 TIDY = """
+before = os.environ.get("RAY_TMPDIR")
 with cluster(ClusterConfig(cpus=1, object_store_gb=0.1)):
     asyncio.run(workers().all("start", "echo"))
     print(os.environ["RAY_TMPDIR"], Path(os.environ["RAY_TMPDIR"]).is_dir())
-print("RAY_TMPDIR" in os.environ)
+print(os.environ.get("RAY_TMPDIR") == before)
 """
 
 
@@ -65,7 +63,7 @@ def test_everything_it_wrote_goes_with_it() -> None:
     first, second = text.splitlines()[:2]
     assert first.endswith(" True")
     assert not Path(first.split()[0]).exists()
-    assert second == "False"
+    assert second == "True"
 
 
 def test_an_actor_that_the_memory_monitor_ends_is_named_with_memory_and_setting() -> None:
@@ -80,21 +78,24 @@ def test_a_server_that_ends_ends_the_run_with_three() -> None:
     code, text = ended(SERVER)
     assert code == 3, text
     assert "error: the run's own Ray cluster lost its raylet" in text
-    remove_leftovers()
+    remove_leftovers(Path(tempfile.gettempdir()))
 
 
-def test_what_killed_runs_left_is_removed_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as root:
-        monkeypatch.setattr("r2m_ray.runtime.cluster._parent", lambda: Path(root))
-        dead, alive, other = (
-            Path(root) / name
-            for name in (f"{PREFIX}{gone.pid}-a", f"{PREFIX}{os.getpid()}-b", f"{PREFIX}notes-c")
-        )
-        for directory in (dead, alive, other):
-            (directory / "ray").mkdir(parents=True)
-        remove_leftovers()
-        assert [directory.exists() for directory in (dead, alive, other)] == [False, True, True]
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    hold = "import os, sys, signal; from pathlib import Path; "
+    hold += "from r2m_ray.runtime.cluster import temporary_directory; "
+    hold += "d = temporary_directory(Path(sys.argv[1])); print(d.__enter__()); sys.stdout.flush(); "
+    command = [sys.executable, "-c", hold + "os.kill(os.getpid(), signal.SIGKILL)", str(tmp_path)]
+    dead = Path(
+        subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout.strip()
+    )
+    assert dead.is_dir()
+    (dead / "ray").mkdir()
+    mine = tmp_path / f"{PREFIX}20261201-results"
+    mine.mkdir()
+    with temporary_directory(tmp_path) as alive:
+        assert not dead.exists()
+        remove_leftovers(tmp_path)
+        assert alive.is_dir()
+    assert not alive.exists()
+    assert mine.is_dir()

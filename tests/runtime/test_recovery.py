@@ -163,19 +163,9 @@ def test_a_lost_learner_is_no_matter_of_the_sync(team: Team) -> None:
         asyncio.run(ReliableSync(sync, team, limit=2, notify=print)(version=1))
 
 
-class Stateful:
-    """Stands for a team with state; counts how often it was replaced."""
-
-    def __init__(self) -> None:
-        self.replaced = 0
-
-    async def replace(self) -> None:
-        self.replaced += 1
-
-
 def roll(progress: list[int], limit: int) -> tuple[int, int]:
     """Run attempts that get to given steps and, but for the last, are lost; count attempts and rollbacks."""
-    team: Any = Stateful()
+    rebuilt = 0
     reached = 0
     attempts = 0
 
@@ -186,8 +176,12 @@ def roll(progress: list[int], limit: int) -> tuple[int, int]:
         if attempts < len(progress):
             raise ActorLost("policy-0 died during policy update", ("policy-0",))
 
-    asyncio.run(rolled_back(attempt, [team], finished=lambda: reached, limit=limit, notify=lambda _: None))
-    return attempts, team.replaced
+    async def rebuild() -> None:
+        nonlocal rebuilt
+        rebuilt += 1
+
+    asyncio.run(rolled_back(attempt, rebuild, finished=lambda: reached, limit=limit, notify=lambda _: None))
+    return attempts, rebuilt
 
 
 def test_a_run_is_rolled_back_as_often_as_it_moves_on() -> None:
@@ -219,7 +213,10 @@ def test_a_rollback_leaves_no_task_of_the_failed_attempt() -> None:
             raise ActorLost("reward-0 died", ("reward-0",))
         assert cancelled == ["sync"]
 
-    asyncio.run(rolled_back(attempt, [], finished=lambda: 0, limit=2, notify=lambda _: None))
+    async def rebuild() -> None:
+        return
+
+    asyncio.run(rolled_back(attempt, rebuild, finished=lambda: 0, limit=2, notify=lambda _: None))
     assert attempts == 2
 
 
@@ -239,3 +236,20 @@ def test_a_successor_with_other_frozen_weights_ends_the_run(team: Team, model: P
     model.write_text("other weights")
     with pytest.raises(RunError, match=r"reference-1 was started again and holds other frozen weights"):
         asyncio.run(recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None))
+
+
+def test_a_replacement_that_was_interrupted_is_known_to_be_unready(team: Team) -> None:
+    async def interrupted() -> None:
+        replacing = asyncio.ensure_future(
+            recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None)
+        )
+        await asyncio.sleep(0)
+        replacing.cancel()
+        await asyncio.gather(replacing, return_exceptions=True)
+        assert team.unready == {1}
+        await team.replace(sorted(team.unready))
+        assert team.unready == set()
+        assert [rank for rank, _ in await team.actors.all("ask", "whoami")] == [0, 1]
+
+    assert team.unready == set()
+    asyncio.run(interrupted())
