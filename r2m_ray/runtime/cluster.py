@@ -93,6 +93,8 @@ def _connected(config: ClusterConfig, **arguments: Any) -> Iterator[None]:
     try:
         try:
             ray.init(log_to_driver=False, **arguments)
+        except Preempted:
+            raise
         except Exception as error:
             # Ray raises bare ones here, such as for a machine so busy that its servers start too late.
             raise RunError(

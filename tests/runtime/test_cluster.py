@@ -7,11 +7,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from r2m_ray.runtime.cluster import PREFIX, remove_leftovers, temporary_directory
+import pytest
+
+from r2m_ray.config import ClusterConfig
+from r2m_ray.errors import Preempted, RunError
+from r2m_ray.runtime.cluster import PREFIX, cluster, remove_leftovers, temporary_directory
 
 COMMON = """
 import asyncio, os, sys, psutil, ray
 from pathlib import Path
+import pytest
+
 from r2m_ray.config import ClusterConfig
 from r2m_ray.errors import ActorLost
 from r2m_ray.runtime.cluster import cluster
@@ -79,6 +85,23 @@ def test_a_server_that_ends_ends_the_run_with_three() -> None:
     assert code == 3, text
     assert "error: the run's own Ray cluster lost its raylet" in text
     remove_leftovers(Path(tempfile.gettempdir()))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(Exception("the node timed out"), RunError), (Preempted("stopped by SIGINT"), Preempted)],
+)
+def test_what_ends_rays_start_is_told_as_what_it_is(
+    raised: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", start)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    with pytest.raises(expected, match=str(raised)), cluster(ClusterConfig()):
+        pytest.fail("there is no cluster")
 
 
 def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
