@@ -69,7 +69,7 @@ def step_metrics(
         gold_GK = torch.tensor([row[GOLD_TOTAL] for row in gold], dtype=torch.float64).view_as(own_GK)
         sampled = [row for row, counts in zip(gold, sampled_GK.flatten().tolist(), strict=True) if counts]
         metrics |= {f"gold/{part}": mean(row[part] for row in sampled) for part in _parts(gold[0])}
-        metrics["gold/mean"] = finite_mean(gold_GK[sampled_GK])
+        metrics |= {"gold/mean": finite_mean(gold_GK[sampled_GK])}
         metrics |= _gold_metrics(gold_GK[whole_G], *scores)
     return metrics
 

@@ -44,9 +44,19 @@ def found(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
+BEFORE: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def children_before() -> None:
+    """Other tests' fixtures may still have processes."""
+    BEFORE.clear()
+    BEFORE.update(child.pid for child in psutil.Process().children(recursive=True))
+
+
 def no_child_is_left() -> bool:
     """Whether every process that was started is gone; zombies count as left."""
-    return psutil.Process().children(recursive=True) == []
+    return {child.pid for child in psutil.Process().children(recursive=True)} <= BEFORE
 
 
 # Packages

@@ -89,7 +89,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrain
 def ranks(local_cluster: None) -> Iterator[Actors]:
     actors = spawn(PolicyActor, "policy", 2)
     yield actors
-    actors.stop()
+    for handle in actors.handles:
+        ray.kill(handle)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def policy(
 def receivers(local_cluster: None) -> Iterator[Actors]:
     actors = spawn(Receiver, "rollout", 2)
     yield actors
-    actors.stop()
+    for handle in actors.handles:
+        ray.kill(handle)
 
 
 def sync_of(policy: Actors, receivers: Actors) -> ObjectStoreSync:
@@ -203,7 +205,8 @@ def test_reward_replicas_that_drift_apart_are_told_by_replica_and_parameter(
         with pytest.raises(RunError, match=r"reward update: w_v of reward-1 is not that of reward-0"):
             asyncio.run(require_agreement(actors, "reward update", "head_digests"))
     finally:
-        actors.stop()
+        for handle in actors.handles:
+            ray.kill(handle)
 
 
 def test_the_majority_is_right_and_the_first_tensor_is_named() -> None:
