@@ -51,6 +51,8 @@ total = torch.full((1,), 1.0 + dist.get_rank())
 dist.all_reduce(total)
 if total.item() != 3.0:
     sys.exit(f"1 + 2 gave {total.item()}")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
