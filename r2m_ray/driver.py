@@ -57,7 +57,7 @@ async def train(
                 roles.reference.logprobs(trajectories),
             )
             advantage = await advantages(algo, trajectories, annotation, reference)  # Eq. 1
-            await record.look(t, trajectories, hidden, annotation)
+            await record.look(t, trajectories, hidden, annotation)  # refuses rows of stale weights
 
         with record.phase("policy"):  # Policy Optimization, Eq. 2: k epochs; the last one refreshes h
             policy_stats, hidden = await policy.update(trajectories, advantage, reference, hidden)

@@ -17,9 +17,8 @@ from r2m_ray.config import Config
 from r2m_ray.faults import reach
 from r2m_ray.models.weights import WeightBucket, WeightDigest
 from r2m_ray.roles import SamplePlan
-from r2m_ray.runtime.device import device_of, join_environment
+from r2m_ray.runtime.device import device_of, free_address, join_environment
 from r2m_ray.runtime.direct_sync import EngineClient
-from r2m_ray.runtime.team import free_address
 
 
 class RolloutActor:

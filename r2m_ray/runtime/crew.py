@@ -11,10 +11,11 @@ from r2m_ray.feedback import LearnerFeedback
 from r2m_ray.pretrained import Models
 from r2m_ray.roles import Roles, Rollout
 from r2m_ray.runtime.actors import PolicyActor, ReferenceActor, RewardActor, RolloutActor
+from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import InPlace, Notify, ReliableSync, replace
 from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole, share
-from r2m_ray.runtime.team import Address, Arguments, Team, together
+from r2m_ray.runtime.team import Arguments, Team, together
 from r2m_ray.runtime.weight_sync import weight_sync
 
 

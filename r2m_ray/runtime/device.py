@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 
+import ray
 import torch
 
 from r2m_ray.config import Config
+
+Address = tuple[str, int]
 
 
 def device_of(gpus: float) -> torch.device:
@@ -31,7 +35,15 @@ def actor_environment(config: Config, gpus: float) -> dict[str, str]:
     return environment
 
 
-def join_environment(rank: int, world_size: int, address: tuple[str, int]) -> None:
+def free_address() -> Address:
+    """An address of this process's node that a collective can meet at."""
+    ip: str = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((ip, 0))
+        return ip, int(probe.getsockname()[1])
+
+
+def join_environment(rank: int, world_size: int, address: Address) -> None:
     """Tell this process's collectives who it is and where rank 0 listens."""
     os.environ.update(
         RANK=str(rank),

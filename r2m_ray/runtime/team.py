@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
 
 from r2m_ray.errors import RunError
+from r2m_ray.runtime.device import Address, free_address
 from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.placement import Placement
 
-Address = tuple[str, int]
 Arguments = Callable[[int, Address], tuple[Any, ...]]
 
 
@@ -103,14 +102,6 @@ async def together(*doings: Awaitable[None]) -> None:
     for result in await asyncio.gather(*doings, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
-
-
-def free_address() -> Address:
-    """An address of this process's node that a collective can meet at."""
-    ip: str = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((ip, 0))
-        return ip, int(probe.getsockname()[1])
 
 
 def _whereabouts(_: object) -> tuple[int, Address]:

@@ -15,9 +15,10 @@ import ray
 from r2m_ray.config import Config
 from r2m_ray.errors import ActorLost, RunError
 from r2m_ray.runtime import recovery
+from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import InPlace, Job, ReliableSync, rolled_back
-from r2m_ray.runtime.team import Address, Team
+from r2m_ray.runtime.team import Team
 
 
 class Worker:
