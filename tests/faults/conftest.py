@@ -50,6 +50,7 @@ SMALL = (
 DEADLINE_S = 900.0
 MARK = "R2M_RUN_MARK"
 """An environment variable that every process of a run inherits, by which none is overlooked afterwards."""
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Running:
     output: Path
     faults: Path
     temporary: Path
+    shared_memory: frozenset[Path]
     started: float = field(default_factory=time.monotonic)
 
     def wait(self, deadline_s: float = DEADLINE_S) -> Finished:
@@ -137,6 +139,17 @@ class Running:
         os.killpg(self.process.pid, number)
 
 
+def held(path: Path) -> bool:
+    """Whether a process has a file open or mapped."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if str(path) in Path(f"/proc/{process.pid}/maps").read_text():
+                return True
+            if any(file.path == str(path) for file in process.open_files()):
+                return True
+    return False
+
+
 def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -166,6 +179,7 @@ class Lab:
         mark = f"{self.root}-{self._count}"
         temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
         self._temporary.append(temporary)
+        shared_memory = frozenset(SHARED_MEMORY.glob("*"))
         environment = os.environ | {
             MARK: mark,
             "TMPDIR": str(temporary),
@@ -184,7 +198,8 @@ class Lab:
             process = subprocess.Popen(
                 command, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
-        return Running(process, self.root / "runs" / name, mark, output, evidence, temporary)
+        directory = self.root / "runs" / name
+        return Running(process, directory, mark, output, evidence, temporary, shared_memory)
 
     def run(
         self,
@@ -220,8 +235,13 @@ class Lab:
         """What a run has left below the temporary directory, and in its own."""
         return [*running.temporary.glob("*"), *(running.directory / "checkpoints").glob(".tmp-*")]
 
+    def shared_memory(self, running: Running) -> list[Path]:
+        """Shared memory that came since a run began and that no living process holds."""
+        new = set(SHARED_MEMORY.glob("*")) - running.shared_memory
+        return sorted(path for path in new if not held(path))
+
     def clean(self, running: Running, *, killed: bool = False) -> None:
-        """CLEAN: no process and no temporary file of the run is left; whatever is left is ended and told."""
+        """CLEAN: a run leaves no process, temporary file or shared memory; a process is ended and told."""
         limit = time.monotonic() + 30
         while (left := running.processes()) and time.monotonic() < limit:
             time.sleep(0.1)
@@ -229,7 +249,7 @@ class Lab:
         for process in left:
             process.kill()
         assert not told, f"processes outlived the run by 30 s: {told}"
-        kept = self.temporary_files(running)
+        kept = [*self.temporary_files(running), *self.shared_memory(running)]
         assert killed or not kept, f"temporary files are left: {kept}"
 
 
