@@ -66,28 +66,37 @@ def group_reward_entropy(
     return torch.where(valid_G, entropy_G, 0), valid_G
 
 
-def group_pairs(pair_reward_GK: Tensor, response_id_GK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def group_pairs(
+    pair_reward_GK: Tensor, response_id_GK: Tensor, *, min_margin: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Winner and loser of each group: columns int64 [G] of highest and lowest reward, and valid_G (bool).
 
     A pair is not valid when max − min < 1e-6·max(1, |mean|), or when both rows are the same tokens (equal
-    response ids): a zero-margin pair would push with gradient ½ in a random direction.
+    response ids): a zero-margin pair would push with gradient ½ in a random direction. Nor when
+    max − min < `min_margin`: a label that hangs on a small difference is often wrong.
     """
     pair_reward_GK = pair_reward_GK.detach()
     winner_G, loser_G = pair_reward_GK.argmax(1), pair_reward_GK.argmin(1)
     same_G = (response_id_GK.gather(1, winner_G[:, None]) == response_id_GK.gather(1, loser_G[:, None]))[:, 0]
-    return winner_G, loser_G, ~(tied(pair_reward_GK) | same_G)
+    close_G = pair_reward_GK.amax(1) - pair_reward_GK.amin(1) < min_margin
+    return winner_G, loser_G, ~(tied(pair_reward_GK) | close_G | same_G)
 
 
 def grebt_sums(
-    reward_GK: Tensor, pair_reward_GK: Tensor, response_id_GK: Tensor, *, detach_stats: bool = False
+    reward_GK: Tensor,
+    pair_reward_GK: Tensor,
+    response_id_GK: Tensor,
+    *,
+    detach_stats: bool = False,
+    min_margin: float = 0.0,
 ) -> GrebtSums:
     """Sums of both losses over the valid groups of a batch or of one shard of it.
 
     reward_GK: the head's current rewards, with gradients. pair_reward_GK: the rewards that define winner and
     loser (the annotation's; pass reward_GK itself to recompute pairs). response_id_GK: int64, equal for
-    rows of a group that are the same tokens.
+    rows of a group that are the same tokens. min_margin: of a pair that is valid, under pair_reward_GK.
     """
-    winner_G, loser_G, pair_G = group_pairs(pair_reward_GK, response_id_GK)
+    winner_G, loser_G, pair_G = group_pairs(pair_reward_GK, response_id_GK, min_margin=min_margin)
     winner_r = reward_GK.gather(1, winner_G[:, None])[:, 0]
     loser_r = reward_GK.gather(1, loser_G[:, None])[:, 0]
     entropy_G, entropy_valid_G = group_reward_entropy(reward_GK, detach_stats=detach_stats)
@@ -126,9 +135,12 @@ def grebt(
     *,
     entropy_weight: float,
     detach_stats: bool = False,
+    min_margin: float = 0.0,
 ) -> tuple[Tensor, GrebtSums]:
     """GREBT of a whole batch (Eq. 7): the scalar loss, and the sums it was made of as statistics."""
-    sums = grebt_sums(reward_GK, pair_reward_GK, response_id_GK, detach_stats=detach_stats)
+    sums = grebt_sums(
+        reward_GK, pair_reward_GK, response_id_GK, detach_stats=detach_stats, min_margin=min_margin
+    )
     loss = grebt_mix(
         sums.bradley_terry, sums.entropy, pairs=sums.pairs, groups=sums.groups, entropy_weight=entropy_weight
     )

@@ -69,6 +69,31 @@ def test_which_pairs_are_skipped(rewards: list[float], ids: list[int], valid: bo
     assert group_pairs(group(*rewards), torch.tensor([ids]))[2].item() is valid
 
 
+@pytest.mark.parametrize(("margin", "valid"), [(0.0, True), (2.0, True), (2.0 + 1e-9, False)])
+def test_pairs_closer_than_the_margin_are_skipped(margin: float, valid: bool) -> None:
+    assert group_pairs(group(1, 3, 2), torch.tensor([[0, 1, 2]]), min_margin=margin)[2].item() is valid
+
+
+def test_the_margin_is_of_the_rewards_that_pick_and_masks_the_pair_alone() -> None:
+    reward_GK = torch.tensor([[0, 0.1, 0.2, 0.3], [1, 5, 9, 2]], dtype=torch.float64, requires_grad=True)
+    # Group 0 is picked by a wide margin and group 1 by a narrow one, whatever the rewards that are fitted.
+    pair_reward_GK = torch.tensor([[4, 0, 0, 1], [0, 0.5, 0, 0]], dtype=torch.float64)
+    _, sums = grebt(reward_GK, pair_reward_GK, response_ids(reward_GK), entropy_weight=0.3, min_margin=1.0)
+    assert (sums.pairs.item(), sums.groups.item()) == (1, 2)
+    assert sums.bradley_terry.item() == pytest.approx(math.log(1 + math.exp(0.1)), rel=1e-12)
+    slope_GK = torch.autograd.grad(sums.bradley_terry, reward_GK)[0]
+    assert slope_GK[1].count_nonzero() == 0
+
+
+def test_margin_zero_changes_no_bit() -> None:
+    reward_GK = torch.randn(50, 4, generator=torch.Generator().manual_seed(7))
+    reward_GK[::5] = 1.0
+    plain = grebt_sums(reward_GK, reward_GK, response_ids(reward_GK))
+    gated = grebt_sums(reward_GK, reward_GK, response_ids(reward_GK), min_margin=0.0)
+    assert all(torch.equal(getattr(plain, f.name), getattr(gated, f.name)) for f in fields(GrebtSums))
+    assert plain.pairs.item() == 40
+
+
 def test_grebt_by_hand() -> None:
     reward_GK = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 1], [2, 2, 2, 2]], dtype=torch.float64)
     # Group 0: row 0 over row 3, against the current order; group 1: row 3 over row 0; group 2: tied.
