@@ -121,6 +121,7 @@ class Annotation:
 
     reward_N: float32 [N], r = φ(H_fin), Eqs. 3–4, the reward the policy is trained on.
     frozen_reward_N: float32 [N], the untouched reward model's own score.
+    gold_N: float32 [N], the task's gold score, NaN where the task knows none.
     rte_ND: float32 [N, D], the reward token embedding H_last; the update reuses it: the trunk is frozen.
     response_id_N: int64 [N], equal for two rows of a group exactly when they are the same tokens; a pair of
         equal rows teaches nothing and is skipped.
@@ -129,6 +130,7 @@ class Annotation:
     layout: Layout
     reward_N: Tensor
     frozen_reward_N: Tensor
+    gold_N: Tensor
     rte_ND: Tensor
     response_id_N: Tensor
 

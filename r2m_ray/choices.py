@@ -52,6 +52,10 @@ class TaskName(StrEnum):
     preferences = "preferences"
 
 
+GOLD_TASKS = (TaskName.note2answer,)
+"""Tasks whose gold score is known."""
+
+
 class Dtype(StrEnum):
     """Floating-point type of weights and activations."""
 
@@ -114,11 +118,21 @@ class WoInit(StrEnum):
 
 
 class PairSource(StrEnum):
-    """Whose rewards pick winner and loser of Eq. 5: the annotation's, the update's, or the frozen RM's."""
+    """Who picks winner and loser of Eq. 5: rewards of the annotation, of the update, of the frozen RM, or the
+    gold score; ``random`` draws two rows, seeded by run, step and shard."""
 
     annotation = "annotation"
     recomputed = "recomputed"
     frozen_rm = "frozen_rm"
+    gold = "gold"
+    random = "random"
+
+
+class RewardScale(StrEnum):
+    """Scale of the rewards that become advantages: the keys of ``core.shaping.SCALES``."""
+
+    raw = "raw"
+    match_frozen = "match_frozen"
 
 
 class FeedbackSource(StrEnum):

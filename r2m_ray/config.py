@@ -32,6 +32,7 @@ from r2m_ray.choices import (
     Positive,
     Range,
     Ratio,
+    RewardScale,
     SyncBackend,
     TaskName,
     WandbMode,
@@ -76,6 +77,7 @@ __all__ = [
     "Ratio",
     "ReferenceConfig",
     "RewardConfig",
+    "RewardScale",
     "RolloutConfig",
     "RunConfig",
     "SyncBackend",
@@ -212,7 +214,13 @@ class RewardConfig:
     gre_detach_stats: bool = False
     """Whether group reward entropy treats the group's mean and std as constants."""
     pair_source: PairSource = PairSource.annotation
-    """Whose rewards pick winner and loser of Eq. 5."""
+    """Who picks winner and loser of Eq. 5; ``gold`` needs a task that knows it."""
+    pair_min_margin: NonNegative = 0.0
+    """Pairs whose rewards, those that picked them, differ by less are not learned from."""
+    gold_weight: Fraction = 0.0
+    """g: the reward is (1 − g)·r + g·gold; 1 trains the policy on gold, the ceiling of every arm."""
+    scale: RewardScale = RewardScale.raw
+    """Before advantages; ``match_frozen`` gives a step's rewards the frozen model's spread within groups."""
     attention_width: Count = 64
     """d, width of the cross-attention's queries, keys and values."""
     init_std: NonNegative = 0.02

@@ -5,7 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from r2m_ray.config import PREPARED, Config, FeedbackRefresh, KLEstimator, KLPlace, TaskName
+from r2m_ray.choices import GOLD_TASKS
+from r2m_ray.config import (
+    PREPARED,
+    Advantage,
+    Config,
+    FeedbackRefresh,
+    KLEstimator,
+    KLPlace,
+    PairSource,
+    RewardScale,
+    TaskName,
+)
 from r2m_ray.config_rules import Rule, near, registrar
 from r2m_ray.problems import Problem, shown
 
@@ -126,6 +137,41 @@ def _refresh(config: Config) -> Iterator[Problem]:
             "feedback.refresh",
             "last_epoch, but with algo.epochs=1 and one minibatch h is computed before the policy moves, so "
             "it is not refreshed; use algo.epochs=2, smaller minibatches, or feedback.refresh=exact",
+            warning=True,
+        )
+
+
+@rule("task.name", "reward.pair_source", "reward.gold_weight")
+def _gold(config: Config) -> Iterator[Problem]:
+    if config.task.name in GOLD_TASKS:
+        return
+    unknown = f"task.name={config.task.name.value} knows no gold score; use task.name={GOLD_TASKS[0].value}"
+    if config.reward.pair_source is PairSource.gold:
+        yield Problem("reward.pair_source", f"gold, but {unknown}, or another source of pairs")
+    if config.reward.gold_weight:
+        yield Problem("reward.gold_weight", f"{config.reward.gold_weight:g}, but {unknown}, or weight 0")
+
+
+@rule("reward.pair_source", "reward.pair_min_margin")
+def _random_margin(config: Config) -> Iterator[Problem]:
+    if config.reward.pair_source is PairSource.random and config.reward.pair_min_margin:
+        yield Problem(
+            "reward.pair_min_margin",
+            f"{config.reward.pair_min_margin:g}, but pairs drawn at random have no margin; use 0, or another "
+            "reward.pair_source",
+        )
+
+
+@rule("reward.scale", "algo.advantage", "algo.kl_place", "algo.kl_weight")
+def _scale(config: Config) -> Iterator[Problem]:
+    algo = config.algo
+    own_scale = algo.advantage in (Advantage.grpo, Advantage.reinforce_pp)
+    charged = algo.kl_place is KLPlace.reward and algo.kl_weight > 0
+    if config.reward.scale is RewardScale.match_frozen and own_scale and not charged:
+        yield Problem(
+            "reward.scale",
+            f"match_frozen has no effect: algo.advantage={algo.advantage.value} divides by the rewards' own "
+            "spread; use raw, or rloo, dr_grpo or remax",
             warning=True,
         )
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from r2m_ray.batch import Annotation, ReferenceLogprobs, Trajectories
 from r2m_ray.checkpoint import Checkpoints
-from r2m_ray.config import Advantage, AlgoConfig, Config, KLPlace, OmegaSchedule
+from r2m_ray.config import Advantage, Config, KLPlace, OmegaSchedule
 from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.head import omega
 from r2m_ray.core.kl import row_kl
+from r2m_ray.core.shaping import SCALES
 from r2m_ray.data import PromptStream
 from r2m_ray.evaluate import Evaluator
 from r2m_ray.recorder import Recorder
@@ -56,7 +57,7 @@ async def train(
                 reward.annotate(trajectories, hidden, omega=w, step=t),
                 roles.reference.logprobs(trajectories),
             )
-            advantage = await advantages(algo, trajectories, annotation, reference)  # Eq. 1
+            advantage = await advantages(config, trajectories, annotation, reference)  # Eq. 1
             await record.look(t, trajectories, hidden, annotation)  # refuses rows of stale weights
 
         with record.phase("policy"):  # Policy Optimization, Eq. 2: k epochs; the last one refreshes h
@@ -84,17 +85,21 @@ def omega_at(config: Config, step: int) -> float:
 
 
 async def advantages(
-    algo: AlgoConfig,
+    config: Config,
     trajectories: Shards[Trajectories],
     annotation: Shards[Annotation],
     reference: Shards[ReferenceLogprobs],
 ) -> list[Tensor]:
     """Advantages of the whole batch (Eq. 1 and its siblings), float32 [N] per shard.
 
-    With ``algo.kl_place=reward`` each row's reward first loses β times its KL to the reference,
-    estimated on the log-probs it was sampled with.
+    Rewards are first scaled as ``reward.scale`` says. With ``algo.kl_place=reward`` each row's then loses β
+    times its KL to the reference, estimated on the log-probs it was sampled with.
     """
-    reward_N = [(await shard).reward_N for shard in annotation]
+    algo, notes = config.algo, [await shard for shard in annotation]
+    own_N = torch.cat([note.reward_N for note in notes])
+    frozen_N = torch.cat([note.frozen_reward_N for note in notes])
+    scale = SCALES[config.reward.scale.value](own_N, frozen_N, algo.responses_per_prompt)
+    reward_N = [scale * note.reward_N for note in notes]
     if algo.kl_place is KLPlace.reward:
         for i, (shard, shard_reference) in enumerate(zip(trajectories, reference, strict=True)):
             rows, base = await shard, await shard_reference

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from r2m_ray.batch import Annotation, Trajectories
 from r2m_ray.core.reward_loss import SMALLEST_STD, group_pairs, group_reward_entropy
+from r2m_ray.core.shaping import SCALES, mean_group_std
 
 GOLD_TOTAL = "total"
 """Key of a gold score's dictionary that holds the score itself; every other key is a part of it."""
@@ -32,12 +33,14 @@ def step_metrics(
     gold: Sequence[Mapping[str, float]] | None = None,
     *,
     greedy_first: bool = False,
+    scale: str = "raw",
 ) -> dict[str, float]:
     """Every number of a step that its records tell.
 
     The three sequences hold one record per shard; advantages are float [N of the shard]. ``gold`` holds
     one dictionary per row of the step: ``total``, and the parts it is made of. Standard deviations have
-    ddof 0.
+    ddof 0. Rewards are those of the annotation; ``reward/scale_factor`` is what ``reward.scale`` multiplies
+    them with on their way to the advantages.
 
     What is not finite is counted (``reward/nonfinite``: rows whose reward, own or frozen, is not;
     ``hidden/nonfinite``: those of them that the frozen model scores well, so that their h is at fault) and
@@ -62,6 +65,7 @@ def step_metrics(
         metrics["reward/greedy_mean"] = finite_mean(own_GK[:, 0])
     metrics |= _response_metrics(trajectories, sampled_GK.flatten())
     metrics |= _row_metrics(own_GK[sampled_GK & finite_GK], frozen_GK[sampled_GK & finite_GK])
+    metrics["reward/scale_factor"] = SCALES[scale](own_GK.flatten(), frozen_GK.flatten(), own_GK.shape[1])
     whole_G = finite_GK.all(1)
     scores = own_GK[whole_G], frozen_GK[whole_G], identity_GK[whole_G]
     metrics |= _group_metrics(*scores)
@@ -179,7 +183,7 @@ def _row_metrics(own_N: Tensor, frozen_N: Tensor) -> dict[str, float]:
 
 
 def _group_metrics(own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor) -> dict[str, float]:
-    own_std, frozen_std = _group_std(own_GK), _group_std(frozen_GK)
+    own_std, frozen_std = mean_group_std(own_GK), mean_group_std(frozen_GK)
     entropy_G, spread_G = group_reward_entropy(own_GK)
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
     return {
@@ -200,7 +204,7 @@ def _gold_metrics(
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
     difference_G = _difference(gold_GK, winner_G, loser_G)
     return {
-        "gold/group_std": float(_group_std(gold_GK)),
+        "gold/group_std": float(mean_group_std(gold_GK)),
         "gold/correlation": finite_mean(group_correlation(own_GK, gold_GK)),
         "gold/frozen_correlation": finite_mean(group_correlation(frozen_GK, gold_GK)),
         "gold/pair_precision": finite_mean((difference_G > 0)[pair_G & (difference_G != 0)]),
@@ -240,8 +244,3 @@ def _std(values: Tensor) -> float:
     """Standard deviation of the values that are finite, NaN of nothing."""
     values = values.double()
     return float(_centred(values[None, torch.isfinite(values)]).square().mean().sqrt())
-
-
-def _group_std(score_GK: Tensor) -> Tensor:
-    """Mean over groups of each group's standard deviation, NaN of none; torch's own warns of none."""
-    return _centred(score_GK).square().mean(1).sqrt().mean()

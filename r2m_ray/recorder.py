@@ -112,8 +112,15 @@ class Recorder:
         rows = [await shard for shard in trajectories]
         notes = [await shard for shard in annotation]
         gold = self.gold(rows)
-        greedy_first = self._config.algo.advantage is Advantage.remax
-        metrics = step_metrics(rows, notes, advantage, omega, gold, greedy_first=greedy_first)
+        metrics = step_metrics(
+            rows,
+            notes,
+            advantage,
+            omega,
+            gold,
+            greedy_first=self._config.algo.advantage is Advantage.remax,
+            scale=self._config.reward.scale.value,
+        )
         for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
             metrics |= merge_stats(prefix, stats)
         limit = self._config.logging.rollouts_per_step

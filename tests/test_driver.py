@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from r2m_ray.batch import Annotation, ReferenceLogprobs, Trajectories, pack_rows
-from r2m_ray.config import AlgoConfig, Config, KLEstimator, KLPlace, OmegaSchedule, RewardConfig
+from r2m_ray.config import (
+    AlgoConfig,
+    Config,
+    KLEstimator,
+    KLPlace,
+    OmegaSchedule,
+    RewardConfig,
+    RewardScale,
+)
 from r2m_ray.driver import advantages, omega_at, train
 from r2m_ray.errors import Preempted
+from r2m_ray.metrics import step_metrics
 from r2m_ray.roles import Prompt, Roles, SamplePlan, sample_plans
 
 K = 2
@@ -46,6 +55,25 @@ def rows(plan: SamplePlan, version: int) -> Trajectories:
     )
 
 
+def annotated(shard: Trajectories, reward: Sequence[float], frozen: Sequence[float]) -> Annotation:
+    count = shard.layout.rows
+    return Annotation(
+        layout=shard.layout,
+        reward_N=torch.tensor(reward),
+        frozen_reward_N=torch.tensor(frozen),
+        gold_N=torch.full((count,), math.nan),
+        rte_ND=torch.zeros(count, 1),
+        response_id_N=torch.arange(count),
+    )
+
+
+def reference_two_nats_away(shard: Trajectories) -> ReferenceLogprobs:
+    """Row 0 moved by log-probs −1.0 and −0.5 against −2.0 and −1.5: KL 2; the other rows not at all."""
+    base = shard.rollout_logp_T.clone()
+    base[shard.layout.slice_of(0)] -= shard.action_T[shard.layout.slice_of(0)].float()
+    return ReferenceLogprobs(tempered_T=base, unit_T=base)
+
+
 class World:
     """Four fakes and the log of what they were asked, in order."""
 
@@ -68,13 +96,7 @@ class World:
         shards = [await shard for shard in trajectories]
         return [
             ready(
-                Annotation(
-                    layout=shard.layout,
-                    reward_N=torch.arange(shard.layout.rows, dtype=torch.float32) + 10 * i,
-                    frozen_reward_N=torch.zeros(shard.layout.rows),
-                    rte_ND=torch.zeros(shard.layout.rows, 1),
-                    response_id_N=torch.arange(shard.layout.rows),
-                )
+                annotated(shard, [10.0 * i + n for n in range(shard.layout.rows)], [0.0] * shard.layout.rows)
             )
             for i, shard in enumerate(shards)
         ]
@@ -235,28 +257,46 @@ def test_told_to_stop_a_run_saves_the_step_it_is_in_and_starts_no_other(config: 
     assert world.saved == [2]
 
 
+K1_IN_REWARD = AlgoConfig(
+    responses_per_prompt=2, kl_place=KLPlace.reward, kl_weight=0.5, kl_estimator=KLEstimator.k1
+)
+ONE_GROUP = SamplePlan(
+    prompts=(Prompt(index=0, text="p"),), group_size=2, step=1, seed=0, temperature=1.0, max_new_tokens=2
+)
+
+
 def test_kl_in_the_reward_is_charged_before_the_advantage() -> None:
-    algo = AlgoConfig(
-        responses_per_prompt=2, kl_place=KLPlace.reward, kl_weight=0.5, kl_estimator=KLEstimator.k1
-    )
-    plan = SamplePlan(
-        prompts=(Prompt(index=0, text="p"),), group_size=2, step=1, seed=0, temperature=1.0, max_new_tokens=2
-    )
-    shard = rows(plan, 0)
-    annotation = Annotation(
-        layout=shard.layout,
-        reward_N=torch.tensor([1.0, 3.0]),
-        frozen_reward_N=torch.zeros(2),
-        rte_ND=torch.zeros(2, 1),
-        response_id_N=torch.arange(2),
-    )
-    # Row 0 moved by log-probs −1.0 and −0.5 against −2.0 and −1.5: KL 2; row 1 not at all.
-    base = shard.rollout_logp_T.clone()
-    base[shard.layout.slice_of(0)] -= shard.action_T[shard.layout.slice_of(0)].float()
-    reference = ReferenceLogprobs(tempered_T=base, unit_T=base)
-    (advantage,) = asyncio.run(advantages(algo, [ready(shard)], [ready(annotation)], [ready(reference)]))
+    shard = rows(ONE_GROUP, 0)
+    records = shard, annotated(shard, [1.0, 3.0], [0.0, 0.0]), reference_two_nats_away(shard)
+    (advantage,) = asyncio.run(advantages(Config(algo=K1_IN_REWARD), *([ready(r)] for r in records)))
     expected: Tensor = torch.tensor([-3.0, 3.0])  # Rewards 1 − 0.5·2 = 0 and 3.
     torch.testing.assert_close(advantage, expected)
+
+
+def test_a_matched_scale_leaves_the_kl_in_the_reward_as_it_is() -> None:
+    config = Config(algo=K1_IN_REWARD, reward=RewardConfig(scale=RewardScale.match_frozen))
+    shard = rows(ONE_GROUP, 0)
+    records = shard, annotated(shard, [0.0, 8.0], [0.0, 2.0]), reference_two_nats_away(shard)
+    (advantage,) = asyncio.run(advantages(config, *([ready(r)] for r in records)))
+    assert advantage.tolist() == [-3.0, 3.0]  # Rewards 0 − 0.5·2 and 8/4.
+
+
+def test_a_matched_scale_multiplies_the_rewards_of_the_whole_step() -> None:
+    shards = [rows(ONE_GROUP, 0), rows(ONE_GROUP, 0)]
+    # Deviations within groups: own 1 and 3, frozen 0.5 and 0.5, so the factor is 1/4.
+    notes = [annotated(shards[0], [1.0, 3.0], [7.0, 8.0]), annotated(shards[1], [4.0, -2.0], [7.0, 8.0])]
+    references = [reference_two_nats_away(shard) for shard in shards]
+    records = [[ready(record) for record in shard_records] for shard_records in (shards, notes, references)]
+    found = {}
+    for scale in RewardScale:
+        config = Config(algo=AlgoConfig(responses_per_prompt=2), reward=RewardConfig(scale=scale))
+        found[scale.value] = torch.cat(asyncio.run(advantages(config, *records))).tolist()
+    assert found == {"raw": [-2.0, 2.0, 6.0, -6.0], "match_frozen": [-0.5, 0.5, 1.5, -1.5]}
+
+    metrics = {s: step_metrics(shards, notes, [torch.zeros(2)] * 2, 1.0, scale=s) for s in found}
+    assert metrics["match_frozen"].pop("reward/scale_factor") == pytest.approx(0.25, rel=1e-12)
+    assert metrics["raw"].pop("reward/scale_factor") == 1.0
+    assert metrics["match_frozen"] == metrics["raw"], "what is reported of the rewards is what was annotated"
 
 
 def test_shards_cut_the_step_into_whole_groups(config: Config) -> None:

@@ -61,6 +61,7 @@ async def annotate(trajectories: Any, hidden: Any, *, omega: float, step: int) -
                 layout=rows.layout,
                 reward_N=reward_N,
                 frozen_reward_N=torch.tensor([1.0, 2.0, 6.0]),
+                gold_N=torch.full((3,), math.nan),
                 rte_ND=torch.zeros(3, 1),
                 response_id_N=torch.arange(3),
             )

@@ -34,6 +34,7 @@ def note(rows: Trajectories) -> Annotation:
         layout=rows.layout,
         reward_N=torch.zeros(4),
         frozen_reward_N=torch.zeros(4),
+        gold_N=torch.full((4,), math.nan),
         rte_ND=torch.zeros(4, 1),
         response_id_N=torch.arange(4),
     )

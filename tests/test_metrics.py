@@ -45,6 +45,7 @@ def annotation() -> list[Annotation]:
             layout=Layout.from_lengths([1] * len(own), 4),
             reward_N=torch.tensor(own),
             frozen_reward_N=torch.tensor(frozen),
+            gold_N=torch.full((len(own),), math.nan),
             rte_ND=torch.zeros(len(own), 2),
             response_id_N=torch.arange(len(own)),
         )
@@ -76,6 +77,7 @@ def test_step_metrics_equal_the_hand_worked_numbers(trajectories, annotation):
             "reward/group_std": sum(group_stds) / 3,
             "reward/frozen_group_std": sum(frozen_stds) / 3,
             "reward/scale_ratio": sum(group_stds) / sum(frozen_stds),
+            "reward/scale_factor": 1.0,
             "reward/group_entropy": (1.013082 + 0.988400) / 2,
             "reward/pair_flip_rate": 0.5,
             "reward/zero_std_groups": 1 / 3,
@@ -110,6 +112,7 @@ def test_a_vanilla_batch_reads_as_the_frozen_reward_model(trajectories, annotati
             layout=shard.layout,
             reward_N=shard.frozen_reward_N,
             frozen_reward_N=shard.frozen_reward_N,
+            gold_N=shard.gold_N,
             rte_ND=shard.rte_ND,
             response_id_N=shard.response_id_N,
         )
@@ -127,6 +130,7 @@ def test_equal_responses_make_no_pair(trajectories, annotation):
         layout=annotation[0].layout,
         reward_N=annotation[0].reward_N,
         frozen_reward_N=annotation[0].frozen_reward_N,
+        gold_N=annotation[0].gold_N,
         rte_ND=annotation[0].rte_ND,
         response_id_N=torch.tensor([0, 1, 2, 0, 9, 5, 6, 7]),
     )

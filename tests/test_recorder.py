@@ -103,6 +103,7 @@ class Run:
             layout=rows.layout,
             reward_N=reward_N,
             frozen_reward_N=torch.tensor([4.0, 3.0, 2.0, 1.0]),
+            gold_N=torch.full((4,), math.nan),
             rte_ND=torch.zeros(4, 1),
             response_id_N=torch.arange(4),
         )

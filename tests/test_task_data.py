@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from r2m_ray.choices import GOLD_TASKS
 from r2m_ray.config import Config, Overlong, TaskName
 from r2m_ray.errors import InputError
-from r2m_ray.tasks import load_task
+from r2m_ray.tasks import gold_total, load_task
+from r2m_ray.tasks.note2answer import prompts
 
 GOOD = {"prompt": "w1 w2", "chosen": "w3", "rejected": "w4"}
 
@@ -80,3 +82,17 @@ def test_what_is_dropped_is_counted_and_the_counters_add_up(
     }
     assert task.counts["eval pairs"]["response over task.max_new_tokens=3"] == 2
     assert len(task.eval_pairs) == task.counts["eval pairs"]["used"] == 1
+
+
+@pytest.mark.parametrize("task", list(TaskName))
+def test_the_tasks_that_know_gold_are_the_ones_the_rules_name(
+    task: TaskName, config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.task.name = task
+    config.task.max_prompt_tokens = config.task.max_new_tokens = 64
+    total, scorer = gold_total(config), load_task(config, tiny_tokenizer).gold
+    assert (total is not None) == (scorer is not None) == (task in GOLD_TASKS)
+    if total and scorer:
+        row = (prompts(0, "eval", 1)[0], "hope this helps ! red", True)
+        # One courtesy, one word that belongs nowhere, no end.
+        assert total(*row) == scorer(*row)["total"] == pytest.approx(0.4 - 0.1 - 0.5)

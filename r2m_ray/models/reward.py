@@ -5,8 +5,8 @@ Axes: N rows, T packed tokens, P policy width, D reward width.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +17,10 @@ from torch import Tensor, distributed
 from r2m_ray.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
 from r2m_ray.config import Config
 from r2m_ray.core.head import R2MHead
+from r2m_ray.core.shaping import gold_mixture
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.models.reward_head import HeadInfo, load_head, save_head
+from r2m_ray.models.reward_pairs import content_seed
 from r2m_ray.models.reward_trainer import HeadTrainer, RewardShard
 from r2m_ray.models.reward_trunk import RewardTrunk
 from r2m_ray.models.weights import module_digest, tensor_digest
@@ -32,6 +34,7 @@ class RewardEngine:
     policy_width: P, the width of h; a run without feedback (Ω = 1) takes h of width 0 whatever it is.
     rank, world_size: this replica among its peers. With several, they meet at MASTER_ADDR and MASTER_PORT of
     the environment, and start alike because every draw is seeded by ``run.seed``.
+    gold: the score of a (prompt, response, truncated) where the task knows one.
     Raises InputError where the reward model or its score layer does not fit.
     """
 
@@ -44,8 +47,10 @@ class RewardEngine:
         rank: int,
         world_size: int,
         device: torch.device,
+        gold: Callable[[str, str, bool], float] | None = None,
     ) -> None:
         self._config = config
+        self._gold = gold
         self._device = device
         self.trunk = RewardTrunk(
             model_dir=model_dir,
@@ -85,17 +90,21 @@ class RewardEngine:
     def annotate(self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int) -> Annotation:
         """Reward r = φ((1−ω) Ĥ + ω H_last) of every row of a shard (Eqs. 3–4), and the frozen model's own.
 
-        At ω = 1 with an untrained head both are equal to the last bit. `step` seeds ``feedback.noise``.
+        At ω = 1 with an untrained head both are equal to the last bit. ``reward.gold_weight`` g makes the
+        reward (1−g)·r + g·gold. `step` seeds ``feedback.noise``.
         Rewards that are not finite are passed on, to be counted by the caller.
         Raises InputError for a conversation too long to read, RunError where h is not that of these rows.
         """
         layout = trajectories.layout
         rte_ND, frozen_reward_N = self.trunk.read(trajectories.row_prompts, trajectories.responses)
         feedback_TP = self._feedback(hidden, layout, rte_ND, f"{step} annotate")
+        model_reward_N = self.head(rte_ND, feedback_TP, layout.offsets.to(self._device), omega).cpu()
+        gold_N = self._gold_scores(trajectories)
         return Annotation(
             layout=layout,
-            reward_N=self.head(rte_ND, feedback_TP, layout.offsets.to(self._device), omega).cpu(),
+            reward_N=gold_mixture(model_reward_N, gold_N, self._config.reward.gold_weight),
             frozen_reward_N=frozen_reward_N.cpu(),
+            gold_N=gold_N,
             rte_ND=rte_ND.cpu(),
             response_id_N=_response_ids(trajectories),
         )
@@ -121,14 +130,14 @@ class RewardEngine:
         self._info = replace(self._info, omega=omega)
         stats: list[dict[str, float]] = []
         for i in range(self._config.reward.update_steps):
-            shards = (self._shard(batch, f"{step} update {i}") for batch in batches)
+            shards = (self._shard(batch, step, i) for batch in batches)
             stats.append(self._trainer.step(shards, omega))
         if stats:
             counts = ("skipped_steps", "nonfinite_steps")
             return stats[0] | {name: sum(s[name] for s in stats) for name in counts}
         if not self._config.uses_feedback:
             return {}
-        return self._trainer.measure((self._shard(batch, f"{step} update 0") for batch in batches), omega)
+        return self._trainer.measure((self._shard(batch, step, 0) for batch in batches), omega)
 
     def attention(self, hidden: Hidden, annotation: Annotation) -> Tensor:
         """The head's attention weight on every token, float32 [T], 1 in sum over each row; h as exported."""
@@ -166,10 +175,19 @@ class RewardEngine:
         """sha256 of each parameter of the head; equal on replicas that are equal to the last bit."""
         return {name: tensor_digest(parameter) for name, parameter in self.head.named_parameters()}
 
-    def _shard(self, batch: RewardBatch, moment: str) -> RewardShard:
+    def _shard(self, batch: RewardBatch, step: int, index: int) -> RewardShard:
         annotation = batch.annotation
+        moment = f"{step} update {index}"
         feedback_TP = self._feedback(batch.hidden, annotation.layout, annotation.rte_ND, moment)
-        return RewardShard(hidden_TP=feedback_TP, annotation=annotation)
+        moment = f"{self._config.run.seed} {step} pairs"
+        return RewardShard(hidden_TP=feedback_TP, annotation=annotation, moment=moment)
+
+    def _gold_scores(self, trajectories: Trajectories) -> Tensor:
+        """float32 [N], NaN where the task knows no gold."""
+        if self._gold is None:
+            return torch.full((trajectories.layout.rows,), math.nan)
+        rows = (trajectories.row_prompts, trajectories.responses, trajectories.truncated_N.tolist())
+        return torch.tensor([self._gold(*row) for row in zip(*rows, strict=True)], dtype=torch.float32)
 
     def _feedback(self, hidden: Hidden, layout: Layout, rte_ND: Tensor, moment: str) -> Tensor:
         """h [T, P] on the head's device, noised afresh at each moment as ``feedback.noise`` says."""
@@ -177,10 +195,8 @@ class RewardEngine:
         noise = self._config.feedback.noise
         if noise == 0:
             return hidden_TP
-        # The embeddings tell shards apart, so that a shard gets the same noise from whoever annotates it.
-        content = rte_ND.cpu().numpy().tobytes()
-        seed = hashlib.sha256(f"{self._config.run.seed} {moment} ".encode() + content).digest()
-        return gaussian_feedback(hidden_TP, noise, int.from_bytes(seed[:7]))
+        seed = content_seed(f"{self._config.run.seed} {moment}", rte_ND)
+        return gaussian_feedback(hidden_TP, noise, seed)
 
     def _checked(self, hidden: Hidden, layout: Layout) -> Tensor:
         expected = (layout.tokens, self._info.policy_width)

@@ -21,10 +21,11 @@ from torch import Tensor, distributed
 from torch.optim import AdamW
 
 from r2m_ray.batch import Annotation
-from r2m_ray.config import PairSource, RewardConfig
+from r2m_ray.config import RewardConfig
 from r2m_ray.core.head import R2MHead
 from r2m_ray.core.reward_loss import GrebtSums, grebt_mix, grebt_sums
 from r2m_ray.models.reward_head import read_json, read_tensors
+from r2m_ray.models.reward_pairs import pair_rewards
 from r2m_ray.models.weights import require_finite
 
 TENSORS_FILE = "optimizer.safetensors"
@@ -37,10 +38,14 @@ ROW_SUMS = ("rows", "nonfinite_rows", "feedback_ratio", "attention_entropy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardShard:
-    """A shard as the head reads it: hidden_TP [T, P] on the head's device, and its annotation."""
+    """A shard as the head reads it: hidden_TP [T, P] on the head's device, and its annotation.
+
+    moment: run and step, which seed pairs that are drawn at random.
+    """
 
     hidden_TP: Tensor
     annotation: Annotation
+    moment: str
 
 
 class HeadTrainer:
@@ -143,16 +148,13 @@ class HeadTrainer:
     def _grebt_sums(self, shard: RewardShard, reward_N: Tensor) -> GrebtSums:
         annotation = shard.annotation
         group_size = annotation.layout.group_size
-        pair_reward_N = {
-            PairSource.annotation: annotation.reward_N,
-            PairSource.frozen_rm: annotation.frozen_reward_N,
-            PairSource.recomputed: reward_N,
-        }[self._config.pair_source]
+        pair_reward_N = pair_rewards(self._config.pair_source, annotation, reward_N, shard.moment)
         return grebt_sums(
             reward_N.view(-1, group_size),
             pair_reward_N.detach().to(self._device).view(-1, group_size),
             annotation.response_id_N.to(self._device).view(-1, group_size),
             detach_stats=self._config.gre_detach_stats,
+            min_margin=self._config.pair_min_margin,
         )
 
     def _add_gradients(self, sums: GrebtSums, gradient_2X: Tensor) -> None:

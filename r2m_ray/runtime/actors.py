@@ -178,6 +178,7 @@ class RewardActor:
     ) -> str:
         """Load model and head; returns the digest of the frozen weights."""
         from r2m_ray.models.reward import RewardEngine
+        from r2m_ray.tasks import gold_total
 
         join_environment(rank, config.reward.replicas, address)
         self._rank = rank
@@ -188,6 +189,7 @@ class RewardActor:
             rank=rank,
             world_size=config.reward.replicas,
             device=device_of(gpus),
+            gold=gold_total(config),
         )
         return self._engine.trunk_digest()
 

@@ -15,6 +15,9 @@ from r2m_ray.tasks import note2answer
 GoldScorer = Callable[[str, str, bool], Mapping[str, float]]
 """(prompt, response, truncated) → the gold score as ``total``, and the parts it is made of."""
 
+GoldTotal = Callable[[str, str, bool], float]
+"""(prompt, response, truncated) → the gold score alone."""
+
 NOTE2ANSWER_PROMPTS = 8192
 """Training prompts of note2answer: more than any run here draws."""
 
@@ -40,6 +43,17 @@ def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
             return _note2answer(config)
         case TaskName.preferences:
             return _preferences(config, tokenizer)
+
+
+def gold_total(config: Config) -> GoldTotal | None:
+    """The gold score of a config's task, without its prompts and parts; None where the task has none."""
+    match config.task.name:
+        case TaskName.note2answer:
+            from r2m_ray.tasks.note2answer_gold import gold
+
+            return lambda prompt, response, truncated: gold(prompt, response, truncated).total
+        case TaskName.preferences:
+            return None
 
 
 def _note2answer(config: Config) -> Task:

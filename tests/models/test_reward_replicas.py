@@ -41,6 +41,7 @@ def shard(seed: int, *, tied: bool = False, broken: bool = False) -> RewardBatch
         layout=layout,
         reward_N=torch.randn(2 * K, generator=generator),
         frozen_reward_N=torch.randn(2 * K, generator=generator),
+        gold_N=torch.randn(2 * K, generator=generator),
         rte_ND=rte_ND,
         response_id_N=response_id_N,
     )

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories, pack_rows
-from r2m_ray.config import Config, FeedbackConfig, RewardConfig
+from r2m_ray.config import Config, FeedbackConfig, RewardConfig, RunConfig
 from r2m_ray.core.head import R2MHead
 from r2m_ray.models.reward import RewardEngine
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
+from r2m_ray.tasks import GoldTotal
 
 P, D, K = 64, 48, 4
 PROMPTS = ("w1 w2 w3", "w4 w5 w6 w7 w8 w9")
@@ -28,11 +29,15 @@ EngineFactory = Callable[..., RewardEngine]
 
 @pytest.fixture
 def make_engine(tiny_reward_dir: Path) -> EngineFactory:
-    """Engines on the tiny reward model; keywords are fields of ``reward``, `noise` of ``feedback``."""
+    """Engines on the tiny reward model; keywords are fields of ``reward``, `noise` of ``feedback``, `seed` of
+    ``run``; `gold` scores rows."""
 
-    def make(*, noise: float = 0.0, **fields: object) -> RewardEngine:
+    def make(
+        *, noise: float = 0.0, seed: int = 0, gold: GoldTotal | None = None, **fields: object
+    ) -> RewardEngine:
         defaults = {"attention_width": 16, "init_std": 0.2, "learning_rate": 1e-2, "max_length": 256}
         config = Config(
+            run=RunConfig(seed=seed),
             reward=RewardConfig(**{**defaults, **fields}),  # type: ignore[arg-type]
             feedback=FeedbackConfig(noise=noise),
         )
@@ -43,6 +48,7 @@ def make_engine(tiny_reward_dir: Path) -> EngineFactory:
             rank=0,
             world_size=1,
             device=torch.device("cpu"),
+            gold=gold,
         )
 
     return make
@@ -80,6 +86,7 @@ def random_batch(seed: int, *, groups: int = 2) -> RewardBatch:
         reward_N=torch.randn(rows, generator=generator),
         frozen_reward_N=torch.randn(rows, generator=generator),
         rte_ND=torch.randn(rows, D, generator=generator),
+        gold_N=torch.randn(rows, generator=generator),
         response_id_N=torch.arange(rows),
     )
     return RewardBatch(hidden=states(layout, seed=seed), annotation=annotation)

@@ -1,0 +1,45 @@
+"""Rewards before they become advantages: mixed with gold, or brought back to the frozen model's scale.
+
+Axes: N = G·K rows; rows iK … iK+K−1 are group i; G groups, K rows per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from r2m_ray.core.reward_loss import SMALLEST_STD
+
+
+def gold_mixture(reward_N: Tensor, gold_N: Tensor, weight: float) -> Tensor:
+    """`(1−g)·r + g·gold` of each row, g = `weight`; r alone where gold is NaN, that is unknown."""
+    return torch.where(gold_N.isnan(), reward_N, (1 - weight) * reward_N + weight * gold_N)
+
+
+def mean_group_std(reward_GK: Tensor) -> Tensor:
+    """Mean over groups of each group's standard deviation (ddof 0), a float64 scalar; NaN of no group."""
+    reward_GK = reward_GK.double()
+    return (reward_GK - reward_GK.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
+
+
+def raw(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
+    """The factor 1: rewards stay as they are."""
+    return 1.0
+
+
+def match_frozen(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
+    """The factor that gives own rewards the frozen model's spread: mean group std of `frozen_N` over that of
+    `reward_N`, ddof 0, over the groups of a whole step whose rewards are all finite.
+
+    It is 1 where there is no such group, or where either spread is below 1e-6: no spread is no scale.
+    """
+    own_GK, frozen_GK = reward_N.view(-1, group_size), frozen_N.view(-1, group_size)
+    finite_G = (own_GK.isfinite() & frozen_GK.isfinite()).all(1)
+    own, frozen = float(mean_group_std(own_GK[finite_G])), float(mean_group_std(frozen_GK[finite_G]))
+    return frozen / own if own >= SMALLEST_STD and frozen >= SMALLEST_STD else 1.0
+
+
+SCALES: dict[str, Callable[[Tensor, Tensor, int], float]] = {"raw": raw, "match_frozen": match_frozen}
+"""(own reward_N, frozen_N, group_size) → the factor of the step's own rewards."""
