@@ -12,8 +12,21 @@ import pytest
 from omegaconf import OmegaConf
 
 import r2m_ray
+from r2m_ray.choices import GOLD_TASKS
 from r2m_ray.compose import groups, load_config, load_saved
-from r2m_ray.config import Advantage, Config, Dtype, KLPlace, Ratio, TaskName, WandbMode
+from r2m_ray.config import (
+    Advantage,
+    Config,
+    Dtype,
+    KLPlace,
+    OmegaSchedule,
+    PairSource,
+    Ratio,
+    RewardScale,
+    TaskName,
+    WandbMode,
+    WoInit,
+)
 from r2m_ray.config_checks import validate
 from r2m_ray.errors import InputError
 
@@ -70,11 +83,34 @@ ARM_NUMBERS = {
     "r2m_no_bt": (True, 1, 1.0, 0.0),
     "r2m_no_gre": (True, 1, 0.0, 0.0),
     "rm_head": (False, 1, 0.3, 0.0),
+    "gold": (False, 0, None, 0.0),
+    "omega_only": (True, 0, None, 0.0),
+    "r2m_oracle": (True, 1, 0.3, 0.0),
+    "r2m_random_labels": (True, 1, 0.3, 0.0),
+    "r2m_match_frozen": (True, 1, 0.3, 0.0),
+    "r2m_zero_init": (True, 1, 0.3, 0.0),
+    "r2m_detached": (True, 1, 0.3, 0.0),
+    "r2m_constant": (True, 1, 0.3, 0.0),
 }
+ARM_CHANGES: dict[str, dict[str, object]] = {
+    # What an arm changes beside these.
+    "gold": {"reward.gold_weight": 1.0},
+    "omega_only": {"reward.init_std": 0.0},
+    "r2m_oracle": {"reward.pair_source": PairSource.gold},
+    "r2m_random_labels": {"reward.pair_source": PairSource.random},
+    "r2m_match_frozen": {"reward.scale": RewardScale.match_frozen},
+    "r2m_zero_init": {"reward.wo_init": WoInit.zero},
+    "r2m_detached": {"reward.gre_detach_stats": True},
+    "r2m_constant": {"reward.omega_schedule": OmegaSchedule.constant},
+}
+GOLD_ARMS = ("gold", "r2m_oracle")
 
 
 @pytest.mark.parametrize(("name", "arm"), [*itertools.product(EXPERIMENTS, ARMS)])
 def test_arms_are_numbers_and_keep_them_in_every_experiment(name: str, arm: str) -> None:
+    if arm in GOLD_ARMS and experiment(name).task.name not in GOLD_TASKS:
+        assert "knows no gold score" in complaint(f"experiment={name}", *FILES, f"reward={arm}")
+        return
     feedback, updates, alpha, noise = ARM_NUMBERS[arm]
     config = experiment(name, f"reward={arm}")
     assert config.uses_feedback is feedback
@@ -88,7 +124,9 @@ def test_an_arm_changes_nothing_but_its_numbers() -> None:
     numbers = {"reward.omega_floor", "reward.update_steps", "reward.entropy_weight", "feedback.noise"}
     base = experiment("demo")
     for arm in ARMS:
-        assert set(differences(base, experiment("demo", f"reward={arm}"))) <= numbers
+        config = experiment("demo", f"reward={arm}")
+        changed = set(differences(base, config)) - numbers
+        assert {path: flat(config)[path] for path in changed} == ARM_CHANGES.get(arm, {})
 
 
 def test_algorithms_differ_by_advantage_ratio_and_place_of_the_kl() -> None:
