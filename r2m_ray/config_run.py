@@ -127,8 +127,11 @@ class EvaluateConfig:
     """Steps between evaluations; 0 evaluates only at the start and at the end."""
     prompts: Count = 64
     """Held-out prompts, the same ones each time."""
+    responses_per_prompt: Count = 1
+    """Responses sampled for each; from 2 on, what the rewards are worth within a prompt is measured too."""
     pairs: Natural = 128
-    """Held-out preference pairs on which reward-model accuracy is measured."""
+    """Held-out preference pairs that reward-model accuracy is measured on, and those of each counterfactual
+    kind."""
 
 
 @dataclass(kw_only=True, slots=True)

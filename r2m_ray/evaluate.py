@@ -5,21 +5,28 @@ draw. The reward model is read at ω(T), the weight it ends the run with. ``kl_s
 ``kl_token`` are of the distribution that was sampled: both policies at ``algo.temperature``, π by the
 rollout engine. A training step's ``policy/kl_…`` are by the learner and at temperature 1; the two are
 the same quantity where ``algo.temperature`` is 1. Averages are over what is finite.
+
+With ``evaluate.responses_per_prompt`` above 1 the rewards are also compared within each prompt
+(``r2m_ray.measures``); single responses to different prompts make no such pairs. Keys of the frozen reward
+model's share end in ``_frozen``; those without are the head's.
 """
 
 from __future__ import annotations
 
 from asyncio import gather
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r2m_ray.batch import Annotation, Trajectories, pack_rows
 from r2m_ray.config import Config
 from r2m_ray.core.kl import row_kl
 from r2m_ray.data import PreferencePair
-from r2m_ray.metrics import finite_mean, mean
+from r2m_ray.measures import calibration_error, gold_measures, group_measures, pair_accuracy
+from r2m_ray.metrics import GOLD_TOTAL, finite_mean, grouped, mean
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.recorder import Recorder
 from r2m_ray.roles import Prompt, Roles, SamplePlan
@@ -38,6 +45,7 @@ class Evaluator:
         *,
         prompts: Sequence[str],
         pairs: Sequence[PreferencePair],
+        counterfactual_pairs: Mapping[str, Sequence[PreferencePair]],
         final_omega: float,
         tokenizer: PreTrainedTokenizerBase,
         record: Recorder,
@@ -48,15 +56,17 @@ class Evaluator:
             Prompt(index=i, text=text) for i, text in enumerate(prompts[: config.evaluate.prompts])
         ]
         self._pairs = pairs[: config.evaluate.pairs]
+        self._counterfactuals = {kind: found for kind, found in counterfactual_pairs.items() if found}
         self._omega = final_omega
         self._tokenizer = tokenizer
         self._record = record
 
     async def evaluate(self, step: int) -> dict[str, float]:
-        """Measure and log: gold and rewards of sampled responses, their KL, and pair accuracy."""
+        """Measure and log: gold and rewards of sampled responses, their KL, and accuracy on pairs."""
         with self._record.phase("evaluate"):
             metrics = await self._responses() if self._prompts else {}
-            metrics |= await self._pair_accuracy() if self._pairs else {}
+            metrics |= await self._held_out_pairs() if self._pairs else {}
+            metrics |= await self._counterfactual_pairs() if self._counterfactuals else {}
         self._record.evaluation(step, metrics)
         return metrics
 
@@ -76,12 +86,14 @@ class Evaluator:
             ]
         )
         length_N = torch.cat([r.response_lengths for r in rows])
-        reward_N = torch.cat([n.reward_N for n in notes])
+        own_GK = grouped([n.reward_N for n in notes], notes)
+        frozen_GK = grouped([n.frozen_reward_N for n in notes], notes)
         known_N = torch.isfinite(kl_N)
         metrics = {
-            "reward": finite_mean(reward_N),
-            "reward_nonfinite": float((~torch.isfinite(reward_N)).sum()),
-            "frozen_reward": finite_mean(torch.cat([n.frozen_reward_N for n in notes])),
+            "reward": finite_mean(own_GK),
+            "reward_nonfinite": float((~torch.isfinite(own_GK)).sum()),
+            "frozen_reward": finite_mean(frozen_GK),
+            "frozen_gap": finite_mean(own_GK - frozen_GK),
             "kl_sequence": finite_mean(kl_N),
             "kl_token": float(kl_N[known_N].sum() / length_N[known_N].sum()),
             "length": finite_mean(length_N),
@@ -90,30 +102,54 @@ class Evaluator:
         gold = self._record.gold(rows)
         if gold is not None:
             metrics |= {
-                "gold" if part == "total" else f"gold/{part}": mean(g[part] for g in gold) for part in gold[0]
+                "gold" if part == GOLD_TOTAL else f"gold/{part}": mean(g[part] for g in gold)
+                for part in gold[0]
             }
+        if self._config.evaluate.responses_per_prompt > 1:
+            identity_GK = torch.cat([n.response_id_N.view(-1, n.layout.group_size) for n in notes])
+            metrics |= group_measures(own_GK, frozen_GK, identity_GK)
+            if gold is not None:
+                total_GK = torch.tensor([g[GOLD_TOTAL] for g in gold], dtype=torch.float64).view_as(own_GK)
+                metrics |= gold_measures(total_GK, own_GK, frozen_GK, identity_GK)
         return metrics
 
-    async def _pair_accuracy(self) -> dict[str, float]:
-        shards = [self._roles.share(shard) for shard in self._packed_pairs()]
+    async def _held_out_pairs(self) -> dict[str, float]:
+        own_M2, frozen_M2 = await self._pair_rewards(self._pairs)
+        return {
+            "rm_accuracy": pair_accuracy(own_M2),
+            "rm_accuracy_frozen": pair_accuracy(frozen_M2),
+            "calibration_error": calibration_error(own_M2),
+            "calibration_error_frozen": calibration_error(frozen_M2),
+        }
+
+    async def _counterfactual_pairs(self) -> dict[str, float]:
+        counts = [len(pairs) for pairs in self._counterfactuals.values()]
+        rewards = await self._pair_rewards([*chain(*self._counterfactuals.values())])
+        metrics = {}
+        for suffix, reward_M2 in zip(("", "_frozen"), rewards, strict=True):
+            for kind, part_M2 in zip(self._counterfactuals, reward_M2.split(counts), strict=True):
+                metrics[f"rm_accuracy_{kind}{suffix}"] = pair_accuracy(part_M2)
+        return metrics
+
+    async def _pair_rewards(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+        """Own and frozen rewards of pairs of texts, [M, 2]."""
+        shards = [self._roles.share(shard) for shard in self._packed_pairs(pairs)]
         hidden = await self._roles.policy.hidden(shards)
         annotation = await self._roles.reward.annotate(
             shards, hidden, omega=self._omega, step=EVALUATION_STEP
         )
         notes: list[Annotation] = [await shard for shard in annotation]
-        own = torch.cat([n.reward_N.view(-1, 2) for n in notes])
-        frozen = torch.cat([n.frozen_reward_N.view(-1, 2) for n in notes])
-        return {
-            "rm_accuracy": float((own[:, 0] > own[:, 1]).double().mean()),
-            "rm_accuracy_frozen": float((frozen[:, 0] > frozen[:, 1]).double().mean()),
-        }
+        own_M2 = torch.cat([n.reward_N.view(-1, 2) for n in notes])
+        return own_M2, torch.cat([n.frozen_reward_N.view(-1, 2) for n in notes])
 
     def _plans(self) -> list[SamplePlan]:
-        size = self._config.algo.prompts_per_shard * self._config.algo.responses_per_prompt
+        rows = self._config.algo.prompts_per_shard * self._config.algo.responses_per_prompt
+        group_size = self._config.evaluate.responses_per_prompt
+        size = max(1, rows // group_size)
         return [
             SamplePlan(
                 prompts=tuple(self._prompts[i : i + size]),
-                group_size=1,
+                group_size=group_size,
                 step=EVALUATION_STEP,
                 seed=self._config.run.seed,
                 temperature=self._config.algo.temperature,
@@ -122,8 +158,8 @@ class Evaluator:
             for i in range(0, len(self._prompts), size)
         ]
 
-    def _packed_pairs(self) -> list[Trajectories]:
-        """Held-out pairs as groups of two rows, chosen first, tokenized as the policy writes."""
+    def _packed_pairs(self, pairs: Sequence[PreferencePair]) -> list[Trajectories]:
+        """Pairs as groups of two rows, chosen first, tokenized as the policy writes."""
         size = self._config.algo.prompts_per_shard * self._config.algo.responses_per_prompt // 2
         tokenizer = self._tokenizer
         return [
@@ -138,5 +174,5 @@ class Evaluator:
                 [text for pair in shard for text in (pair.chosen, pair.rejected)],
                 version=EVALUATION_STEP,
             )
-            for shard in (self._pairs[i : i + size] for i in range(0, len(self._pairs), size))
+            for shard in (pairs[i : i + size] for i in range(0, len(pairs), size))
         ]

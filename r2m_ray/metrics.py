@@ -48,8 +48,8 @@ def step_metrics(
     each group is ReMax's baseline: no sample, so averages over rows leave it out too, and
     ``reward/greedy_mean`` tells its reward.
     """
-    own_GK = _grouped([shard.reward_N for shard in annotation], annotation)
-    frozen_GK = _grouped([shard.frozen_reward_N for shard in annotation], annotation)
+    own_GK = grouped([shard.reward_N for shard in annotation], annotation)
+    frozen_GK = grouped([shard.frozen_reward_N for shard in annotation], annotation)
     identity_GK = torch.cat([shard.response_id_N.view(-1, shard.layout.group_size) for shard in annotation])
     finite_GK = torch.isfinite(own_GK) & torch.isfinite(frozen_GK)
     sampled_GK = torch.ones_like(finite_GK)
@@ -158,6 +158,24 @@ def group_correlation(left_GK: Tensor, right_GK: Tensor) -> Tensor:
     return torch.where(constant_G, torch.nan, covariance_G / (left_G * right_G))
 
 
+def grouped(values: Sequence[Tensor], annotation: Sequence[Annotation]) -> Tensor:
+    """Per-row values of every shard as float64 [G, K]: sums over many rows must not lose digits."""
+    shards = zip(values, annotation, strict=True)
+    return torch.cat([value_N.double().view(-1, shard.layout.group_size) for value_N, shard in shards])
+
+
+def scale_ratio(own_GK: Tensor, frozen_GK: Tensor) -> float:
+    """``mean_group_std`` of own over frozen rewards; both are floored, so that the ratio has a logarithm."""
+    own, frozen = float(mean_group_std(own_GK)), float(mean_group_std(frozen_GK))
+    # Not max(floor, value), which would turn NaN into the floor.
+    return max(own, SMALLEST_STD) / max(frozen, SMALLEST_STD)
+
+
+def pair_difference(score_GK: Tensor, winner_G: Tensor, loser_G: Tensor) -> Tensor:
+    """The winner's score minus the loser's, [G], from their columns."""
+    return (score_GK.gather(1, winner_G[:, None]) - score_GK.gather(1, loser_G[:, None]))[:, 0]
+
+
 def _response_metrics(trajectories: Sequence[Trajectories], sampled_N: Tensor) -> dict[str, float]:
     length_N = torch.cat([shard.response_lengths for shard in trajectories]).double()
     truncated_N = torch.cat([shard.truncated_N for shard in trajectories])
@@ -183,17 +201,15 @@ def _row_metrics(own_N: Tensor, frozen_N: Tensor) -> dict[str, float]:
 
 
 def _group_metrics(own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor) -> dict[str, float]:
-    own_std, frozen_std = mean_group_std(own_GK), mean_group_std(frozen_GK)
     entropy_G, spread_G = group_reward_entropy(own_GK)
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
     return {
         "reward/frozen_correlation": finite_mean(group_correlation(own_GK, frozen_GK)),
-        "reward/group_std": float(own_std),
-        "reward/frozen_group_std": float(frozen_std),
-        # Both floors keep the ratio positive and finite, so it can be drawn on a logarithmic axis.
-        "reward/scale_ratio": float(own_std.clamp(min=SMALLEST_STD) / frozen_std.clamp(min=SMALLEST_STD)),
+        "reward/group_std": float(mean_group_std(own_GK)),
+        "reward/frozen_group_std": float(mean_group_std(frozen_GK)),
+        "reward/scale_ratio": scale_ratio(own_GK, frozen_GK),
         "reward/group_entropy": finite_mean(entropy_G[spread_G]),
-        "reward/pair_flip_rate": finite_mean((_difference(frozen_GK, winner_G, loser_G) < 0)[pair_G]),
+        "reward/pair_flip_rate": finite_mean((pair_difference(frozen_GK, winner_G, loser_G) < 0)[pair_G]),
         "reward/zero_std_groups": finite_mean(~spread_G),
     }
 
@@ -202,7 +218,7 @@ def _gold_metrics(
     gold_GK: Tensor, own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor
 ) -> dict[str, float]:
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
-    difference_G = _difference(gold_GK, winner_G, loser_G)
+    difference_G = pair_difference(gold_GK, winner_G, loser_G)
     return {
         "gold/group_std": float(mean_group_std(gold_GK)),
         "gold/correlation": finite_mean(group_correlation(own_GK, gold_GK)),
@@ -224,16 +240,6 @@ def _pair_roles(notes: Annotation) -> list[str]:
 
 def _parts(gold: Mapping[str, float]) -> dict[str, float]:
     return {key: float(value) for key, value in gold.items() if key != GOLD_TOTAL}
-
-
-def _grouped(values: Sequence[Tensor], annotation: Sequence[Annotation]) -> Tensor:
-    """Per-row values of every shard as float64 [G, K]: sums over many rows must not lose digits."""
-    shards = zip(values, annotation, strict=True)
-    return torch.cat([value_N.double().view(-1, shard.layout.group_size) for value_N, shard in shards])
-
-
-def _difference(score_GK: Tensor, winner_G: Tensor, loser_G: Tensor) -> Tensor:
-    return (score_GK.gather(1, winner_G[:, None]) - score_GK.gather(1, loser_G[:, None]))[:, 0]
 
 
 def _centred(score_GK: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ def _has_times(run: RunRecord) -> bool:
     return known(run.steps, "time/step")
 
 
+def _both(title: str, key: str, unit: str) -> Panel:
+    """A measure of evaluations for R2M's reward and for the frozen one."""
+    curves = (Curve(key, "R2M", OWN), Curve(f"{key}_frozen", "frozen RM", FROZEN, "--"))
+    return Panel(title, curves, unit, rows="evaluations")
+
+
 FRONTIER = Special(draw_frontier, _has_frontier, ("kl_sequence", "frozen_reward", "gold"))
 TIMES = Special(draw_times, _has_times, ("time/step", *(f"time/{phase}" for phase in PHASES)))
 SCORES = Panel(
@@ -40,12 +46,7 @@ SCORES = Panel(
     ),
     rows="evaluations",
 )
-ACCURACY = Panel(
-    "Accuracy on held-out pairs",
-    (Curve("rm_accuracy", "R2M", OWN), Curve("rm_accuracy_frozen", "frozen RM", FROZEN, "--")),
-    "fraction",
-    rows="evaluations",
-)
+ACCURACY = _both("Accuracy on held-out pairs", "rm_accuracy", "fraction")
 REWARD = Panel(
     "Reward of sampled responses",
     (Curve("reward/mean", "R2M", OWN), Curve("reward/frozen_mean", "frozen RM", FROZEN)),
@@ -64,6 +65,25 @@ PLOTS = (
         "The same held-out prompts at every point. Where the frozen reward model's score goes on rising "
         "while gold falls, the policy is exploiting the reward model.",
         (SCORES, FRONTIER, ACCURACY),
+    ),
+    Plot(
+        "order",
+        "What the reward model can tell apart",
+        "Over-optimization moves responses to where the reward model's order is wrong. Style pairs differ in "
+        "courtesies and intensifiers only, value pairs in one made-up value only; one half is chance.",
+        (
+            _both("Accuracy on the policy's own pairs", "rm_accuracy_on_policy", "fraction"),
+            _both("Accuracy on style pairs", "rm_accuracy_style", "fraction"),
+            _both("Accuracy on value pairs", "rm_accuracy_value", "fraction"),
+            _both("Agreement with gold within prompts", "gold_correlation", "correlation"),
+            _both("Calibration error on held-out pairs", "calibration_error", "fraction"),
+            Panel(
+                "Best and worst row that gold confirms",
+                (Curve("pseudo_label_precision", "precision", GOLD),),
+                "fraction",
+                rows="evaluations",
+            ),
+        ),
     ),
     Plot(
         "rewards",

@@ -63,9 +63,18 @@ def evaluation_row(progress: float, *, gold: bool) -> dict[str, float]:
         "truncated_fraction": 0.1 * progress,
         "rm_accuracy": 0.70 + 0.02 * math.sin(6 * progress),
         "rm_accuracy_frozen": 0.70,
+        "calibration_error": 0.05 + 0.1 * progress,
+        "calibration_error_frozen": 0.05,
         "time/evaluate": 1.3,
     }
-    return row | ({"gold": gold_at(progress), "gold/correct": 1.4} if gold else {})
+    return row | (gold_measures(progress) if gold else {})
+
+
+def gold_measures(progress: float) -> dict[str, float]:
+    row = {"gold": gold_at(progress), "gold/correct": 1.4, "pseudo_label_precision": 0.7 - 0.2 * progress}
+    for name in ("rm_accuracy_on_policy", "rm_accuracy_style", "rm_accuracy_value", "gold_correlation"):
+        row |= {name: 0.6 - 0.3 * progress, f"{name}_frozen": 0.6 - 0.2 * progress}
+    return row
 
 
 def step_row(progress: float, noise: random.Random, *, gold: bool) -> dict[str, float]:
@@ -323,7 +332,9 @@ def names_in(module: str) -> set[str]:
 
 
 def test_every_metric_that_is_drawn_is_one_that_somebody_reports():
-    reported = names_in("metrics.py") | names_in("evaluate.py")
+    reported = names_in("metrics.py") | names_in("evaluate.py") | names_in("measures.py")
+    kinds = names_in("tasks/note2answer_counterfactual.py")
+    reported |= {f"rm_accuracy_{kind}{suffix}" for kind in kinds for suffix in ("", "_frozen")}
     reported |= {f"policy/{name}" for name in names_in("models/learner_stats.py")}
     reported |= {f"rm/{name}" for name in names_in("models/reward_trainer.py")}
     drawn = {key for plot in (*PLOTS, OVERVIEW) for key in plot.keys if not key.startswith("time/")}

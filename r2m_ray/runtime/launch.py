@@ -60,6 +60,7 @@ class _Run:
             roles,
             prompts=self.task.eval_prompts,
             pairs=self.task.eval_pairs,
+            counterfactual_pairs=self.task.counterfactual_pairs,
             final_omega=omega_at(config, config.algo.steps),
             tokenizer=self.tokenizer,
             record=record,

@@ -26,12 +26,15 @@ NOTE2ANSWER_PROMPTS = 8192
 class Task:
     """Prompts to train on, held-out prompts and pairs, and a gold scorer where the task has one.
 
+    counterfactual_pairs: by kind, pairs of responses made to differ in that alone, the better one by gold
+        first; none where a task knows no gold.
     counts: what became of the rows of each file, for the run's record.
     """
 
     train_prompts: tuple[str, ...]
     eval_prompts: tuple[str, ...]
     eval_pairs: tuple[PreferencePair, ...]
+    counterfactual_pairs: Mapping[str, tuple[PreferencePair, ...]]
     gold: GoldScorer | None
     counts: Mapping[str, Mapping[str, int]]
 
@@ -57,6 +60,7 @@ def gold_total(config: Config) -> GoldTotal | None:
 
 
 def _note2answer(config: Config) -> Task:
+    from r2m_ray.tasks.note2answer_counterfactual import counterfactual_pairs
     from r2m_ray.tasks.note2answer_gold import gold
     from r2m_ray.tasks.note2answer_samples import gold_pairs
 
@@ -65,6 +69,7 @@ def _note2answer(config: Config) -> Task:
         train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS),
         eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
+        counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs),
         gold=lambda prompt, response, truncated: gold(prompt, response, truncated).parts(),
         counts={},
     )
@@ -91,6 +96,7 @@ def _preferences(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
         train_prompts=train.prompts(),
         eval_prompts=prompts.prompts(),
         eval_pairs=pairs.pairs,
+        counterfactual_pairs={},
         gold=None,
         counts={
             "train prompts": train.counts() | {"distinct prompts": len(train.prompts())},
