@@ -71,6 +71,14 @@ class Side:
     def rewind(self, step: int) -> None:
         """Nothing was logged before."""
 
+    alarmed = False
+
+    def check_alarms(self) -> None:
+        """Nobody watches."""
+
+    async def look(self, *records: Any) -> None:
+        """Nothing is kept."""
+
     async def step(self, *records: Any) -> None:
         self.rows.append(self._clock.collect())
 

@@ -1,7 +1,7 @@
 """The command line, `r2m-ray` or ``python -m r2m_ray``.
 
-Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 75 told to stop and resumable, 130
-interrupted elsewhere.
+Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 4 an alarm ended it, 75 told to stop and
+resumable, 130 interrupted elsewhere.
 """
 
 from __future__ import annotations

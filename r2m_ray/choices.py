@@ -172,6 +172,13 @@ class Overlong(StrEnum):
     drop = "drop"
 
 
+class OnAlarm(StrEnum):
+    """What an alarm does beside being told and logged: nothing, or end the run after its step is saved."""
+
+    warn = "warn"
+    stop = "stop"
+
+
 class WandbMode(StrEnum):
     """Where Weights & Biases writes, if anywhere."""
 

@@ -27,6 +27,7 @@ from r2m_ray.choices import (
     NonNegative,
     OldLogprobs,
     OmegaSchedule,
+    OnAlarm,
     Overlong,
     PairSource,
     Positive,
@@ -44,6 +45,7 @@ from r2m_ray.config_run import (
     EvaluateConfig,
     GuardConfig,
     LoggingConfig,
+    MonitorConfig,
     PrepareConfig,
     RunConfig,
     SyncConfig,
@@ -68,8 +70,10 @@ __all__ = [
     "KLPlace",
     "LoggingConfig",
     "ModelConfig",
+    "MonitorConfig",
     "OldLogprobs",
     "OmegaSchedule",
+    "OnAlarm",
     "Overlong",
     "PairSource",
     "PolicyConfig",
@@ -262,6 +266,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

@@ -13,6 +13,7 @@ from r2m_ray.config import (
     FeedbackRefresh,
     KLEstimator,
     KLPlace,
+    OnAlarm,
     PairSource,
     RewardScale,
     TaskName,
@@ -237,4 +238,16 @@ def _temperature(config: Config) -> Iterator[Problem]:
             "algo.temperature",
             f"{temperature:g} is below {LEAST_TEMPERATURE}, at which vLLM would sample instead; use "
             f"{LEAST_TEMPERATURE} or more",
+        )
+
+
+@rule("monitor.on_alarm", "monitor.steps", "algo.steps")
+def _alarms_in_time(config: Config) -> Iterator[Problem]:
+    monitor, steps = config.monitor, config.algo.steps
+    if monitor.on_alarm is OnAlarm.stop and monitor.steps >= steps:
+        yield Problem(
+            "monitor.steps",
+            f"{monitor.steps} steps must pass before there can be an alarm, and algo.steps={steps}, so "
+            "monitor.on_alarm=stop would never stop this run; use fewer",
+            warning=True,
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from r2m_ray.choices import (
     Count,
     Fraction,
     Natural,
     NonNegative,
+    OnAlarm,
     Overlong,
     Positive,
+    Range,
     SyncBackend,
     TaskName,
     WandbMode,
@@ -189,6 +192,32 @@ class GuardConfig:
     logprob_gap: Positive = 0.5
     """Mean gap between the engine's and the learner's log-probs of a step, in nats per token, above which
     the engine cannot hold the learner's weights."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MonitorConfig:
+    """Alarms: bounds that healthy runs keep, each compared with the median of the last ``steps`` steps.
+
+    A run whose reward is the frozen model's has scale ratio 1, gap 0 and flip rate 0, whatever it does; its
+    KL alone can raise an alarm.
+    """
+
+    on_alarm: OnAlarm = OnAlarm.warn
+    """Whether an alarm is told and logged, or also ends the run, with exit code 4, once its step is saved."""
+    steps: Count = 5
+    """Steps that a level is the median of, so that a single noisy step raises no alarm."""
+    scale_ratio: Annotated[float, Range(1, low_open=True)] = 2.0
+    """The own reward's spread within groups over the frozen model's: healthy runs stay at 1 or below, and
+    self-labelled ones that collapsed reached 6. A wider reward also weakens the KL penalty."""
+    frozen_gap: Positive = 3.0
+    """How far the own reward may rise above the frozen one since the first ``steps`` steps, in units of their
+    frozen spread within groups: the policy then gains what the frozen model does not see. A fall is none."""
+    flip_rate: Fraction = 0.35
+    """Share of the own reward's best and worst rows that the frozen model puts in the other order; one half
+    would mean that nothing is left of the model that the head started from."""
+    kl: Positive = 50.0
+    """KL to the reference of a step's samples, in nats per response: beyond tens of nats, texts are ones that
+    neither the reference nor the reward model's training data know."""
 
 
 @dataclass(kw_only=True, slots=True)

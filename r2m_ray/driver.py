@@ -46,6 +46,7 @@ async def train(
 
     for t in range(start + 1, algo.steps + 1):
         stop.check()
+        record.check_alarms()
         w = omega_at(config, t)  # Eq. 4
 
         with record.phase("sample"):  # Trajectory Sampling
@@ -72,7 +73,7 @@ async def train(
         if t == algo.steps or (config.evaluate.every and t % config.evaluate.every == 0):
             await evaluator.evaluate(t)
         due = config.checkpoint.every and t % config.checkpoint.every == 0
-        if t == algo.steps or due or stop.requested:
+        if t == algo.steps or due or stop.requested or record.alarmed:
             with record.phase("checkpoint"):
                 await checkpoints.save(t, roles, prompts)
 

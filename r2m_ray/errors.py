@@ -36,6 +36,15 @@ class ActorLost(RunError):
         return bool(self.actors) and all(name.rpartition("-")[0] == role for name in self.actors)
 
 
+class Alarmed(RunError):
+    """An alarm ended the run in order (``monitor.on_alarm=stop``), and its last step is saved; exit code 4.
+
+    The message tells the alarms and their remedies.
+    """
+
+    exit_code = 4
+
+
 class Preempted(Exception):
     """The run was told to stop, and kept its last commit; exit code 75."""
 

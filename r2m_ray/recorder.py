@@ -13,6 +13,7 @@ from r2m_ray.batch import Annotation, Hidden, Trajectories
 from r2m_ray.config import Advantage, Config
 from r2m_ray.guards import Guards
 from r2m_ray.metrics import merge_stats, rollout_records, step_metrics
+from r2m_ray.monitor import Monitor
 from r2m_ray.roles import Reward, Shards, Stats
 from r2m_ray.tasks import GoldScorer
 
@@ -29,6 +30,10 @@ class Log(Protocol):
     ) -> None: ...
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def steps(self) -> Sequence[Mapping[str, Any]]: ...
+
+    def message(self, text: str) -> None: ...
 
 
 class Unlogged:
@@ -48,9 +53,15 @@ class Unlogged:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         return
 
+    def steps(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
+    def message(self, text: str) -> None:
+        return
+
 
 class Recorder:
-    """Reads a step's records, scores them by gold where the task knows it, logs them, and guards the run.
+    """Reads a step's records, scores them by gold where the task knows it, logs them, and watches the run.
 
     tokenizer: the policy's, for the words beside the head's attention weights.
     """
@@ -70,12 +81,14 @@ class Recorder:
         self._tokenizer = tokenizer
         self._gold = gold
         self._guards = Guards(config.guard)
+        self._monitor = Monitor(config.monitor)
         self._words: dict[int, list[tuple[str, float]]] = {}
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step``, which the run is about to compute again."""
         self._log.rewind(step)
         self._guards.rewind()
+        self._monitor = Monitor(self._config.monitor, self._log.steps())
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a phase of the step, and show that it is running."""
@@ -108,7 +121,10 @@ class Recorder:
         reward: Stats,
         sync: Stats,
     ) -> None:
-        """Log one training step, its metrics and its first rows; RunError where a guard stops the run."""
+        """Log one training step, its metrics and its first rows, and tell new alarms.
+
+        Raises RunError where a guard stops the run.
+        """
         rows = [await shard for shard in trajectories]
         notes = [await shard for shard in annotation]
         gold = self.gold(rows)
@@ -123,12 +139,25 @@ class Recorder:
         )
         for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
             metrics |= merge_stats(prefix, stats)
+        metrics |= self._monitor.observe(step, metrics).metrics()
         limit = self._config.logging.rollouts_per_step
         records = rollout_records(
             step, rows, notes, advantage, omega, gold, limit=limit, attention=self._words
         )
         self._log.step(step, metrics, records)
+        for text in self._monitor.news():
+            self._log.message(text)
         self._guards.numbers(step, metrics, rows, notes)
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the last step raised or kept an alarm that ends the run (``monitor.on_alarm=stop``)."""
+        return self._monitor.ends_run
+
+    def check_alarms(self) -> None:
+        """Raise Alarmed where ``alarmed``; call it once that step is saved."""
+        if self._monitor.ends_run:
+            raise self._monitor.error()
 
     def evaluation(self, step: int, metrics: Stats) -> None:
         self._log.evaluation(step, metrics)

@@ -18,6 +18,8 @@ from r2m_ray.run_files import replace_file
 REPORT_DIRECTORY = "report"
 PAGE_FILE = "report.html"
 
+ALARM_PREFIX = "alarm/"
+
 HEADLINES = (
     ("Frozen reward", "frozen_reward", "reward/frozen_mean"),
     ("R2M reward", "reward", "reward/mean"),
@@ -73,7 +75,12 @@ def write_report(run_directory: Path) -> Path:
     except OSError as error:
         raise RunError(f"{directory}: cannot write the report: {error.strerror}.") from error
     span = span_of(run)
-    text = page(run, reading=reading(run, span), headlines=headlines(run, span), figures=figures)
+    text = page(
+        run,
+        reading=f"{reading(run, span)} {alarms(run)}".strip(),
+        headlines=headlines(run, span),
+        figures=figures,
+    )
     replace_file(directory / PAGE_FILE, text)
     return directory / PAGE_FILE
 
@@ -117,6 +124,17 @@ def reading(run: RunRecord, span: Span) -> str:
         return f"{text} Gold's last evaluation is its best."
     fall = values[best] - gold[1]
     return f"{text} Gold was best after step {span.rows[best]['step']}, {fall:.2f} above the last evaluation."
+
+
+def alarms(run: RunRecord) -> str:
+    """Each alarm that was ever on, with the step it began at; nothing where none was."""
+    told = []
+    for key in sorted({key for row in run.steps for key in row if key.startswith(ALARM_PREFIX)}):
+        raised = [int(row["step"]) for row in run.steps if row.get(key)]
+        if raised:
+            name = key.removeprefix(ALARM_PREFIX)
+            told.append(f"{name} from step {raised[0]}, in {len(raised)} of {len(run.steps)} steps")
+    return f"Alarms were on: {'; '.join(told)}." if told else ""
 
 
 def _moved(first: float, last: float) -> str:

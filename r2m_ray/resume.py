@@ -31,7 +31,7 @@ LIBRARIES = (
 )  # fmt: skip
 FREE = (
     "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "logging", "checkpoint", "evaluate",
-    "sync", "guard", "cluster", "rollout.replicas", "reference.replicas", "task.skip_bad_rows",
+    "sync", "guard", "monitor", "cluster", "rollout.replicas", "reference.replicas", "task.skip_bad_rows",
 )  # fmt: skip
 """Fields and sections that may differ: where a run lies, what is measured, and how it is carried out."""
 RESHARD = (

@@ -31,6 +31,7 @@ from r2m_ray.run_files import (
     METRICS_FILE,
     ROLLOUTS_FILE,
     StepLines,
+    read_steps,
     replace_file,
 )
 from r2m_ray.wandb_mirror import WandbMirror
@@ -118,6 +119,11 @@ class RunLog:
         shown = headlines(metrics, EVALUATION_HEADLINES)
         values = "  ".join(f"{label} {number(value)}" for label, value in shown.items())
         self._progress.message(f"evaluation after step {step}  {values}")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of all training steps so far; a number that was not finite is None."""
+        rows = read_steps(self.directory / METRICS_FILE)
+        return [row for row in rows if row.get("kind") == "step"]
 
     def message(self, text: str) -> None:
         """Show lines to whoever watches the run, escaped and without secrets; they are not kept."""

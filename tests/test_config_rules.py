@@ -171,6 +171,7 @@ RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
     (["prepare.policy_width=48"], "prepare.policy_width", "use 96", False),
     (["algo.kl_estimator=k1"], "algo.kl_estimator", "expected gradient of zero", True),
     (["algo=remax", "algo.kl_estimator=k3"], "algo.kl_estimator", "is not differentiated", True),
+    (["monitor.on_alarm=stop", "algo.steps=5"], "monitor.steps", "would never stop", True),
     (["algo.temperature=0.009"], "algo.temperature", "use 0.01 or more", False),
     (
         ["feedback.norm=pre", "~rollout.engine_args.enforce_eager"],

@@ -25,7 +25,7 @@ from r2m_ray.config import (
     RewardScale,
 )
 from r2m_ray.driver import advantages, omega_at, train
-from r2m_ray.errors import Preempted
+from r2m_ray.errors import Alarmed, Preempted
 from r2m_ray.metrics import step_metrics
 from r2m_ray.roles import Prompt, Roles, SamplePlan, sample_plans
 
@@ -84,6 +84,7 @@ class World:
         self.saved: list[int] = []
         self.evaluated: list[int] = []
         self.stop_after: int | None = None
+        self.alarm_after: int | None = None
         self.stop: Any = self
 
     async def sample(self, plans: Sequence[SamplePlan]) -> Any:
@@ -141,6 +142,14 @@ class World:
         if self.requested:
             raise Preempted("stopped")
 
+    @property
+    def alarmed(self) -> bool:
+        return bool(self.records) and self.records[-1][0] == self.alarm_after
+
+    def check_alarms(self) -> None:
+        if self.alarmed:
+            raise Alarmed("alarm")
+
     def roles(self) -> Roles:
         return Roles(
             rollout=SimpleNamespace(sample=self.sample),
@@ -161,9 +170,16 @@ class Stream:
         return tuple(Prompt(index=i, text=f"p{i}") for i in range(start, start + n))
 
 
-def run(config: Config, *, start: int = 0, stop_after: int | None = None) -> World:
+def run(
+    config: Config,
+    *,
+    start: int = 0,
+    stop_after: int | None = None,
+    alarm_after: int | None = None,
+    ends: type[Exception] | None = None,
+) -> World:
     world = World()
-    world.stop_after = stop_after
+    world.stop_after, world.alarm_after = stop_after, alarm_after
 
     async def restore(roles: Roles, prompts: Any) -> int:
         return start
@@ -179,7 +195,7 @@ def run(config: Config, *, start: int = 0, stop_after: int | None = None) -> Wor
     evaluator: Any = SimpleNamespace(evaluate=evaluate)
     stream: Any = Stream()
     record: Any = world
-    with nullcontext() if stop_after is None else pytest.raises(Preempted):
+    with nullcontext() if ends is None else pytest.raises(ends):
         asyncio.run(train(config, world.roles(), stream, checkpoints, evaluator, record, world.stop))
     return world
 
@@ -252,7 +268,7 @@ def test_evaluations_and_checkpoints_fall_on_their_steps_and_on_the_last(config:
 
 def test_told_to_stop_a_run_saves_the_step_it_is_in_and_starts_no_other(config: Config) -> None:
     config.algo.steps, config.checkpoint.every = 6, 4
-    world = run(config, stop_after=2)
+    world = run(config, stop_after=2, ends=Preempted)
     assert [record[0] for record in world.records] == [1, 2]
     assert world.saved == [2]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.batch import Annotation, Hidden, Trajectories, pack_rows
-from r2m_ray.config import Advantage, Config
-from r2m_ray.errors import RunError
+from r2m_ray.config import Advantage, Config, OnAlarm
+from r2m_ray.errors import Alarmed, RunError
 from r2m_ray.recorder import Recorder
 
 POLICY = {"mismatch_mean": 0.01, "skipped_steps": 0.0, "nonfinite_rows": 0.0}
@@ -38,6 +38,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float], list[dict[str, Any]]]] = []
+        self.told: list[str] = []
 
     def rewind(self, step: int) -> None:
         self.rows = [row for row in self.rows if row[0] <= step]
@@ -52,6 +53,12 @@ class Kept:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         return
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [{"step": step, **metrics} for step, metrics, _ in self.rows]
+
+    def message(self, text: str) -> None:
+        self.told.append(text)
 
 
 class Head:
@@ -191,6 +198,62 @@ def test_going_back_to_a_commit_forgets_rows_and_streaks(run: Run) -> None:
     assert run.log.rows == []
     run.step(1, rewards=(1.0, math.nan, 3.0, 4.0))
     assert [row[0] for row in run.log.rows] == [1]
+
+
+def wide(step: int) -> dict[str, Any]:
+    """A step whose own rewards spread ten times as far as the frozen ones, which have the other order."""
+    return {"step": step, "rewards": (10.0, 20.0, 30.0, 40.0)}
+
+
+def test_alarms_are_in_the_log_of_their_step_and_told_once(
+    config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.monitor.steps = 2
+    run = Run(config, tiny_tokenizer)
+    for t in (1, 2, 3):
+        run.step(**wide(t))
+    assert [row[1]["alarm/scale_ratio"] for row in run.log.rows] == [0, 1, 1]
+    assert [row[1]["alarm/flip_rate"] for row in run.log.rows] == [0, 1, 1]
+    assert [row[1]["alarm/kl"] for row in run.log.rows] == [0, 0, 0]
+    assert [text.split(":")[0] for text in run.log.told] == [
+        "alarm scale_ratio at step 2",
+        "alarm flip_rate at step 2",
+    ]
+    assert not run.recorder.alarmed
+    run.recorder.check_alarms()
+
+
+def test_an_alarm_ends_the_run_where_it_is_told_to(
+    config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.monitor.steps, config.monitor.on_alarm = 2, OnAlarm.stop
+    run = Run(config, tiny_tokenizer)
+    run.step(**wide(1))
+    run.recorder.check_alarms()
+    run.step(**wide(2))
+    assert run.recorder.alarmed
+    with pytest.raises(Alarmed, match=r"alarm scale_ratio at step 2: .* 10 times"):
+        run.recorder.check_alarms()
+
+
+def test_alarms_follow_the_run_back_to_a_commit(
+    config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.monitor.steps, config.monitor.on_alarm = 2, OnAlarm.stop
+    run = Run(config, tiny_tokenizer)
+    for t in (1, 2, 3):
+        run.step(**wide(t))
+    logged = run.log.rows[2][1]
+    run.recorder.rewind(2)
+    assert run.recorder.alarmed  # As it was after step 2.
+    run.step(**wide(3))
+    assert run.log.rows[2][1] == logged
+    assert len(run.log.told) == 2
+    run.recorder.rewind(1)
+    assert not run.recorder.alarmed
+    run.recorder.rewind(0)
+    run.step(**wide(1))
+    assert not run.recorder.alarmed
 
 
 def test_remax_leaves_its_greedy_rows_out(config: Config, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

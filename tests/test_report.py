@@ -21,7 +21,7 @@ from rich.console import Console
 import r2m_ray
 from r2m_ray.config import Config, WandbMode
 from r2m_ray.errors import InputError
-from r2m_ray.report import HEADLINES, headlines, reading, span_of, write_report
+from r2m_ray.report import HEADLINES, alarms, headlines, reading, span_of, write_report
 from r2m_ray.report_data import read_run
 from r2m_ray.report_figures import OVERVIEW, PLOTS
 from r2m_ray.report_plots import moving_average
@@ -236,6 +236,24 @@ def test_the_reading_says_what_happened_to_proxy_and_gold(whole_run: Path, whole
     )
     assert reading(run, span_of(run)) == sentence
     assert sentence in Elements(whole_page).text
+
+
+def test_alarms_are_told_with_the_step_they_began_at(tmp_path: Path):
+    directory = write_run(tmp_path, planned=6, done=6)
+    quiet = read_run(directory)
+    assert alarms(quiet) == ""
+    file = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "step":
+            row |= {"alarm/kl": 0.0, "alarm/flip_rate": 1.0 if row["step"] == 4 else 0.0}
+            row["alarm/scale_ratio"] = float(row["step"] >= 3)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sentence = (
+        "Alarms were on: flip_rate from step 4, in 1 of 6 steps; scale_ratio from step 3, in 4 of 6 steps."
+    )
+    assert alarms(read_run(directory)) == sentence
+    assert sentence in Elements(write_report(directory).read_text(encoding="utf-8")).text
 
 
 def test_rows_show_scores_parts_badges_and_attention(whole_page: str):

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from r2m_ray import resume
 from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints, driver_state
 from r2m_ray.compose import load_config
-from r2m_ray.config import Config, KLEstimator, TaskName
+from r2m_ray.config import Config, KLEstimator, OnAlarm, TaskName
 from r2m_ray.data import PromptStream
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.preflight import preflight
@@ -169,6 +169,7 @@ def test_where_and_how_a_run_is_watched_may_change(config: Config, tmp_path: Pat
     config.logging.rollouts_per_step, config.checkpoint.every, config.checkpoint.keep = 1, 3, 1
     config.evaluate.every, config.evaluate.prompts = 7, 8
     config.sync.bucket_mb, config.sync.verify_every = 1, 1
+    config.monitor.kl, config.monitor.on_alarm = 9.0, OnAlarm.stop
     config.guard.logprob_gap, config.cluster.cpus, config.cluster.phase_timeout_s = 9.0, 8, 900.0
     config.rollout.replicas, config.reference.replicas = 2, 2
     config.prepare.root = "elsewhere"

@@ -72,6 +72,19 @@ class TestFiles:
         starts = json.loads((tmp_path / "cut" / "environment.json").read_text())["starts"]
         assert [start["python"] for start in starts] == [sys.version.split()[0]] * 2
 
+    def test_the_steps_so_far_are_read_back_as_they_were_written(self, tmp_path: Path):
+        with run_log(tmp_path) as log:
+            log.rewind(0)
+            assert log.steps() == []
+            log.evaluation(0, {"reward": 0.5})
+            for t in range(1, 4):
+                log.step(t, {"reward/mean": t / 3, "policy/kl_sequence": math.nan})
+        with run_log(tmp_path, resume=True) as log:
+            log.rewind(2)
+            assert [row["step"] for row in log.steps()] == [1, 2]
+            assert [row["reward/mean"] for row in log.steps()] == [1 / 3, 2 / 3]
+            assert [row["policy/kl_sequence"] for row in log.steps()] == [None, None]
+
     def test_the_configuration_of_every_start_is_kept(self, tmp_path: Path):
         def start(root: str) -> None:
             settings = config(resume=True)
