@@ -18,7 +18,7 @@ from r2m_ray.cli import plan, prepare, train
 from r2m_ray.cli.arguments import run_jobs
 from r2m_ray.compose import groups
 from r2m_ray.config import Config
-from r2m_ray.errors import InputError, Preempted, RunError
+from r2m_ray.errors import Alarmed, InputError, Preempted, RunError
 from r2m_ray.preflight import preflight
 from r2m_ray.sweep import Job, run_in_turn, sweep
 
@@ -122,6 +122,7 @@ def test_the_nearest_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (InputError("file.yaml: wrong"), 2, "error: file.yaml: wrong"),
         (RunError("policy-0 died"), 3, "error: policy-0 died"),
+        (Alarmed("alarm kl at step 9"), 4, "error: alarm kl at step 9"),
         (Preempted("stopped by SIGTERM"), 75, "stopped by SIGTERM"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
