@@ -273,6 +273,19 @@ def test_told_to_stop_a_run_saves_the_step_it_is_in_and_starts_no_other(config: 
     assert world.saved == [2]
 
 
+def test_an_alarm_that_ends_the_run_does_so_once_its_step_is_saved(config: Config) -> None:
+    config.algo.steps, config.checkpoint.every = 6, 4
+    world = run(config, alarm_after=3, ends=Alarmed)
+    assert [record[0] for record in world.records] == [1, 2, 3]
+    assert world.saved == [3]
+
+
+def test_an_alarm_in_the_last_step_ends_nothing(config: Config) -> None:
+    world = run(config, alarm_after=3)
+    assert [record[0] for record in world.records] == [1, 2, 3]
+    assert world.saved == [2, 3]
+
+
 K1_IN_REWARD = AlgoConfig(
     responses_per_prompt=2, kl_place=KLPlace.reward, kl_weight=0.5, kl_estimator=KLEstimator.k1
 )
