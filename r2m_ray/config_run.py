@@ -133,8 +133,8 @@ class EvaluateConfig:
     responses_per_prompt: Count = 1
     """Responses sampled for each; from 2 on, what the rewards are worth within a prompt is measured too."""
     pairs: Natural = 128
-    """Held-out preference pairs that reward-model accuracy is measured on, and those of each counterfactual
-    kind."""
+    """Held-out preference pairs that reward-model accuracy is measured on; note2answer adds half as many of
+    each counterfactual kind."""
 
 
 @dataclass(kw_only=True, slots=True)

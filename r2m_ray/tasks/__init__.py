@@ -69,7 +69,7 @@ def _note2answer(config: Config) -> Task:
         train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS),
         eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
-        counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs),
+        counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs // 2),
         gold=lambda prompt, response, truncated: gold(prompt, response, truncated).parts(),
         counts={},
     )

@@ -89,9 +89,9 @@ def test_responses_leave_room_for_the_end_token(tokens: int) -> None:
         assert max(len(text.split()) for pair in pairs for text in (pair.chosen, pair.rejected)) < tokens
 
 
-def test_the_task_has_as_many_of_each_kind_as_held_out_pairs() -> None:
+def test_the_task_has_half_as_many_of_each_kind_as_held_out_pairs() -> None:
     config = Config()
-    config.evaluate.pairs = 7
+    config.evaluate.pairs = 14
     assert load_task(config, tokenizer()).counterfactual_pairs == counterfactual_pairs(config, 7)
     config.evaluate.pairs = 0
     assert load_task(config, tokenizer()).counterfactual_pairs == {"style": (), "value": ()}
