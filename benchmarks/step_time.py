@@ -24,6 +24,7 @@ from r2m_ray.compose import load_config
 from r2m_ray.config import Config
 from r2m_ray.data import PromptStream
 from r2m_ray.driver import train
+from r2m_ray.human_pairs import HumanPairs
 from r2m_ray.pretrained import Models
 from r2m_ray.progress import PhaseClock
 from r2m_ray.roles import Roles
@@ -107,7 +108,8 @@ async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]
             stream = PromptStream(load_task(config, tokenizer).train_prompts, seed=config.run.seed)
             sides[name] = side
             stop = StopRequest(config.cluster.stop_grace_s)
-            runs.append(train(config, roles, stream, side, side, side, stop))
+            human = HumanPairs(config, roles, pairs=(), tokenizer=tokenizer, record=side, notify=print)
+            runs.append(train(config, roles, stream, human, side, side, side, stop))
         await asyncio.gather(*[_finish(run, turns) for run in runs])
     finally:
         for placement in placements:

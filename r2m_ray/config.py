@@ -225,6 +225,14 @@ class RewardConfig:
     """g: the reward is (1 − g)·r + g·gold; 1 trains the policy on gold, the ceiling of every arm."""
     scale: RewardScale = RewardScale.raw
     """Before advantages; ``match_frozen`` gives a step's rewards the frozen model's spread within groups."""
+    anchor_fraction: Fraction = 0.0
+    """Share of Bradley–Terry in each update that is over the task's own preference pairs, in people's order
+    and with h of the current policy, instead of over the groups: as many pairs as a step has prompts."""
+    warmup_pairs: Natural = 0
+    """Preference pairs of the task to fit the head to before step 1, by Bradley–Terry at ω = Ω with h of the
+    initial policy; each is used once, in batches of ``algo.prompts_per_step``."""
+    warmup_learning_rate: NonNegative = 1e-3
+    """AdamW's learning rate in that warm-up."""
     attention_width: Count = 64
     """d, width of the cross-attention's queries, keys and values."""
     init_std: NonNegative = 0.02
@@ -273,3 +281,8 @@ class Config:
     def uses_feedback(self) -> bool:
         """Whether any step gives the policy's hidden states a weight; otherwise h has width 0."""
         return self.reward.omega_floor < 1.0
+
+    @property
+    def uses_human_pairs(self) -> bool:
+        """Whether the head is ever fitted to the task's own preference pairs."""
+        return self.reward.anchor_fraction > 0 or self.reward.warmup_pairs > 0

@@ -13,6 +13,7 @@ from r2m_ray.config import (
     FeedbackRefresh,
     KLEstimator,
     KLPlace,
+    OmegaSchedule,
     OnAlarm,
     PairSource,
     RewardScale,
@@ -173,6 +174,46 @@ def _scale(config: Config) -> Iterator[Problem]:
             "reward.scale",
             f"match_frozen has no effect: algo.advantage={algo.advantage.value} divides by the rewards' own "
             "spread; use raw, or rloo, dr_grpo or remax",
+            warning=True,
+        )
+
+
+@rule("reward.anchor_fraction", "reward.update_steps", "reward.entropy_weight")
+def _anchor(config: Config) -> Iterator[Problem]:
+    reward = config.reward
+    if reward.anchor_fraction > 0 and reward.update_steps == 0:
+        yield Problem(
+            "reward.anchor_fraction",
+            f"{reward.anchor_fraction:g}, but with reward.update_steps=0 no step learns from human pairs; "
+            "use reward.update_steps=1, or reward.warmup_pairs to learn before the first step",
+        )
+    elif reward.anchor_fraction > 0 and reward.entropy_weight == 1:
+        yield Problem(
+            "reward.anchor_fraction",
+            f"{reward.anchor_fraction:g} is a share of Bradley–Terry, which reward.entropy_weight=1 leaves "
+            "no weight; lower that, or use anchor_fraction=0",
+        )
+
+
+@rule("reward.warmup_pairs", "reward.warmup_learning_rate", "task.name", "prepare.pair_rows")
+def _warm_up(config: Config) -> Iterator[Problem]:
+    pairs, rows = config.reward.warmup_pairs, config.prepare.pair_rows
+    if config.task.name is TaskName.note2answer and pairs > rows:
+        message = f"{pairs}, but the task has prepare.pair_rows={rows} training pairs; use at most {rows}"
+        yield Problem("reward.warmup_pairs", message)
+    if pairs > 0 and config.reward.warmup_learning_rate == 0:
+        message = f"0, so reward.warmup_pairs={pairs} teach nothing; use 1e-3, or no pairs"
+        yield Problem("reward.warmup_learning_rate", message)
+
+
+@rule("reward.warmup_pairs", "reward.omega_schedule", "reward.omega_floor")
+def _omega_of_the_warm_up(config: Config) -> Iterator[Problem]:
+    reward = config.reward
+    if reward.warmup_pairs > 0 and config.uses_feedback and reward.omega_schedule is OmegaSchedule.cosine:
+        yield Problem(
+            "reward.omega_schedule",
+            f"cosine reads the head at ω near 1 first, but reward.warmup_pairs={reward.warmup_pairs} fit it "
+            f"at ω = {reward.omega_floor:g}; use constant",
             warning=True,
         )
 

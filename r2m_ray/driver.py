@@ -21,6 +21,7 @@ from r2m_ray.core.kl import row_kl
 from r2m_ray.core.shaping import SCALES
 from r2m_ray.data import PromptStream
 from r2m_ray.evaluate import Evaluator
+from r2m_ray.human_pairs import HumanPairs
 from r2m_ray.recorder import Recorder
 from r2m_ray.roles import Roles, Shards, sample_plans
 from r2m_ray.stop import StopRequest
@@ -30,6 +31,7 @@ async def train(
     config: Config,
     roles: Roles,
     prompts: PromptStream,
+    human: HumanPairs,
     checkpoints: Checkpoints,
     evaluator: Evaluator,
     record: Recorder,
@@ -42,6 +44,7 @@ async def train(
     record.rewind(start)
     await roles.sync(version=start)
     if start == 0:
+        await human.warm_up()
         await evaluator.evaluate(0)
 
     for t in range(start + 1, algo.steps + 1):
@@ -65,8 +68,9 @@ async def train(
             policy_stats, hidden = await policy.update(trajectories, advantage, reference, hidden)
 
         with record.phase("reward"):  # Reward Model Optimization, Eqs. 5–7, while π_old ← π_θ
+            pairs = await human.annotated(t, omega=w)  # none without reward.anchor_fraction
             reward_stats, sync_stats = await gather(
-                reward.update(hidden, annotation, omega=w, step=t), roles.sync(version=t)
+                reward.update(hidden, annotation, pairs, omega=w, step=t), roles.sync(version=t)
             )
 
         await record.step(t, w, trajectories, annotation, advantage, policy_stats, reward_stats, sync_stats)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from r2m_ray.batch import Annotation, Trajectories, pack_rows
+from r2m_ray.batch import Annotation, Trajectories
 from r2m_ray.config import Config
 from r2m_ray.core.kl import row_kl
 from r2m_ray.data import PreferencePair
+from r2m_ray.human_pairs import packed_pairs
 from r2m_ray.measures import calibration_error, gold_measures, group_measures, pair_accuracy
 from r2m_ray.metrics import GOLD_TOTAL, finite_mean, grouped, mean
-from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.recorder import Recorder
 from r2m_ray.roles import Prompt, Roles, SamplePlan
 
@@ -159,20 +159,5 @@ class Evaluator:
         ]
 
     def _packed_pairs(self, pairs: Sequence[PreferencePair]) -> list[Trajectories]:
-        """Pairs as groups of two rows, chosen first, tokenized as the policy writes."""
         size = self._config.algo.prompts_per_shard * self._config.algo.responses_per_prompt // 2
-        tokenizer = self._tokenizer
-        return [
-            pack_rows(
-                [pair.prompt for pair in shard],
-                [policy_prompt_ids(tokenizer, pair.prompt) for pair in shard],
-                [
-                    policy_response_ids(tokenizer, text)
-                    for pair in shard
-                    for text in (pair.chosen, pair.rejected)
-                ],
-                [text for pair in shard for text in (pair.chosen, pair.rejected)],
-                version=EVALUATION_STEP,
-            )
-            for shard in (pairs[i : i + size] for i in range(0, len(pairs), size))
-        ]
+        return packed_pairs(self._tokenizer, pairs, pairs_per_shard=size, version=EVALUATION_STEP)

@@ -109,16 +109,20 @@ def record_bytes(config: Config, batch: BatchPlan, models: Mapping[str, ModelSiz
 
     With T packed tokens, N rows, policy width w and reward width D: trajectories 25·T (text at 4 characters a
     token) + 9·N; hidden T·w·b; fresh_hidden the same where the learner refreshes it; annotation N·(4·D + 16);
-    reference 8·T.
+    reference 8·T; human_pairs what 2 rows for each group add to trajectories, hidden and annotation.
     """
     hidden = batch.tokens_most * feedback_width(config, models) * itemsize(config.model.dtype)
     refreshed = config.feedback.refresh is not FeedbackRefresh.none
+    trajectories = batch.tokens_most * (TRAJECTORY_BYTES + TEXT_BYTES) + 9 * batch.rows
+    annotation = batch.rows * (4 * models["reward"].width + 16)
+    anchored = config.reward.anchor_fraction > 0
     return {
-        "trajectories": batch.tokens_most * (TRAJECTORY_BYTES + TEXT_BYTES) + 9 * batch.rows,
+        "trajectories": trajectories,
         "hidden": hidden,
         "fresh_hidden": hidden if refreshed else 0,
-        "annotation": batch.rows * (4 * models["reward"].width + 16),
+        "annotation": annotation,
         "reference": REFERENCE_BYTES * batch.tokens_most,
+        "human_pairs": 2 * (trajectories + hidden + annotation) // batch.responses_per_prompt * anchored,
     }
 
 

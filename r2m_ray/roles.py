@@ -50,6 +50,14 @@ class SamplePlan:
     greedy_first: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledPairs:
+    """Shards of preference pairs as groups of two rows, the one that people preferred first; maybe none."""
+
+    hidden: Shards[Hidden]
+    annotation: Shards[Annotation]
+
+
 class Rollout(Protocol):
     """Samples trajectories with the current weights and exports the policy's hidden states."""
 
@@ -93,15 +101,23 @@ class Reward(Protocol):
         """r = φ(H_fin) of every row (Eqs. 3–4), beside the frozen reward model's own score."""
         ...
 
+    async def warm_up(self, human: LabelledPairs, *, omega: float) -> Stats:
+        """Take one step of Bradley–Terry on people's pairs alone, before the first update."""
+        ...
+
     async def update(
         self,
         hidden: Shards[Hidden],
         annotation: Shards[Annotation],
+        human: LabelledPairs,
         *,
         omega: float,
         step: int,
     ) -> Stats:
-        """Fit cross-attention and φ to the annotated groups by GREBT (Eqs. 5–7); the trunk never runs."""
+        """Fit cross-attention and φ to the annotated groups by GREBT (Eqs. 5–7); the trunk never runs.
+
+        `human` pairs have the share ``reward.anchor_fraction`` of Bradley–Terry.
+        """
         ...
 
     async def attention(self, hidden: Ref[Hidden], annotation: Ref[Annotation]) -> Tensor:

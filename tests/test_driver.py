@@ -24,12 +24,15 @@ from r2m_ray.config import (
     RewardConfig,
     RewardScale,
 )
+from r2m_ray.data import PreferencePair
 from r2m_ray.driver import advantages, omega_at, train
 from r2m_ray.errors import Alarmed, Preempted
+from r2m_ray.human_pairs import HumanPairs
 from r2m_ray.metrics import step_metrics
-from r2m_ray.roles import Prompt, Roles, SamplePlan, sample_plans
+from r2m_ray.roles import LabelledPairs, Prompt, Roles, SamplePlan, sample_plans
 
 K = 2
+PAIRS = 10
 
 
 def ready(value: Any) -> Any:
@@ -83,6 +86,9 @@ class World:
         self.records: list[tuple[Any, ...]] = []
         self.saved: list[int] = []
         self.evaluated: list[int] = []
+        self.human: list[tuple[Any, ...]] = []
+        self.updates = 0
+        self.told: list[str] = []
         self.stop_after: int | None = None
         self.alarm_after: int | None = None
         self.stop: Any = self
@@ -110,10 +116,25 @@ class World:
 
     async def update_policy(self, trajectories: Any, advantage: Any, reference: Any, hidden: Any) -> Any:
         self.calls.append(("policy", [a.tolist() for a in advantage]))
+        self.updates += 1
         return {"loss": 1.0}, [ready("fresh h") for _ in hidden]
 
-    async def update_reward(self, hidden: Any, annotation: Any, *, omega: float, step: int) -> Any:
+    async def states(self, trajectories: Any) -> Any:
+        self.calls.append(("states", [(await shard).prompts for shard in trajectories]))
+        return [ready(f"{self.updates} updates h") for _ in trajectories]
+
+    async def warm_up(self, human: Any, *, omega: float) -> Any:
+        notes = [await note for note in human.annotation]
+        self.calls.append(
+            ("warm up", [n.layout.groups for n in notes], [await h for h in human.hidden], omega)
+        )
+        return {"human_accuracy": 0.5, "bradley_terry_human": 0.7, "nonfinite_steps": 0.0}
+
+    async def update_reward(
+        self, hidden: Any, annotation: Any, human: LabelledPairs, *, omega: float, step: int
+    ) -> Any:
         self.calls.append(("reward", step, [await h for h in hidden], omega))
+        self.human.append(([await h for h in human.hidden], [await note for note in human.annotation]))
         return {"loss": 2.0}
 
     async def sync(self, *, version: int) -> Any:
@@ -153,9 +174,9 @@ class World:
     def roles(self) -> Roles:
         return Roles(
             rollout=SimpleNamespace(sample=self.sample),
-            policy=SimpleNamespace(update=self.update_policy),
+            policy=SimpleNamespace(update=self.update_policy, hidden=self.states),
             reference=SimpleNamespace(logprobs=self.logprobs),
-            reward=SimpleNamespace(annotate=self.annotate, update=self.update_reward),
+            reward=SimpleNamespace(annotate=self.annotate, update=self.update_reward, warm_up=self.warm_up),
             sync=self.sync,
             share=ready,
         )
@@ -168,6 +189,18 @@ class Stream:
     def take(self, n: int) -> tuple[Prompt, ...]:
         start, self.position = self.position, self.position + n
         return tuple(Prompt(index=i, text=f"p{i}") for i in range(start, start + n))
+
+
+class Words:
+    """A policy's tokenizer: one token for a text, whatever it says."""
+
+    chat_template = None
+    eos_token_id = 2
+    all_special_ids = (2,)
+    bos_token_id = pad_token_id = unk_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=[4], special_tokens_mask=[0])
 
 
 def run(
@@ -189,14 +222,19 @@ def run(
         return Path()
 
     async def evaluate(step: int) -> None:
+        world.calls.append(("evaluate",))
         world.evaluated.append(step)
 
     checkpoints: Any = SimpleNamespace(restore=restore, save=save)
     evaluator: Any = SimpleNamespace(evaluate=evaluate)
     stream: Any = Stream()
     record: Any = world
+    words: Any = Words()
+    roles = world.roles()
+    pairs = [PreferencePair(prompt=f"h{i}", chosen="good", rejected="bad") for i in range(PAIRS)]
+    human = HumanPairs(config, roles, pairs=pairs, tokenizer=words, record=record, notify=world.told.append)
     with nullcontext() if ends is None else pytest.raises(ends):
-        asyncio.run(train(config, world.roles(), stream, checkpoints, evaluator, record, world.stop))
+        asyncio.run(train(config, roles, stream, human, checkpoints, evaluator, record, world.stop))
     return world
 
 
@@ -212,7 +250,7 @@ def config() -> Config:
 
 
 def test_a_step_does_algorithm_1_in_order(config: Config) -> None:
-    names = [call[0] for call in run(config).calls]
+    names = [call[0] for call in run(config).calls if call[0] != "evaluate"]
     step = ["sample", "annotate", "reference", "look", "policy", "reward", "sync"]
     assert names == ["sync", *step, *step, *step]
 
@@ -232,6 +270,73 @@ def test_annotation_reads_the_rollout_h_and_the_update_reads_the_refreshed_h(con
     world = run(config)
     assert all(call[2] == ["rollout h", "rollout h"] for call in world.calls if call[0] == "annotate")
     assert all(call[2] == ["fresh h", "fresh h"] for call in world.calls if call[0] == "reward")
+
+
+def human_prompts(world: World) -> list[list[str]]:
+    """Prompts of the pairs that each call for the policy's states was about."""
+    return [[p for shard in call[1] for p in shard] for call in world.calls if call[0] == "states"]
+
+
+def test_no_human_pair_is_drawn_unless_the_reward_is_anchored(config: Config) -> None:
+    world = run(config)
+    assert world.human == [([], []), ([], []), ([], [])]
+    assert human_prompts(world) == []
+
+
+def test_anchor_pairs_are_read_under_the_updated_policy_and_learned_from_before_the_next_step(
+    config: Config,
+) -> None:
+    config.reward.anchor_fraction = 0.5
+    world = run(config)
+    names = [call[0] for call in world.calls if call[0] != "evaluate"]
+    step = ["sample", "annotate", "reference", "look", "policy", "states", "annotate", "reward", "sync"]
+    assert names == ["sync", *step, *step, *step]
+    # The policy has been updated t times when step t reads its states: two shards of two pairs.
+    assert [states for states, _ in world.human] == [[f"{t} updates h"] * 2 for t in (1, 2, 3)]
+    assert [[note.layout.rows for note in notes] for _, notes in world.human] == [[4, 4]] * 3
+    assert all(note.layout.group_size == 2 for _, notes in world.human for note in notes)
+    # Annotated at the step's own ω; the step's own batch is what it was without an anchor.
+    omegas = [[call[3] for call in world.calls if call[:2] == ("annotate", t)] for t in (1, 2, 3)]
+    assert all(len(pair) == 2 and pair[0] == pair[1] for pair in omegas)
+    assert all(call[2] == ["fresh h", "fresh h"] for call in world.calls if call[0] == "reward")
+
+
+def test_a_resumed_run_draws_the_pairs_of_its_step(config: Config) -> None:
+    config.reward.anchor_fraction = 1.0
+    whole, resumed = human_prompts(run(config)), human_prompts(run(config, start=2))
+    assert resumed == whole[2:]
+    # 12 places of an order that holds each of 10 pairs once before it repeats one.
+    assert len({prompt for step in whole for prompt in step}) == PAIRS
+    assert len({*whole[0], *whole[1]}) == 8
+
+
+def test_the_warm_up_comes_before_anything_else_of_a_new_run(config: Config) -> None:
+    config.reward.warmup_pairs, config.reward.anchor_fraction = 6, 1.0
+    config.algo.responses_per_prompt = 4
+    world = run(config)
+    head = world.calls[: [call[0] for call in world.calls].index("evaluate")]
+    # As many rows at once as a step has: 8 pairs, so all 6; batches of 4 and of the remaining 2, at ω = Ω.
+    assert [call[0] for call in head] == ["sync", "states", "annotate", "warm up", "warm up"]
+    assert [call[1:] for call in head if call[0] == "warm up"] == [
+        ([2, 2], ["0 updates h"] * 2, 0.6),
+        ([2], ["0 updates h"], 0.6),
+    ]
+    assert [call[3] for call in head if call[0] == "annotate"] == [0.6]
+    # The steps go on in the order where the warm-up stopped.
+    order = [prompt for call in human_prompts(world) for prompt in call]
+    assert len(order) == 6 + 3 * 4
+    assert len(set(order[:PAIRS])) == PAIRS
+    assert world.told == [
+        "warm-up on 6 preference pairs, 2 batches: accuracy 0.500, Bradley–Terry 0.700 in its first 1; "
+        "accuracy 0.500, Bradley–Terry 0.700 in its last 1"
+    ]
+
+
+def test_a_resumed_run_is_not_warmed_up_again(config: Config) -> None:
+    config.reward.warmup_pairs, config.reward.anchor_fraction = 6, 1.0
+    whole, resumed = run(config), run(config, start=1)
+    assert resumed.told == []
+    assert human_prompts(resumed) == human_prompts(whole)[-2:]
 
 
 def test_omega_follows_the_cosine_and_serves_annotation_and_update_alike(config: Config) -> None:

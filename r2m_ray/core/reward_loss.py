@@ -39,6 +39,21 @@ class GrebtSums:
     std: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HumanSums:
+    """Scalar sums over pairs that people ordered; adding two of them describes their union.
+
+    bradley_terry: the loss of Eq. 5, with gradients. pairs: those whose rows are not the same tokens.
+    correct: pairs whose preferred row has the higher current reward. nonfinite: rows, of any pair, whose
+    current reward is not finite. All but the loss are detached; counts are in the reward's dtype.
+    """
+
+    bradley_terry: Tensor
+    pairs: Tensor
+    correct: Tensor
+    nonfinite: Tensor
+
+
 def bradley_terry(winner_r: Tensor, loser_r: Tensor) -> Tensor:
     """`−log σ(r_w − r_l)` of each pair (Eq. 5), any shape; finite wherever the rewards are."""
     return -logsigmoid(winner_r - loser_r)
@@ -111,6 +126,35 @@ def grebt_sums(
         margin=margin_G.sum(),
         flips=(margin_G < 0).sum().to(dtype),
         std=reward_GK.detach().std(1, correction=0).sum(),
+    )
+
+
+def human_sums(reward_G2: Tensor, response_id_G2: Tensor) -> HumanSums:
+    """Sums of `−log σ(r_chosen − r_rejected)` (Eq. 5) over pairs that people ordered, preferred row first.
+
+    The order is the people's, whatever the rewards say, so a margin of 0 teaches too; a pair of the same
+    tokens (equal response ids) does not.
+    """
+    valid_G = response_id_G2[:, 0] != response_id_G2[:, 1]
+    chosen_r, rejected_r = reward_G2.unbind(1)
+    return HumanSums(
+        bradley_terry=torch.where(valid_G, bradley_terry(chosen_r, rejected_r), 0).sum(),
+        pairs=valid_G.sum().to(reward_G2.dtype),
+        correct=(valid_G & (chosen_r > rejected_r)).sum().to(reward_G2.dtype),
+        nonfinite=(~torch.isfinite(reward_G2.detach())).sum().to(reward_G2.dtype),
+    )
+
+
+def anchored(
+    bradley_terry: Tensor, human: Tensor, *, pairs: Tensor, human_pairs: Tensor, anchor_fraction: float
+) -> Tensor:
+    """`(1−a)·BT/pairs + a·BT_human/human_pairs`: what Eq. 7 takes for BT where people order a share a of it.
+
+    bradley_terry, human: sums over `pairs` and `human_pairs` of the losses or of their gradients, as in
+    `grebt_mix`, which takes the result as a mean, that is with pairs = 1. A mean over none is 0.
+    """
+    return (1 - anchor_fraction) * (bradley_terry / pairs.clamp(min=1)) + anchor_fraction * (
+        human / human_pairs.clamp(min=1)
     )
 
 

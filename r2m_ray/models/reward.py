@@ -84,7 +84,9 @@ class RewardEngine:
             timeout = timedelta(seconds=0.9 * config.cluster.phase_timeout_s)
             backend = "gloo" if device.type == "cpu" else "nccl"
             distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        self._world_size = world_size
         self._trainer = HeadTrainer(self.head, config.reward, world_size=world_size)
+        self._warm_up: HeadTrainer | None = None
 
     @torch.no_grad()
     def annotate(self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int) -> Annotation:
@@ -109,11 +111,31 @@ class RewardEngine:
             response_id_N=_response_ids(trajectories),
         )
 
-    def update(self, batches: Sequence[RewardBatch], omega: float, step: int) -> dict[str, float]:
+    def warm_up(self, human: Sequence[RewardBatch], omega: float) -> dict[str, float]:
+        """Take one optimizer step by Bradley–Terry alone on pairs in people's order; before the first update.
+
+        The learning rate is ``reward.warmup_learning_rate``; the moments are the warm-up's own, so that the
+        first update starts without any. Shards and statistics are as in `update`.
+        """
+        if self._warm_up is None:
+            alone = replace(
+                self._config.reward,
+                anchor_fraction=1.0,
+                entropy_weight=0.0,
+                learning_rate=self._config.reward.warmup_learning_rate,
+            )
+            self._warm_up = HeadTrainer(self.head, alone, world_size=self._world_size)
+        return self._warm_up.step((), omega, (self._shard(pairs, 0, 0) for pairs in human))
+
+    def update(
+        self, batches: Sequence[RewardBatch], omega: float, step: int, human: Sequence[RewardBatch] = ()
+    ) -> dict[str, float]:
         """Fit cross-attention and φ to annotated groups by GREBT (Eqs. 5–7), ``reward.update_steps`` times.
 
         `batches` are this replica's shards; every replica must call, even with none, and the result is that
         of one replica with all shards, to rounding. The trunk does not run: H_last is the annotation's.
+        `human` are shards of pairs, the row that people preferred first, which take the share
+        ``reward.anchor_fraction`` of Bradley–Terry; without one they are not read.
 
         Returns, from before the first optimizer step and equal on all replicas: loss, bradley_terry, entropy
         (Eqs. 7, 5, 6); margin (winner − loser) and flip_rate (pairs with a negative one) under the current
@@ -121,6 +143,8 @@ class RewardEngine:
         entropy; group_std (mean, ddof 0); feedback_ratio ‖Ĥ‖/‖H_last‖; attention_entropy over the log of
         the row's length; gradient_norm before clipping; gradient_norm_bradley_terry and gradient_norm_entropy
         of the two unweighted losses; nonfinite_rows, rows whose reward is not finite, now or when annotated.
+        With human pairs also theirs, under the current head and h: bradley_terry_human, gradient_norm_human
+        and human_accuracy, the share whose preferred row has the higher reward.
         And skipped_steps, those not taken: nonfinite_steps, where a gradient or reward was not finite, and
         those whose gradient was 0. Means over nothing are NaN.
 
@@ -128,10 +152,12 @@ class RewardEngine:
         that, and the result is empty.
         """
         self._info = replace(self._info, omega=omega)
+        self._warm_up = None
         stats: list[dict[str, float]] = []
         for i in range(self._config.reward.update_steps):
             shards = (self._shard(batch, step, i) for batch in batches)
-            stats.append(self._trainer.step(shards, omega))
+            pairs = (self._shard(batch, step, i) for batch in human)
+            stats.append(self._trainer.step(shards, omega, pairs))
         if stats:
             counts = ("skipped_steps", "nonfinite_steps")
             return stats[0] | {name: sum(s[name] for s in stats) for name in counts}

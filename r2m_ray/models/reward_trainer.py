@@ -1,16 +1,18 @@
 """The optimizer of the R2M head: GREBT over all replicas' groups as if they were one replica's.
 
-Axes: G groups, K rows per group, T packed tokens, P policy width, X all head parameters end to end.
+Axes: G groups, K rows per group, T packed tokens, P policy width, L losses (Bradley–Terry, entropy, and that
+of human pairs where there are any), X all head parameters end to end.
 
-Both losses are sums over valid groups, and gradients are linear in them. So each replica adds up the
+The losses are sums over valid groups, and gradients are linear in them. So each replica adds up the
 gradients of its groups, sums and counts are added over replicas, and only then the means of Eq. 7 are taken.
+With ``reward.anchor_fraction`` people's pairs, as groups of two rows, make a third loss.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch.optim import AdamW
 from r2m_ray.batch import Annotation
 from r2m_ray.config import RewardConfig
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import GrebtSums, grebt_mix, grebt_sums
+from r2m_ray.core.reward_loss import GrebtSums, HumanSums, anchored, grebt_mix, grebt_sums, human_sums
 from r2m_ray.models.reward_head import read_json, read_tensors
 from r2m_ray.models.reward_pairs import pair_rewards
 from r2m_ray.models.weights import require_finite
@@ -34,6 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 GREBT_SUMS = tuple(field.name for field in fields(GrebtSums))
 ROW_SUMS = ("rows", "nonfinite_rows", "feedback_ratio", "attention_entropy")
+HUMAN_SUMS = tuple(field.name for field in fields(HumanSums))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,39 +61,48 @@ class HeadTrainer:
         self._head = head
         self._device = head.score_weight.device
         self._config = config
+        self._anchor = config.anchor_fraction
         self._world_size = world_size
         self._parameters = dict(head.named_parameters())
         self._optimizer = AdamW(
             self._parameters.values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
         )
 
-    def step(self, shards: Iterable[RewardShard], omega: float) -> dict[str, float]:
+    def step(
+        self, shards: Iterable[RewardShard], omega: float, human: Iterable[RewardShard] = ()
+    ) -> dict[str, float]:
         """Take one optimizer step on the mean GREBT of all replicas' groups (Eqs. 5–7).
 
-        The shards are read one at a time; a replica may have none. Returns statistics from before the step,
-        equal on all replicas (`RewardEngine.update` lists them). The step is skipped, on all replicas alike,
-        where the gradient or a row's reward is not finite, and where the gradient is 0, so that momentum
-        alone moves nothing.
+        The shards are read one at a time; a replica may have none. `human` are shards of pairs in people's
+        order, with the weight ``reward.anchor_fraction``, and are not read where that is 0. Returns
+        statistics from before the step, equal on all replicas (`RewardEngine.update` lists them). The step
+        is skipped, on all replicas alike, where the gradient or a row's reward is not finite, and where the
+        gradient is 0, so that momentum alone moves nothing.
         """
         size = sum(parameter.numel() for parameter in self._parameters.values())
-        gradient_2X = torch.zeros(2, size, device=self._device)
-        total = self._totals(shards, omega, gradient_2X)
+        gradient_LX = torch.zeros(3 if self._anchor else 2, size, device=self._device)
+        total = self._totals(shards, omega, gradient_LX)
+        if self._anchor:
+            total |= self._human_totals(human, omega, gradient_LX[2:])
         if self._world_size > 1:
-            distributed.all_reduce(gradient_2X)
-        bradley_terry_norm, entropy_norm = gradient_2X.norm(dim=1).tolist()
-        gradient_X = self._mixed(gradient_2X[0], gradient_2X[1], total)
+            distributed.all_reduce(gradient_LX)
+        norms = gradient_LX.norm(dim=1).tolist()
+        gradient_X = self._mixed([*gradient_LX], total)
         norm = float(gradient_X.norm())
-        finite = math.isfinite(norm) and not total["nonfinite_rows"]
+        statistics = self._statistics(total)
+        finite = math.isfinite(norm) and not statistics["nonfinite_rows"]
         if finite and norm > 0:
             self._apply(gradient_X.mul_(min(1.0, self._config.max_grad_norm / norm)))
-        return {
-            **self._statistics(total),
+        statistics |= {
             "gradient_norm": norm,
-            "gradient_norm_bradley_terry": bradley_terry_norm / max(total["pairs"], 1.0),
-            "gradient_norm_entropy": entropy_norm / max(total["groups"], 1.0),
+            "gradient_norm_bradley_terry": norms[0] / max(total["pairs"], 1.0),
+            "gradient_norm_entropy": norms[1] / max(total["groups"], 1.0),
             "skipped_steps": float(not finite or norm == 0),
             "nonfinite_steps": float(not finite),
         }
+        if self._anchor:
+            statistics["gradient_norm_human"] = norms[2] / max(total["human_pairs"], 1.0)
+        return statistics
 
     @torch.no_grad()
     def measure(self, shards: Iterable[RewardShard], omega: float) -> dict[str, float]:
@@ -123,20 +135,39 @@ class HeadTrainer:
             self._optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
     def _totals(
-        self, shards: Iterable[RewardShard], omega: float, gradient_2X: Tensor | None
+        self, shards: Iterable[RewardShard], omega: float, gradient_LX: Tensor | None
     ) -> dict[str, float]:
-        """GREBT_SUMS and ROW_SUMS over all replicas; adds each loss's gradient to its row of gradient_2X."""
+        """GREBT_SUMS and ROW_SUMS over all replicas; adds each loss's gradient to its row of gradient_LX."""
         totals = torch.zeros(len(GREBT_SUMS) + len(ROW_SUMS), dtype=torch.float64, device=self._device)
         for shard in shards:
             reward_N = self._reward(shard, omega)
             sums = self._grebt_sums(shard, reward_N)
-            if gradient_2X is not None:
-                self._add_gradients(sums, gradient_2X)
+            if gradient_LX is not None:
+                self._add_gradients((sums.bradley_terry, sums.entropy), gradient_LX[:2])
             values = [*attrgetter(*GREBT_SUMS)(sums), *self._row_sums(shard, reward_N)]
             totals += torch.stack([value.detach().to(totals) for value in values])
+        return dict(zip(GREBT_SUMS + ROW_SUMS, self._over_replicas(totals), strict=True))
+
+    def _human_totals(
+        self, shards: Iterable[RewardShard], omega: float, gradient_1X: Tensor
+    ) -> dict[str, float]:
+        """HUMAN_SUMS, each as ``human_…``, over all replicas; adds the loss's gradient to gradient_1X."""
+        totals = torch.zeros(len(HUMAN_SUMS), dtype=torch.float64, device=self._device)
+        for shard in shards:
+            sums = human_sums(
+                self._reward(shard, omega).view(-1, 2),
+                shard.annotation.response_id_N.to(self._device).view(-1, 2),
+            )
+            self._add_gradients((sums.bradley_terry,), gradient_1X)
+            totals += torch.stack([value.detach().to(totals) for value in attrgetter(*HUMAN_SUMS)(sums)])
+        names = [f"human_{name}" for name in HUMAN_SUMS]
+        return dict(zip(names, self._over_replicas(totals), strict=True))
+
+    def _over_replicas(self, totals: Tensor) -> list[float]:
         if self._world_size > 1:
             distributed.all_reduce(totals)
-        return dict(zip(GREBT_SUMS + ROW_SUMS, totals.tolist(), strict=True))
+        found: list[float] = totals.tolist()
+        return found
 
     def _reward(self, shard: RewardShard, omega: float) -> Tensor:
         offsets = shard.annotation.layout.offsets.to(self._device)
@@ -157,9 +188,9 @@ class HeadTrainer:
             min_margin=self._config.pair_min_margin,
         )
 
-    def _add_gradients(self, sums: GrebtSums, gradient_2X: Tensor) -> None:
+    def _add_gradients(self, losses: Sequence[Tensor], gradient_LX: Tensor) -> None:
         parameters = list(self._parameters.values())
-        for row_X, loss in zip(gradient_2X, (sums.bradley_terry, sums.entropy), strict=True):
+        for row_X, loss in zip(gradient_LX, losses, strict=True):
             # At ω = 1 the cross-attention takes no part, and what autograd leaves out is 0.
             parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
             for total, part in zip(self._views(row_X), parts, strict=True):
@@ -181,20 +212,31 @@ class HeadTrainer:
             relative_N[finite_N].double().sum(),
         ]
 
-    def _mixed(self, bradley_terry: Tensor, entropy: Tensor, total: Mapping[str, float]) -> Tensor:
-        """Eq. 7 over the valid pairs and groups of all replicas."""
+    def _mixed(self, losses: Sequence[Tensor], total: Mapping[str, float]) -> Tensor:
+        """Eq. 7 over the valid pairs and groups of all replicas; losses as in L, or their gradients."""
+        bradley_terry, entropy, *human = losses
+        pairs = torch.tensor(total["pairs"])
+        if human:
+            bradley_terry = anchored(
+                bradley_terry,
+                human[0],
+                pairs=pairs,
+                human_pairs=torch.tensor(total["human_pairs"]),
+                anchor_fraction=self._anchor,
+            )
+            pairs = torch.ones(())
         return grebt_mix(
             bradley_terry,
             entropy,
-            pairs=torch.tensor(total["pairs"]),
+            pairs=pairs,
             groups=torch.tensor(total["groups"]),
             entropy_weight=self._config.entropy_weight,
         )
 
     def _statistics(self, total: Mapping[str, float]) -> dict[str, float]:
-        losses = [torch.tensor(total[name]) for name in ("bradley_terry", "entropy")]
-        return {
-            "loss": float(self._mixed(losses[0], losses[1], total)),
+        names = ("bradley_terry", "entropy", "human_bradley_terry")
+        statistics = {
+            "loss": float(self._mixed([torch.tensor(total[name]) for name in names if name in total], total)),
             "bradley_terry": _mean(total["bradley_terry"], total["pairs"]),
             "entropy": _mean(total["entropy"], total["groups"]),
             "margin": _mean(total["margin"], total["pairs"]),
@@ -206,6 +248,11 @@ class HeadTrainer:
             "attention_entropy": _mean(total["attention_entropy"], total["rows"]),
             "nonfinite_rows": total["nonfinite_rows"],
         }
+        if "human_pairs" in total:
+            statistics["bradley_terry_human"] = _mean(total["human_bradley_terry"], total["human_pairs"])
+            statistics["human_accuracy"] = _mean(total["human_correct"], total["human_pairs"])
+            statistics["nonfinite_rows"] += total["human_nonfinite"]
+        return statistics
 
     def _apply(self, gradient_X: Tensor) -> None:
         for parameter, part in zip(self._parameters.values(), self._views(gradient_X), strict=True):

@@ -199,14 +199,17 @@ class RewardActor:
         reach("annotate", step)
         return trajectories.layout.rows, self._engine.annotate(trajectories, hidden, omega, step)
 
-    def update(self, omega: float, step: int, *records: Any) -> dict[str, float]:
-        """One update from this replica's shards; records are Hidden…, then Annotation…."""
-        count = len(records) // 2
+    def warm_up(self, omega: float, *records: Any) -> dict[str, float]:
+        """One step of the warm-up from this replica's shards; records are Hidden…, then Annotation…."""
+        reach("warm_up", 0)
+        return self._engine.warm_up(_reward_batches(records), omega)
+
+    def update(self, omega: float, step: int, own: int, *records: Any) -> dict[str, float]:
+        """One update from this replica's shards; records are Hidden…, then Annotation…, of ``own`` shards of
+        the step, and then of those of human pairs."""
         reach("update", step)
-        batches = [
-            RewardBatch(hidden=h, annotation=a) for h, a in zip(records[:count], records[count:], strict=True)
-        ]
-        return self._engine.update(batches, omega, step)
+        batches, human = _reward_batches(records[: 2 * own]), _reward_batches(records[2 * own :])
+        return self._engine.update(batches, omega, step, human)
 
     def attention(self, hidden: Hidden, annotation: Annotation) -> torch.Tensor:
         return self._engine.attention(hidden, annotation)
@@ -222,3 +225,11 @@ class RewardActor:
 
     def load(self, directory: Path) -> None:
         self._engine.load(directory)
+
+
+def _reward_batches(records: Sequence[Any]) -> list[RewardBatch]:
+    """Shards from their Hidden…, then Annotation…."""
+    count = len(records) // 2
+    return [
+        RewardBatch(hidden=h, annotation=a) for h, a in zip(records[:count], records[count:], strict=True)
+    ]

@@ -18,6 +18,7 @@ from r2m_ray.driver import omega_at, train
 from r2m_ray.errors import ActorLost, InputError
 from r2m_ray.escape import printable, redacted
 from r2m_ray.evaluate import Evaluator
+from r2m_ray.human_pairs import HumanPairs
 from r2m_ray.pretrained import Models
 from r2m_ray.recorder import Log, Recorder, Unlogged
 from r2m_ray.report import write_report
@@ -126,11 +127,19 @@ async def _train(run: _Run, log: RunLog, checkpoints: Checkpoints, stop: StopReq
         with log.phase("start"):
             roles = await crew.start()
         record, evaluator = run.observers(roles, log)
+        human = HumanPairs(
+            config,
+            roles,
+            pairs=run.task.train_pairs,
+            tokenizer=run.tokenizer,
+            record=record,
+            notify=log.message,
+        )
 
         async def attempt() -> None:
             try:
                 with stop.deferred():
-                    await train(config, roles, run.prompts(), checkpoints, evaluator, record, stop)
+                    await train(config, roles, run.prompts(), human, checkpoints, evaluator, record, stop)
             except ActorLost:
                 # Who was told to stop has nothing to rebuild for.
                 stop.check()

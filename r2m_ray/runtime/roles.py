@@ -14,7 +14,7 @@ from torch import Tensor
 from r2m_ray.batch import Annotation, Hidden, ReferenceLogprobs, Trajectories
 from r2m_ray.config import Config, FeedbackRefresh
 from r2m_ray.errors import ActorLost
-from r2m_ray.roles import Ref, SamplePlan, Shards, Stats
+from r2m_ray.roles import LabelledPairs, Ref, SamplePlan, Shards, Stats
 from r2m_ray.runtime.agreement import require_agreement
 from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.recovery import Job, Redo
@@ -161,19 +161,23 @@ class RewardRole:
         await self._actors.settle("annotate", calls)
         return [Stored(record, self._actors.timeout_s) for _, record in answers]
 
+    async def warm_up(self, human: LabelledPairs, *, omega: float) -> Stats:
+        parts = self._parts(human.hidden, human.annotation)
+        calls = self._actors.each("warm_up", lambda i: (omega, *parts[i]))
+        stats: list[Stats] = await self._actors.settle("reward warm-up", calls)
+        return stats[0]
+
     async def update(
-        self, hidden: Shards[Hidden], annotation: Shards[Annotation], *, omega: float, step: int
+        self,
+        hidden: Shards[Hidden],
+        annotation: Shards[Annotation],
+        human: LabelledPairs,
+        *,
+        omega: float,
+        step: int,
     ) -> Stats:
-        states, notes = refs(hidden), refs(annotation)
-        calls = [
-            (
-                self._actors.names[i],
-                self._actors.handles[i].update.remote(
-                    omega, step, *[states[s] for s in shard_ids], *[notes[s] for s in shard_ids]
-                ),
-            )
-            for i, shard_ids in _by_owner(self._actors, len(states), idle=True)
-        ]
+        own, pairs = self._parts(hidden, annotation), self._parts(human.hidden, human.annotation)
+        calls = self._actors.each("update", lambda i: (omega, step, len(own[i]) // 2, *own[i], *pairs[i]))
         stats: list[Stats] = await self._actors.settle("reward update", calls)
         if len(self._actors) > 1 and self._verify_every and step % self._verify_every == 0:
             await require_agreement(self._actors, "reward update", "head_digests")
@@ -189,6 +193,12 @@ class RewardRole:
 
     async def load(self, directory: Path) -> None:
         await self._actors.all("load reward head", "load", directory)
+
+    def _parts(self, hidden: Shards[Hidden], annotation: Shards[Annotation]) -> list[list[Any]]:
+        """For each replica, the states of its shards and then their annotations; none for some."""
+        states, notes = refs(hidden), refs(annotation)
+        owned = _by_owner(self._actors, len(states), idle=True)
+        return [[*[states[s] for s in ids], *[notes[s] for s in ids]] for _, ids in owned]
 
 
 def share(timeout_s: float) -> Callable[[Any], Stored]:

@@ -26,12 +26,15 @@ NOTE2ANSWER_PROMPTS = 8192
 class Task:
     """Prompts to train on, held-out prompts and pairs, and a gold scorer where the task has one.
 
+    train_pairs: those that a prepared reward model was trained on, within the policy's limits of length; none
+        where the config does not use them.
     counterfactual_pairs: by kind, pairs of responses made to differ in that alone, the better one by gold
         first; none where a task knows no gold.
     counts: what became of the rows of each file, for the run's record.
     """
 
     train_prompts: tuple[str, ...]
+    train_pairs: tuple[PreferencePair, ...]
     eval_prompts: tuple[str, ...]
     eval_pairs: tuple[PreferencePair, ...]
     counterfactual_pairs: Mapping[str, tuple[PreferencePair, ...]]
@@ -40,12 +43,22 @@ class Task:
 
 
 def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task that a config names, within its limits of length; tokenizer: the policy's."""
+    """The task that a config names, within its limits of length; tokenizer: the policy's.
+
+    Raises InputError for data that cannot serve, and for fewer training pairs than the warm-up takes.
+    """
     match config.task.name:
         case TaskName.note2answer:
-            return _note2answer(config)
+            task = _note2answer(config)
         case TaskName.preferences:
-            return _preferences(config, tokenizer)
+            task = _preferences(config, tokenizer)
+    warm_up, there = config.reward.warmup_pairs, len(task.train_pairs)
+    if warm_up > there:
+        raise InputError(
+            f"reward.warmup_pairs={warm_up} is more than the {there} training pairs of the task; lower it, "
+            "or use more data"
+        )
+    return task
 
 
 def gold_total(config: Config) -> GoldTotal | None:
@@ -62,11 +75,13 @@ def gold_total(config: Config) -> GoldTotal | None:
 def _note2answer(config: Config) -> Task:
     from r2m_ray.tasks.note2answer_counterfactual import counterfactual_pairs
     from r2m_ray.tasks.note2answer_gold import gold
-    from r2m_ray.tasks.note2answer_samples import gold_pairs
+    from r2m_ray.tasks.note2answer_samples import gold_pairs, preference_pairs
 
     seed = config.run.seed
+    pairs = config.prepare.pair_rows if config.uses_human_pairs else 0
     return Task(
         train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS),
+        train_pairs=preference_pairs(config, "train", pairs),
         eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
         counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs // 2),
@@ -89,18 +104,25 @@ def _preferences(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     def pair_over(pair: PreferencePair) -> str | None:
         return over_limit(tokenizer, task, pair.prompt, [pair.chosen, pair.rejected])
 
-    train = sift(load_preferences(task.train_file, task, split="train"), prompt_over, task.overlong)
+    found = load_preferences(task.train_file, task, split="train")
+    train = sift(found, prompt_over, task.overlong)
     held_out = load_preferences(task.eval_file, task, split="test")
     prompts, pairs = sift(held_out, prompt_over, task.overlong), sift(held_out, pair_over, task.overlong)
+    counts = {
+        "train prompts": train.counts() | {"distinct prompts": len(train.prompts())},
+        "eval prompts": prompts.counts() | {"distinct prompts": len(prompts.prompts())},
+        "eval pairs": pairs.counts(),
+    }
+    train_pairs: tuple[PreferencePair, ...] = ()
+    if config.uses_human_pairs:
+        kept = sift(found, pair_over, task.overlong)
+        train_pairs, counts["train pairs"] = kept.pairs, kept.counts()
     return Task(
         train_prompts=train.prompts(),
+        train_pairs=train_pairs,
         eval_prompts=prompts.prompts(),
         eval_pairs=pairs.pairs,
         counterfactual_pairs={},
         gold=None,
-        counts={
-            "train prompts": train.counts() | {"distinct prompts": len(train.prompts())},
-            "eval prompts": prompts.counts() | {"distinct prompts": len(prompts.prompts())},
-            "eval pairs": pairs.counts(),
-        },
+        counts=counts,
     )

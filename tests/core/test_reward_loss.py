@@ -12,12 +12,14 @@ from torch import Tensor
 
 from r2m_ray.core.reward_loss import (
     GrebtSums,
+    anchored,
     bradley_terry,
     grebt,
     grebt_mix,
     grebt_sums,
     group_pairs,
     group_reward_entropy,
+    human_sums,
 )
 
 
@@ -167,3 +169,31 @@ def test_masked_groups_leave_the_mean_unchanged() -> None:
     alone, _ = grebt(reward_GK, reward_GK, response_ids(reward_GK), entropy_weight=0.3)
     padded, _ = grebt(both, both, response_ids(both), entropy_weight=0.3)
     torch.testing.assert_close(padded, alone, rtol=1e-14, atol=0)
+
+
+def test_human_pairs_teach_their_own_order_whatever_the_rewards_say() -> None:
+    # Right by 2, wrong by 1, undecided, and the same tokens twice.
+    reward_G2 = torch.tensor([[3.0, 1.0], [0.0, 1.0], [5.0, 5.0], [9.0, -9.0]], requires_grad=True)
+    sums = human_sums(reward_G2, torch.tensor([[0, 1], [2, 3], [4, 5], [6, 6]]))
+    assert sums.bradley_terry.item() == pytest.approx(0.126928 + 1.313262 + math.log(2), abs=1e-5)
+    assert (sums.pairs.item(), sums.correct.item(), sums.nonfinite.item()) == (3, 1, 0)
+    (slope_G2,) = torch.autograd.grad(sums.bradley_terry, reward_G2)
+    expected_G = torch.tensor([-0.119203, -0.731059, -0.5, 0.0])
+    torch.testing.assert_close(slope_G2, torch.stack([expected_G, -expected_G], 1), atol=1e-5, rtol=0)
+
+
+def test_rows_of_human_pairs_that_are_not_finite_are_counted() -> None:
+    reward_G2 = torch.tensor([[math.inf, 1.0], [math.nan, -math.inf]])
+    assert human_sums(reward_G2, torch.tensor([[0, 1], [2, 2]])).nonfinite.item() == 3
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 2.0), (0.25, 3.0), (1.0, 6.0)])
+def test_an_anchor_mixes_means_not_sums(fraction: float, expected: float) -> None:
+    # 8 over 4 pairs of the head's own, 12 over 2 of people's: (1−a)·2 + a·6.
+    count = torch.tensor
+    mixed = anchored(
+        count(8.0), count(12.0), pairs=count(4.0), human_pairs=count(2.0), anchor_fraction=fraction
+    )
+    assert mixed.item() == pytest.approx(expected)
+    none = anchored(count(0.0), count(0.0), pairs=count(0.0), human_pairs=count(0.0), anchor_fraction=0.5)
+    assert none.item() == 0.0

@@ -23,6 +23,21 @@ from r2m_ray.models.reward import RewardEngine
 K, P, D = 4, 64, 48
 
 
+def pairs(seed: int, count: int) -> RewardBatch:
+    """Human pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = Layout.from_lengths(torch.randint(2, 13, (2 * count,), generator=generator).tolist(), 2)
+    annotation = Annotation(
+        layout=layout,
+        reward_N=torch.zeros(2 * count),
+        frozen_reward_N=torch.zeros(2 * count),
+        rte_ND=torch.randn(2 * count, D, generator=generator),
+        response_id_N=torch.arange(2 * count),
+    )
+    hidden_TP = torch.randn(layout.tokens, P, generator=generator)
+    return RewardBatch(hidden=Hidden(layout=layout, hidden_TP=hidden_TP), annotation=annotation)
+
+
 def shard(seed: int, *, tied: bool = False, broken: bool = False) -> RewardBatch:
     """Two groups; `tied` makes the first one's rows equal, `broken` puts a NaN into the hidden states."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,10 +70,23 @@ UPDATES = (
     ([shard(5)], [shard(6, broken=True)]),
     ([shard(7)], [shard(8), shard(9)]),
 )
+# Human pairs by rank: of the warm-up's two batches, and of each update; uneven, and a replica without any.
+WARM_UP = (([pairs(21, 3)], [pairs(22, 1)]), ([], [pairs(23, 2)]))
+HUMAN = (
+    ([pairs(31, 2)], [pairs(32, 1)]),
+    ([pairs(33, 3)], []),
+    ([], [pairs(34, 2)]),
+    ([pairs(35, 1)], [pairs(36, 4)]),
+)
+ANCHORS = (0.0, 0.5)
 
 
-def engine(model_dir: str, rank: int, world_size: int) -> RewardEngine:
-    config = Config(reward=RewardConfig(attention_width=16, init_std=0.2, learning_rate=1e-3))
+def engine(model_dir: str, rank: int, world_size: int, anchor: float) -> RewardEngine:
+    config = Config(
+        reward=RewardConfig(
+            attention_width=16, init_std=0.2, learning_rate=1e-3, anchor_fraction=anchor, warmup_pairs=6
+        )
+    )
     return RewardEngine(
         config=config,
         model_dir=model_dir,
@@ -69,15 +97,20 @@ def engine(model_dir: str, rank: int, world_size: int) -> RewardEngine:
     )
 
 
-def replica(model_dir: str, rank: int, directory: Path) -> None:
-    """Take all updates with this rank's shards, then write head, statistics and digest."""
-    reward = engine(model_dir, rank, world_size=2)
-    stats = [reward.update(shards[rank], 0.6, step) for step, shards in enumerate(UPDATES)]
+def replica(model_dir: str, rank: int, anchor: float, directory: Path) -> None:
+    """Take the warm-up and all updates with this rank's shards, then write head, statistics and digest."""
+    reward = engine(model_dir, rank, 2, anchor)
+    stats = [reward.warm_up(batch[rank], 0.6) for batch in WARM_UP]
+    stats += [
+        reward.update(shards[rank], 0.6, step, human[rank])
+        for step, (shards, human) in enumerate(zip(UPDATES, HUMAN, strict=True))
+    ]
     reward.save(directory)
     (directory / "report.json").write_text(json.dumps({"stats": stats, "digest": reward.digests()}))
 
 
-def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("anchor", ANCHORS)
+def test_two_replicas_equal_one(anchor: float, tiny_reward_dir: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,7 +123,7 @@ def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
     directories = [tmp_path / "rank0", tmp_path / "rank1"]
     replicas = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tiny_reward_dir), str(rank), str(directory)],
+            [sys.executable, __file__, str(tiny_reward_dir), str(rank), str(anchor), str(directory)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -107,11 +140,16 @@ def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
             process.kill()
     reports = [json.loads((directory / "report.json").read_text()) for directory in directories]
 
-    alone = engine(str(tiny_reward_dir), 0, world_size=1)
-    stats = [alone.update([*left, *right], 0.6, step) for step, (left, right) in enumerate(UPDATES)]
+    alone = engine(str(tiny_reward_dir), 0, 1, anchor)
+    stats = [alone.warm_up([*left, *right], 0.6) for left, right in WARM_UP]
+    stats += [
+        alone.update([*left, *right], 0.6, step, [*human[0], *human[1]])
+        for step, ((left, right), human) in enumerate(zip(UPDATES, HUMAN, strict=True))
+    ]
     assert reports[0]["digest"] == reports[1]["digest"]
-    assert [s["skipped_steps"] for s in stats] == [0, 0, 1, 0]
-    assert [s["valid_pairs"] for s in stats] == [5 / 6, 1, 1, 1]
+    assert [s["skipped_steps"] for s in stats] == [0, 0, 0, 0, 1, 0]
+    assert [s["valid_pairs"] for s in stats[2:]] == [5 / 6, 1, 1, 1]
+    assert all(("human_accuracy" in s) is (anchor > 0) for s in stats[2:])
     for report in reports:
         for found, expected in zip(report["stats"], stats, strict=True):
             assert found == pytest.approx(expected, abs=1e-5, nan_ok=True)
@@ -121,4 +159,4 @@ def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    replica(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    replica(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), Path(sys.argv[4]))

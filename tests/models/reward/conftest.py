@@ -75,12 +75,12 @@ def states(layout: Layout, *, seed: int, width: int = P) -> Hidden:
     return Hidden(layout=layout, hidden_TP=values)
 
 
-def random_batch(seed: int, *, groups: int = 2) -> RewardBatch:
+def random_batch(seed: int, *, groups: int = 2, size: int = K, width: int = P) -> RewardBatch:
     """A shard with made-up embeddings and rewards, rows of 1 … 12 tokens, all responses distinct."""
     generator = torch.Generator().manual_seed(seed)
-    rows = groups * K
+    rows = groups * size
     lengths = torch.randint(1, 13, (rows,), generator=generator).tolist()
-    layout = Layout.from_lengths(lengths, K)
+    layout = Layout.from_lengths(lengths, size)
     annotation = Annotation(
         layout=layout,
         reward_N=torch.randn(rows, generator=generator),
@@ -89,7 +89,7 @@ def random_batch(seed: int, *, groups: int = 2) -> RewardBatch:
         gold_N=torch.randn(rows, generator=generator),
         response_id_N=torch.arange(rows),
     )
-    return RewardBatch(hidden=states(layout, seed=seed), annotation=annotation)
+    return RewardBatch(hidden=states(layout, seed=seed, width=width), annotation=annotation)
 
 
 def equation_3_and_4(head: R2MHead, rte_ND: Tensor, hidden: Hidden, omega: float) -> Tensor:
