@@ -28,6 +28,7 @@ from r2m_ray.config import (
     WoInit,
 )
 from r2m_ray.config_checks import validate
+from r2m_ray.driver import omega_at
 from r2m_ray.errors import InputError
 
 PACKAGE = Path(r2m_ray.__file__).parent
@@ -91,6 +92,11 @@ ARM_NUMBERS = {
     "r2m_zero_init": (True, 1, 0.3, 0.0),
     "r2m_detached": (True, 1, 0.3, 0.0),
     "r2m_constant": (True, 1, 0.3, 0.0),
+    "r2m_anchor": (True, 1, 0.0, 0.0),
+    "r2m_anchor_mixed": (True, 1, 0.3, 0.0),
+    "static_h": (True, 0, None, 0.0),
+    "refit": (False, 0, None, 0.0),
+    "refit_online": (False, 1, 0.0, 0.0),
 }
 ARM_CHANGES: dict[str, dict[str, object]] = {
     # What an arm changes beside these.
@@ -102,6 +108,11 @@ ARM_CHANGES: dict[str, dict[str, object]] = {
     "r2m_zero_init": {"reward.wo_init": WoInit.zero},
     "r2m_detached": {"reward.gre_detach_stats": True},
     "r2m_constant": {"reward.omega_schedule": OmegaSchedule.constant},
+    "r2m_anchor": {"reward.anchor_fraction": 1.0},
+    "r2m_anchor_mixed": {"reward.anchor_fraction": 0.5},
+    "static_h": {"reward.warmup_pairs": 4096, "reward.omega_schedule": OmegaSchedule.constant},
+    "refit": {"reward.warmup_pairs": 4096, "reward.omega_schedule": OmegaSchedule.constant},
+    "refit_online": {"reward.anchor_fraction": 1.0, "reward.omega_schedule": OmegaSchedule.constant},
 }
 GOLD_ARMS = ("gold", "r2m_oracle")
 
@@ -127,6 +138,14 @@ def test_an_arm_changes_nothing_but_its_numbers() -> None:
         config = experiment("demo", f"reward={arm}")
         changed = set(differences(base, config)) - numbers
         assert {path: flat(config)[path] for path in changed} == ARM_CHANGES.get(arm, {})
+
+
+def test_a_head_fitted_before_the_first_step_is_read_at_the_omega_it_was_fitted_at() -> None:
+    fitted = [arm for arm in ARMS if experiment("demo", f"reward={arm}").reward.warmup_pairs]
+    assert sorted(fitted) == ["refit", "static_h"]
+    for name, arm in itertools.product(EXPERIMENTS, fitted):
+        config = experiment(name, f"reward={arm}")
+        assert {omega_at(config, t) for t in (1, config.algo.steps)} == {config.reward.omega_floor}
 
 
 def test_algorithms_differ_by_advantage_ratio_and_place_of_the_kl() -> None:

@@ -132,6 +132,16 @@ def test_messages_spell_out_control_characters() -> None:
 
 
 RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
+    (["reward=r2m_anchor", "reward.update_steps=0"], "reward.anchor_fraction", "update_steps=1, or", False),
+    (["reward=r2m_no_bt", "reward.anchor_fraction=0.5"], "reward.anchor_fraction", "no weight", False),
+    (["reward=static_h", "prepare.pair_rows=4000"], "reward.warmup_pairs", "use at most 4000", False),
+    (
+        ["reward=static_h", "reward.warmup_learning_rate=0"],
+        "reward.warmup_learning_rate",
+        "teach nothing",
+        False,
+    ),
+    (["reward.warmup_pairs=64"], "reward.omega_schedule", "at ω = 0.6; use constant", True),
     (["algo.prompts_per_step=18"], "algo.prompts_per_step", "use 16 or 20", False),
     (["algo.minibatch_prompts=6"], "algo.minibatch_prompts", "use 4 or 8", False),
     (["algo.minibatch_prompts=12", "policy.ranks=2"], "algo.minibatch_prompts", "use 8 or 16", False),
@@ -281,6 +291,10 @@ def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
         ["prepare.policy_width=48", "cluster.gpus_per_rollout=1"],
         ["prepare.policy_width=192", "prepare.policy_heads=2"],
         ["cluster.phase_timeout_s=20", "cluster.stop_grace_s=10"],
+        ["reward=r2m_anchor", "reward.warmup_pairs=64", "reward.omega_schedule=constant"],
+        ["reward=refit", "reward.omega_schedule=cosine"],
+        ["reward=static_h", "reward.warmup_pairs=0", "reward.warmup_learning_rate=0"],
+        ["reward=static_h", "reward.warmup_pairs=20000"],
     ],
 )
 def test_what_fits_together_passes_without_a_word(overrides: Sequence[str]) -> None:

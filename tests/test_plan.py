@@ -216,6 +216,7 @@ def test_records_are_as_large_as_real_ones() -> None:
     assert records["hidden"] == records["fresh_hidden"] == torch.empty(64 * 7, 64).nbytes
     assert records["annotation"] == torch.empty(64, 48).nbytes + 64 * (4 + 4 + 8)
     assert records["reference"] == 2 * torch.empty(64 * 7).nbytes
+    assert records["human_pairs"] == 0
 
 
 def test_vanilla_sends_no_states_and_no_refresh_sends_them_once() -> None:
@@ -224,6 +225,14 @@ def test_vanilla_sends_no_states_and_no_refresh_sends_them_once() -> None:
     unrefreshed = record_bytes(demo("feedback.refresh=none"), batch, MODELS)
     assert unrefreshed["hidden"] > 0
     assert unrefreshed["fresh_hidden"] == 0
+
+
+def test_human_pairs_are_two_rows_beside_the_responses_of_each_prompt() -> None:
+    config = demo("reward=r2m_anchor")
+    batch = batch_plan(config)
+    records = record_bytes(config, batch, MODELS)
+    own = records["trajectories"] + records["hidden"] + records["annotation"]
+    assert batch.responses_per_prompt * records["human_pairs"] == 2 * own
 
 
 @pytest.mark.parametrize("megabytes", [1, 3, 256])

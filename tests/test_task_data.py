@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from r2m_ray.choices import GOLD_TASKS
 from r2m_ray.config import Config, Overlong, TaskName
 from r2m_ray.errors import InputError
+from r2m_ray.stages.materials import materials
 from r2m_ray.tasks import gold_total, load_task
 from r2m_ray.tasks.note2answer import prompts
 
@@ -96,3 +97,38 @@ def test_the_tasks_that_know_gold_are_the_ones_the_rules_name(
         row = (prompts(0, "eval", 1)[0], "hope this helps ! red", True)
         # One courtesy, one word that belongs nowhere, no end.
         assert total(*row) == scorer(*row)["total"] == pytest.approx(0.4 - 0.1 - 0.5)
+
+
+def test_training_pairs_are_kept_within_the_policys_limits_where_they_are_used(
+    config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.task.overlong = Overlong.drop
+    write(config, "train_file", [GOOD, GOOD | {"rejected": "w1 w2 w3"}, GOOD | {"prompt": "w5"}])
+    unused = load_task(config, tiny_tokenizer)
+    assert unused.train_pairs == ()
+    assert "train pairs" not in unused.counts
+    config.reward.anchor_fraction = 0.5
+    task = load_task(config, tiny_tokenizer)
+    assert [(pair.prompt, pair.rejected) for pair in task.train_pairs] == [("w1 w2", "w4"), ("w5", "w4")]
+    assert task.counts["train pairs"] == {"rows": 3, "used": 2, "response over task.max_new_tokens=3": 1}
+    assert task.train_prompts == unused.train_prompts == ("w1 w2", "w5")
+
+
+def test_a_warm_up_on_more_pairs_than_there_are_is_refused(
+    config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.reward.warmup_pairs = 2
+    assert len(load_task(config, tiny_tokenizer).train_pairs) == 2
+    config.reward.warmup_pairs = 3
+    with pytest.raises(InputError, match=r"reward\.warmup_pairs=3 is more than the 2 training pairs"):
+        load_task(config, tiny_tokenizer)
+
+
+def test_note2answers_training_pairs_are_those_that_its_reward_model_is_trained_on(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    config = Config()
+    config.prepare.pair_rows, config.evaluate.pairs, config.reward.anchor_fraction = 20, 20, 1.0
+    task = load_task(config, tiny_tokenizer)
+    assert task.train_pairs == tuple(materials(config).pairs)
+    assert not {pair.prompt for pair in task.train_pairs} & {pair.prompt for pair in task.eval_pairs}

@@ -78,8 +78,8 @@ def test_an_anchored_update_is_one_adamw_step_on_the_mix(
     human_norm = math.sqrt(sum(slope.square().sum().item() for slope in slopes))
     assert stats["gradient_norm_human"] == pytest.approx(human_norm, rel=1e-5)
     for name, value in oracle.named_parameters():
-        # Adam's first step is lr·sign(g): rounding of g matters only where g is itself rounding.
-        torch.testing.assert_close(engine.head.get_parameter(name), value, atol=1e-6, rtol=0)
+        # Adam's first step is lr·g/(|g| + 1e-8): a thousandth of it is rounding where g is near 1e-8.
+        torch.testing.assert_close(engine.head.get_parameter(name), value, atol=1e-5, rtol=0)
 
 
 def test_without_an_anchor_human_pairs_are_not_even_read(
