@@ -8,6 +8,7 @@ step (``reward.warmup_pairs``). In a run without feedback (Ω = 1) h has width 0
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import lru_cache
@@ -58,9 +59,12 @@ class HumanPairs:
         reward = self._config.reward
         if reward.anchor_fraction == 0:
             return LabelledPairs(hidden=(), annotation=())
-        count = self._config.algo.prompts_per_step
+        algo = self._config.algo
+        count = algo.prompts_per_step
         first = reward.warmup_pairs + (step - 1) * count
-        return await self._annotate(first, count, omega=omega, step=step)
+        return await self._annotate(
+            first, count, pairs_per_shard=algo.prompts_per_shard, omega=omega, step=step
+        )
 
     async def warm_up(self) -> None:
         """Fit the head to ``reward.warmup_pairs`` at ω = Ω, before the first step of a new run."""
@@ -75,14 +79,21 @@ class HumanPairs:
         self._notify(warm_up_summary(reward.warmup_pairs, stats))
 
     async def _warm_up_batches(self) -> AsyncIterator[LabelledPairs]:
-        """Batches of one optimizer step each, annotated as many rows at a time as a training step has."""
+        """Batches of one optimizer step each, annotated as many rows at a time as a training step has.
+
+        A shard has as many rows as a step's, or fewer, so that a batch is whole shards.
+        """
         algo, pairs = self._config.algo, self._config.reward.warmup_pairs
-        at_once = algo.prompts_per_step * (algo.responses_per_prompt // 2)
-        shards_per_batch = algo.prompts_per_step // algo.prompts_per_shard
+        groups_as_pairs = algo.responses_per_prompt // 2
+        enlarged = math.gcd(algo.prompts_per_step // algo.prompts_per_shard, groups_as_pairs)
+        pairs_per_shard = algo.prompts_per_shard * enlarged
+        shards_per_batch = algo.prompts_per_step // pairs_per_shard
+        at_once = algo.prompts_per_step * groups_as_pairs
         for first in range(0, pairs, at_once):
             found = await self._annotate(
                 first,
                 min(at_once, pairs - first),
+                pairs_per_shard=pairs_per_shard,
                 omega=self._config.reward.omega_floor,
                 step=WARM_UP_STEP,
             )
@@ -90,11 +101,11 @@ class HumanPairs:
                 part = slice(i, i + shards_per_batch)
                 yield LabelledPairs(hidden=found.hidden[part], annotation=found.annotation[part])
 
-    async def _annotate(self, first: int, count: int, *, omega: float, step: int) -> LabelledPairs:
+    async def _annotate(
+        self, first: int, count: int, *, pairs_per_shard: int, omega: float, step: int
+    ) -> LabelledPairs:
         chosen = [self._pairs[i] for i in drawn(len(self._pairs), first, count, seed=self._config.run.seed)]
-        packed = packed_pairs(
-            self._tokenizer, chosen, pairs_per_shard=self._config.algo.prompts_per_shard, version=step
-        )
+        packed = packed_pairs(self._tokenizer, chosen, pairs_per_shard=pairs_per_shard, version=step)
         shards = [self._roles.share(shard) for shard in packed]
         hidden = await self._roles.policy.hidden(shards)
         annotation = await self._roles.reward.annotate(shards, hidden, omega=omega, step=step)

@@ -315,10 +315,11 @@ def test_the_warm_up_comes_before_anything_else_of_a_new_run(config: Config) -> 
     config.algo.responses_per_prompt = 4
     world = run(config)
     head = world.calls[: [call[0] for call in world.calls].index("evaluate")]
-    # As many rows at once as a step has: 8 pairs, so all 6; batches of 4 and of the remaining 2, at ω = Ω.
+    # As many rows at once as a step has: 8 pairs, so all 6; batches of 4 and of the remaining 2, at ω = Ω. A
+    # shard has the rows of 2 groups of 4, which are 4 pairs.
     assert [call[0] for call in head] == ["sync", "states", "annotate", "warm up", "warm up"]
     assert [call[1:] for call in head if call[0] == "warm up"] == [
-        ([2, 2], ["0 updates h"] * 2, 0.6),
+        ([4], ["0 updates h"], 0.6),
         ([2], ["0 updates h"], 0.6),
     ]
     assert [call[3] for call in head if call[0] == "annotate"] == [0.6]
@@ -330,6 +331,13 @@ def test_the_warm_up_comes_before_anything_else_of_a_new_run(config: Config) -> 
         "warm-up on 6 preference pairs, 2 batches: accuracy 0.500, Bradley–Terry 0.700 in its first 1; "
         "accuracy 0.500, Bradley–Terry 0.700 in its last 1"
     ]
+
+
+@pytest.mark.parametrize(("responses", "shards"), [(2, [2, 2]), (3, [2, 2]), (6, [2, 2]), (8, [4])])
+def test_a_batch_of_the_warm_up_is_whole_shards(responses: int, shards: list[int], config: Config) -> None:
+    config.reward.warmup_pairs, config.algo.responses_per_prompt = 8, responses
+    world = run(config)
+    assert [call[1] for call in world.calls if call[0] == "warm up"] == [shards, shards]
 
 
 def test_a_resumed_run_is_not_warmed_up_again(config: Config) -> None:

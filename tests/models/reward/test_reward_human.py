@@ -167,6 +167,31 @@ def test_the_first_update_after_a_warm_up_starts_without_moments(
     assert warmed.digests() == fresh.digests()
 
 
+def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    def informative(seed: int) -> RewardBatch:
+        """Random embeddings; the states of chosen rows lie 2 higher in one direction than the others."""
+        batch = make_batch(seed, groups=16, size=2)
+        hidden_TP = batch.hidden.hidden_TP.clone()
+        hidden_TP[:, 0] += 2.0 * (batch.hidden.layout.row_T % 2 == 0)
+        return replace(batch, hidden=replace(batch.hidden, hidden_TP=hidden_TP))
+
+    rate = {"warmup_learning_rate": 3e-3}
+    reads, blind = make_engine(**rate), make_engine(omega_floor=1.0, **rate)
+    for seed in range(60):
+        batch = informative(seed)
+        nothing = replace(batch, hidden=replace(batch.hidden, hidden_TP=batch.hidden.hidden_TP[:, :0]))
+        reads.warm_up([batch], 0.6)
+        blind.warm_up([nothing], 1.0)
+    unseen = [informative(seed) for seed in range(100, 110)]
+    found = float((rewards(reads.head, unseen, 2).diff() < 0).double().mean())
+    embeddings = torch.cat([batch.annotation.rte_ND for batch in unseen])
+    refitted = float((blind.head.score(embeddings).view(-1, 2).diff() < 0).double().mean())
+    assert found > 0.85
+    assert abs(refitted - 0.5) < 0.12
+
+
 def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(
     make_batch: BatchFactory, make_engine: EngineFactory
 ) -> None:
