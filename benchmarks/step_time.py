@@ -108,7 +108,7 @@ async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]
             stream = PromptStream(load_task(config, tokenizer).train_prompts, seed=config.run.seed)
             sides[name] = side
             stop = StopRequest(config.cluster.stop_grace_s)
-            human = HumanPairs(config, roles, pairs=(), tokenizer=tokenizer, record=side, notify=print)
+            human = HumanPairs(config, roles, pairs=(), tokenizer=tokenizer, record=side)
             runs.append(train(config, roles, stream, human, side, side, side, stop))
         await asyncio.gather(*[_finish(run, turns) for run in runs])
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ class HumanPairs:
 
     The warm-up takes the first ``reward.warmup_pairs`` of that order, each step the next
     ``algo.prompts_per_step``; so a run that goes on from a checkpoint needs no cursor.
-    notify: told what the warm-up did.
+    What the warm-up did is told to whoever watches the run.
     """
 
     def __init__(
@@ -45,14 +45,12 @@ class HumanPairs:
         pairs: Sequence[PreferencePair],
         tokenizer: PreTrainedTokenizerBase,
         record: Recorder,
-        notify: Callable[[str], None],
     ) -> None:
         self._config = config
         self._roles = roles
         self._pairs = pairs
         self._tokenizer = tokenizer
         self._record = record
-        self._notify = notify
 
     async def annotated(self, step: int, *, omega: float) -> LabelledPairs:
         """A step's pairs under the policy and the reward model as they are; none without an anchor."""
@@ -76,7 +74,7 @@ class HumanPairs:
                 await self._roles.reward.warm_up(batch, omega=reward.omega_floor)
                 async for batch in self._warm_up_batches()
             ]
-        self._notify(warm_up_summary(reward.warmup_pairs, stats))
+        self._record.message(warm_up_summary(reward.warmup_pairs, stats))
 
     async def _warm_up_batches(self) -> AsyncIterator[LabelledPairs]:
         """Batches of one optimizer step each, annotated as many rows at a time as a training step has.

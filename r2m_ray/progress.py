@@ -18,7 +18,7 @@ from rich.text import Text
 
 from r2m_ray.escape import printable
 
-OUTSIDE_STEP = frozenset({"start", "evaluate", "checkpoint"})
+OUTSIDE_STEP = frozenset({"start", "warm_up", "evaluate", "checkpoint"})
 """Phases between steps: no part of ``time/step``."""
 
 HEADLINES = {

@@ -94,6 +94,10 @@ class Recorder:
         """Time a phase of the step, and show that it is running."""
         return self._log.phase(name)
 
+    def message(self, text: str) -> None:
+        """Show lines to whoever watches the run."""
+        self._log.message(text)
+
     async def look(
         self,
         step: int,

@@ -146,6 +146,9 @@ class World:
     def phase(self, name: str) -> Iterator[None]:
         yield
 
+    def message(self, text: str) -> None:
+        self.told.append(text)
+
     def rewind(self, step: int) -> None:
         self.rewound = step
 
@@ -232,7 +235,7 @@ def run(
     words: Any = Words()
     roles = world.roles()
     pairs = [PreferencePair(prompt=f"h{i}", chosen="good", rejected="bad") for i in range(PAIRS)]
-    human = HumanPairs(config, roles, pairs=pairs, tokenizer=words, record=record, notify=world.told.append)
+    human = HumanPairs(config, roles, pairs=pairs, tokenizer=words, record=record)
     with nullcontext() if ends is None else pytest.raises(ends):
         asyncio.run(train(config, roles, stream, human, checkpoints, evaluator, record, world.stop))
     return world

@@ -127,14 +127,7 @@ async def _train(run: _Run, log: RunLog, checkpoints: Checkpoints, stop: StopReq
         with log.phase("start"):
             roles = await crew.start()
         record, evaluator = run.observers(roles, log)
-        human = HumanPairs(
-            config,
-            roles,
-            pairs=run.task.train_pairs,
-            tokenizer=run.tokenizer,
-            record=record,
-            notify=log.message,
-        )
+        human = HumanPairs(config, roles, pairs=run.task.train_pairs, tokenizer=run.tokenizer, record=record)
 
         async def attempt() -> None:
             try:

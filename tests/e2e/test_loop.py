@@ -159,6 +159,26 @@ def test_every_role_dies_once_and_the_run_is_the_same(
         assert f"{role}-0 replaced after" in told
 
 
+def test_human_pairs_come_again_alike_after_the_loss_of_a_role(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm = ("reward=r2m_anchor_mixed", "reward.warmup_pairs=24", "reward.omega_schedule=constant")
+    calm = train("anchored", *arm)
+    for row in steps(calm):
+        assert 0 <= row["rm/human_accuracy"] <= 1
+        assert row["rm/gradient_norm_human"] > 0
+    # In the warm-up, which begins again, and in a step, which goes on from the last commit without one.
+    faults = ("reward-0@0:warm_up:kill", "policy-0@2:optimizer:kill")
+    monkeypatch.setenv("R2M_TESTING", "1")
+    monkeypatch.setenv("R2M_FAULTS", ",".join(faults))
+    monkeypatch.setenv("R2M_FAULTS_DIR", str(tmp_path))
+    struck = train("anchored-struck", *arm)
+    assert len(list(tmp_path.iterdir())) == len(faults)
+    assert rows(struck) == rows(calm)
+    last = Path("checkpoints") / "step-000003"
+    assert digests(struck / last) == digests(calm / last)
+
+
 def test_vanilla_trains_on_the_frozen_reward_and_shares_the_first_batch(r2m: Path, train: Train) -> None:
     vanilla = steps(train("vanilla", "reward=vanilla"))
     assert all(row["reward/mean"] == row["reward/frozen_mean"] for row in vanilla)

@@ -31,6 +31,7 @@ def pairs(seed: int, count: int) -> RewardBatch:
         layout=layout,
         reward_N=torch.zeros(2 * count),
         frozen_reward_N=torch.zeros(2 * count),
+        gold_N=torch.zeros(2 * count),
         rte_ND=torch.randn(2 * count, D, generator=generator),
         response_id_N=torch.arange(2 * count),
     )
