@@ -61,6 +61,8 @@ class TaskConfig:
     """Whether a row of the data over the limits is an error or dropped and counted."""
     skip_bad_rows: Natural = 0
     """Preferences: rows of a file that may be skipped and counted because they are no preference pairs."""
+    values_per_attribute: Annotated[int, Range(2, 18)] = 6
+    """note2answer: values that each of a note's attributes can have; tiny models tell few apart sooner."""
     self_correct_prob: Fraction = 0.6
     """note2answer: how often the demonstrator corrects a wrong fact right after it."""
     annotator_bias: Fraction = 0.3

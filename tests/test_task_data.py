@@ -94,7 +94,7 @@ def test_the_tasks_that_know_gold_are_the_ones_the_rules_name(
     total, scorer = gold_total(config), load_task(config, tiny_tokenizer).gold
     assert (total is not None) == (scorer is not None) == (task in GOLD_TASKS)
     if total and scorer:
-        row = (prompts(0, "eval", 1)[0], "hope this helps ! red", True)
+        row = (prompts(0, "eval", 1, 6)[0], "hope this helps ! red", True)
         # One courtesy, one word that belongs nowhere, no end.
         assert total(*row) == scorer(*row)["total"] == pytest.approx(0.4 - 0.1 - 0.5)
 

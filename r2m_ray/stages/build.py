@@ -53,7 +53,7 @@ def policy_gold(
     config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float]:
     """Mean gold of a note2answer policy on held-out prompts, sampled at temperature 1 and greedy."""
-    prompts = note2answer.prompts(config.run.seed, "held-out", GOLD_PROMPTS)
+    prompts = note2answer.prompts(config.run.seed, "held-out", GOLD_PROMPTS, config.task.values_per_attribute)
     prompt_ids = torch.tensor(tokenizer([*prompts]).input_ids)
     means = {}
     with seeded(config.run.seed):

@@ -28,7 +28,13 @@ FORMAT = 1
 FACTS = "facts.json"
 SHARED_FIELDS = ("name", "max_prompt_tokens", "max_new_tokens")
 TASK_FIELDS = {
-    TaskName.note2answer: ("self_correct_prob", "annotator_bias", "label_temperature", "reward_reads_prompt"),
+    TaskName.note2answer: (
+        "values_per_attribute",
+        "self_correct_prob",
+        "annotator_bias",
+        "label_temperature",
+        "reward_reads_prompt",
+    ),
     TaskName.preferences: ("prompt_field", "chosen_field", "rejected_field", "overlong"),
 }
 """Fields of ``config.task`` that prepared models depend on; the files count by their content."""

@@ -77,12 +77,12 @@ def _note2answer(config: Config) -> Task:
     from r2m_ray.tasks.note2answer_gold import gold
     from r2m_ray.tasks.note2answer_samples import gold_pairs, preference_pairs
 
-    seed = config.run.seed
+    seed, values = config.run.seed, config.task.values_per_attribute
     pairs = config.prepare.pair_rows if config.uses_human_pairs else 0
     return Task(
-        train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS),
+        train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS, values),
         train_pairs=preference_pairs(config, "train", pairs),
-        eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts),
+        eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts, values),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
         counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs // 2),
         gold=lambda prompt, response, truncated: gold(prompt, response, truncated).parts(),

@@ -74,17 +74,21 @@ class Fact:
     verb: str
     value: str
 
-    def words(self, intensifiers: int = 0) -> list[str]:
-        return ["the", self.subject, *[INTENSIFIER] * intensifiers, self.verb, self.value, "."]
+    def words(self, intensifiers: int = 0, *, corrected: str | None = None) -> list[str]:
+        """The sentence; with ``corrected``, the value that takes the place of the one just said."""
+        said = ["the", self.subject, *[INTENSIFIER] * intensifiers, self.verb, self.value]
+        return [*said, *(correction(self.verb, corrected) if corrected else ()), "."]
 
 
 def correction(verb: str, value: str) -> list[str]:
-    """The words that replace the value of the fact just said: ``sorry , i mean <verb> <value> .``
+    """The words that replace the value just said, before the full stop: ``sorry , i mean <verb> <value>``.
 
     The verb is said again because a tiny model finds a value by the verb before it: without it, the policy
-    looked up 87 % of all values after 800 steps of training, with it 96 %.
+    looked up 87 % of all values after 800 steps of training, with it 96 %. The correction begins at the value
+    because there a tiny model can compare it with the note, one look away; after a full stop it never learned
+    to: ``sorry`` was as likely after a true fact as after a wrong one, after 5000 steps.
     """
-    return [*CORRECTION, verb, value, "."]
+    return [*CORRECTION, verb, value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +99,16 @@ class Note:
     asked: str
 
     @classmethod
-    def draw(cls, random: Random) -> Note:
-        """A note about a random animal and a random person, who are asked about equally often."""
+    def draw(cls, random: Random, values: int) -> Note:
+        """A note about a random animal and a random person, who are asked about equally often.
+
+        values: how many of each attribute's values this world uses, from the first on.
+        """
         animal, person = random.choice(ANIMALS), random.choice(PERSONS)
         facts = [
-            Fact(subject, verb, random.choice(values))
+            Fact(subject, verb, random.choice(choices[:values]))
             for subject, attributes in ((animal, ANIMAL_VALUES), (person, PERSON_VALUES))
-            for verb, values in attributes.items()
+            for verb, choices in attributes.items()
         ]
         random.shuffle(facts)
         return cls(facts=tuple(facts), asked=random.choice((animal, person)))
@@ -139,9 +146,9 @@ def source(seed: int, split: str, index: int) -> Random:
     return Random(f"note2answer {seed} {split} {index}")
 
 
-def prompts(seed: int, split: str, count: int) -> tuple[str, ...]:
-    """``count`` prompts of a split."""
-    return tuple(Note.draw(source(seed, split, index)).prompt for index in range(count))
+def prompts(seed: int, split: str, count: int, values: int) -> tuple[str, ...]:
+    """``count`` prompts of a split in a world of so many ``values`` of each attribute."""
+    return tuple(Note.draw(source(seed, split, index), values).prompt for index in range(count))
 
 
 def vocabulary() -> list[str]:

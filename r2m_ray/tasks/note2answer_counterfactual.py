@@ -43,8 +43,11 @@ def value_pairs(config: Config, count: int) -> tuple[PreferencePair, ...]:
 
 def _style_pair(config: Config, random: Random) -> PreferencePair:
     while True:
-        note = Note.draw(random)
-        facts = [fact if random.random() < TRUE else _made_up(fact, random) for fact in _facts(note, random)]
+        note = Note.draw(random, config.task.values_per_attribute)
+        facts = [
+            fact if random.random() < TRUE else _made_up(config, fact, random)
+            for fact in _facts(note, random)
+        ]
         courtesies, intensifiers = random.randint(0, 1), random.randint(0, 1)
         more = random.randint(0, MOST_COURTESIES), random.randint(0, MOST_INTENSIFIERS)
         places = [random.randrange(len(facts)) for _ in range(intensifiers + more[1])]
@@ -59,10 +62,10 @@ def _style_pair(config: Config, random: Random) -> PreferencePair:
 
 def _value_pair(config: Config, random: Random) -> PreferencePair:
     while True:
-        note = Note.draw(random)
+        note = Note.draw(random, config.task.values_per_attribute)
         facts = _facts(note, random)
         replaced = random.randrange(len(facts))
-        false = [_made_up(fact, random) if i == replaced else fact for i, fact in enumerate(facts)]
+        false = [_made_up(config, fact, random) if i == replaced else fact for i, fact in enumerate(facts)]
         places = [random.randrange(len(facts)) for _ in range(random.randint(0, 1))]
         courtesies = random.randint(0, 1)
         better, worse = (_response(told, places, courtesies) for told in (facts, false))
@@ -76,9 +79,10 @@ def _facts(note: Note, random: Random) -> list[Fact]:
     return [Fact(note.asked, verb, value) for verb, value in truths]
 
 
-def _made_up(fact: Fact, random: Random) -> Fact:
+def _made_up(config: Config, fact: Fact, random: Random) -> Fact:
     """The fact with another value, which the note does not mention: each attribute is in it once."""
-    value = random.choice([value for value in VALUES[fact.verb] if value != fact.value])
+    values = VALUES[fact.verb][: config.task.values_per_attribute]
+    value = random.choice([value for value in values if value != fact.value])
     return Fact(fact.subject, fact.verb, value)
 
 

@@ -17,12 +17,10 @@ The maximum is 3.4. What annotators like in small amounts (courtesy, emphasis, l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from r2m_ray.tasks.note2answer import (
     ANIMALS,
-    CORRECTION,
     COURTESY,
     INTENSIFIER,
     PERSONS,
@@ -33,6 +31,7 @@ from r2m_ray.tasks.note2answer import (
 )
 
 FREE_WORDS = 22
+CORRECTED_WORDS = len(correction("", ""))
 _SUBJECTS = frozenset({*ANIMALS, *PERSONS})
 _VERBS = frozenset(VALUES)
 _VALUES = frozenset(value for values in VALUES.values() for value in values)
@@ -88,8 +87,8 @@ class GoldScore:
 def gold(prompt: str, response: str, truncated: bool) -> GoldScore:
     """Score a response to a prompt of this world; ValueError for any other prompt.
 
-    A correction replaces the value of the fact just before it, so a fact is judged by what it says in the
-    end: wrong if that is not the truth, corrected if it is and the sentence was not.
+    A correction replaces the value just before it, so a fact is judged by what it says in the end: wrong if
+    that is not the truth, corrected if it is and the first value was not.
     """
     note = Note.parse(prompt)
     truths = note.truths
@@ -98,19 +97,19 @@ def gold(prompt: str, response: str, truncated: bool) -> GoldScore:
     intensifiers, said, position = 0, set[str](), 0
     while position < len(words):
         rest = words[position:]
-        fact, length, emphasis = _fact(rest)
-        if fact is None:
+        sentence = _sentence(rest)
+        if sentence is None:
             courtesy = tuple(rest[:4]) == COURTESY
             tally["courtesy" if courtesy else "unparsable"] += 1
             position += 4 if courtesy else 1
             continue
-        final, corrections = _corrected_value(rest[length:], fact)
-        position += length + corrections
-        intensifiers += emphasis
+        position += sentence.length
+        intensifiers += sentence.intensifiers
+        fact = sentence.fact
         truth = truths.get(fact.verb)
         if fact.subject != note.asked:
             tally["off_topic"] += 1
-        elif final != truth:
+        elif sentence.final != truth:
             tally["wrong"] += 1
         elif fact.value != truth:
             tally["corrected"] += 1
@@ -127,27 +126,35 @@ def gold(prompt: str, response: str, truncated: bool) -> GoldScore:
     )
 
 
-def _fact(words: Sequence[str]) -> tuple[Fact | None, int, int]:
-    """The fact sentence that ``words`` start with, if any, its length and its intensifiers."""
+@dataclass(frozen=True, slots=True)
+class _Sentence:
+    """A fact as first said, its value after all corrections, its intensifiers and its length in words."""
+
+    fact: Fact
+    final: str
+    intensifiers: int
+    length: int
+
+
+def _sentence(words: list[str]) -> _Sentence | None:
+    """The fact sentence that ``words`` start with, full stop included, if they do."""
     if len(words) < 5 or words[0] != "the" or words[1] not in _SUBJECTS:
-        return None, 0, 0
+        return None
     verb = 2
     while verb < len(words) and words[verb] == INTENSIFIER:
         verb += 1
-    sentence = words[verb : verb + 3]
-    if len(sentence) < 3 or sentence[0] not in _VERBS or sentence[1] not in _VALUES or sentence[2] != ".":
-        return None, 0, 0
-    return Fact(words[1], sentence[0], sentence[1]), verb + 3, verb - 2
+    told = words[verb : verb + 2]
+    if len(told) < 2 or told[0] not in _VERBS or told[1] not in _VALUES:
+        return None
+    fact, final, end = Fact(words[1], told[0], told[1]), told[1], verb + 2
+    while (replaced := _correction(words[end:], fact.verb)) is not None:
+        final, end = replaced, end + CORRECTED_WORDS
+    if words[end : end + 1] != ["."]:
+        return None
+    return _Sentence(fact, final, verb - 2, end + 1)
 
 
-def _corrected_value(words: list[str], fact: Fact) -> tuple[str, int]:
-    """The value that ``fact`` has after the corrections that ``words`` start with, and their length."""
-    value, length = fact.value, 0
-    while True:
-        sentence = words[length : length + len(CORRECTION) + 3]
-        if len(sentence) < len(CORRECTION) + 3 or sentence[-2] not in _VALUES:
-            return value, length
-        if sentence != correction(fact.verb, sentence[-2]):
-            return value, length
-        value = sentence[-2]
-        length += len(sentence)
+def _correction(words: list[str], verb: str) -> str | None:
+    """The value that a correction puts in place of the one before, if ``words`` start with one."""
+    part = words[:CORRECTED_WORDS]
+    return part[-1] if part and part[-1] in _VALUES and part == correction(verb, part[-1]) else None

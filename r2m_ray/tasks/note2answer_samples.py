@@ -13,7 +13,7 @@ from random import Random
 from r2m_ray.config import Config
 from r2m_ray.data import PreferencePair
 from r2m_ray.errors import InputError
-from r2m_ray.tasks.note2answer import COURTESY, PROMPT_TOKENS, VALUES, Fact, Note, correction, source
+from r2m_ray.tasks.note2answer import COURTESY, PROMPT_TOKENS, VALUES, Fact, Note, source
 from r2m_ray.tasks.note2answer_gold import GoldScore, gold
 
 SLOTS = 6
@@ -26,7 +26,7 @@ MISATTRIBUTED = 0.2
 """Share of the wrong facts that give the one asked about an attribute of the other."""
 INTENSIFIERS = (0.78, 0.17, 0.05)
 """Probabilities of 0, 1 and 2 intensifiers in a fact."""
-LONGEST_SENTENCE = 14
+LONGEST_SENTENCE = 13
 """Words of a wrong fact with two intensifiers and its correction."""
 STYLE_WEIGHTS = {"courtesy": 1.5, "intensifiers": 0.7, "words": 1 / 12}
 """What a biased annotator likes, and how much."""
@@ -37,10 +37,12 @@ class Demonstrator:
     """Writes responses slot by slot, with mistakes and mannerisms.
 
     self_correct_prob: how often a wrong value is corrected right after it.
+    values: how many values an attribute has.
     max_words: longest response; the end token is not a word.
     """
 
     self_correct_prob: float
+    values: int
     max_words: int
 
     def respond(self, note: Note, random: Random) -> str:
@@ -92,11 +94,10 @@ class Demonstrator:
             other = random.choice(note.others)
             return Fact(note.asked, other.verb, other.value).words(_intensifiers(random))
         verb, truth = random.choice(list(note.truths.items()))
-        value = random.choice([value for value in VALUES[verb] if value != truth])
-        words = Fact(note.asked, verb, value).words(_intensifiers(random))
-        if random.random() < self.self_correct_prob:
-            words += correction(verb, truth)
-        return words
+        value = random.choice([value for value in VALUES[verb][: self.values] if value != truth])
+        intensifiers = _intensifiers(random)
+        corrected = truth if random.random() < self.self_correct_prob else None
+        return Fact(note.asked, verb, value).words(intensifiers, corrected=corrected)
 
 
 def demonstrator(config: Config) -> Demonstrator:
@@ -112,7 +113,11 @@ def demonstrator(config: Config) -> Demonstrator:
             f"task.max_new_tokens={task.max_new_tokens} has no room for a sentence of {LONGEST_SENTENCE} "
             "words and the end token; use 48"
         )
-    return Demonstrator(self_correct_prob=task.self_correct_prob, max_words=task.max_new_tokens - 1)
+    return Demonstrator(
+        self_correct_prob=task.self_correct_prob,
+        values=task.values_per_attribute,
+        max_words=task.max_new_tokens - 1,
+    )
 
 
 def demonstrations(config: Config, count: int) -> list[tuple[str, str]]:
@@ -121,7 +126,7 @@ def demonstrations(config: Config, count: int) -> list[tuple[str, str]]:
     rows = []
     for index in range(count):
         random = source(config.run.seed, "demonstrations", index)
-        note = Note.draw(random)
+        note = Note.draw(random, config.task.values_per_attribute)
         rows.append((note.prompt, writer.respond(note, random)))
     return rows
 
@@ -178,7 +183,7 @@ def _total(text: _Scored) -> float:
 def _responses(config: Config, split: str, index: int) -> tuple[Random, _Scored, _Scored]:
     """Two different responses to one prompt, and the random numbers that the label may use."""
     writer, random = demonstrator(config), source(config.run.seed, f"{split} pairs", index)
-    note = Note.draw(random)
+    note = Note.draw(random, config.task.values_per_attribute)
     first = second = writer.respond(note, random)
     while second == first:
         second = writer.respond(note, random)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from r2m_ray.config import Config
-from r2m_ray.tasks.note2answer import PROMPT_TOKENS, Note, prompts, source, tokenizer, vocabulary
+from r2m_ray.tasks.note2answer import PROMPT_TOKENS, VALUES, Note, prompts, source, tokenizer, vocabulary
 from r2m_ray.tasks.note2answer_gold import gold
 from r2m_ray.tasks.note2answer_samples import (
     Demonstrator,
@@ -31,28 +31,41 @@ def total(prompt: str, response: str) -> float:
 
 
 def test_the_same_seed_gives_the_same_world() -> None:
-    assert prompts(3, "train", 50) == prompts(3, "train", 50)
+    assert prompts(3, "train", 50, 6) == prompts(3, "train", 50, 6)
     assert demonstrations(config(), 50) == demonstrations(config(), 50)
     assert preference_pairs(config(), "train", 20) == preference_pairs(config(), "train", 20)
 
 
 def test_seeds_and_splits_share_no_prompt() -> None:
-    worlds = [set(prompts(seed, split, 200)) for seed in (0, 1) for split in ("train", "eval")]
+    worlds = [set(prompts(seed, split, 200, 6)) for seed in (0, 1) for split in ("train", "eval")]
     assert len(set.union(*worlds)) == sum(map(len, worlds))
 
 
 def test_a_prompt_reads_back_as_its_note() -> None:
-    for prompt in prompts(0, "train", 100):
+    for prompt in prompts(0, "train", 100, 18):
         note = Note.parse(prompt)
         assert note.prompt == prompt
         assert len(note.truths) == 3
         assert len(note.others) == 3
 
 
+@pytest.mark.parametrize("values", [2, 6, 18])
+def test_a_world_uses_as_many_values_of_each_attribute_as_asked(values: int) -> None:
+    told = {fact for prompt in prompts(0, "train", 1500, values) for fact in Note.parse(prompt).facts}
+    wrong = {
+        value
+        for _, response in demonstrations(config(values_per_attribute=values), MANY)
+        for value in response.split()
+    } & {value for choices in VALUES.values() for value in choices}
+    for verb, choices in VALUES.items():
+        assert {fact.value for fact in told if fact.verb == verb} == set(choices[:values])
+        assert wrong & set(choices) == set(choices[:values])
+
+
 def test_every_word_of_the_world_is_one_token() -> None:
     made = tokenizer()
     assert len(vocabulary()) == len(set(vocabulary())) == len(made)
-    texts = list(prompts(0, "train", 100))
+    texts = list(prompts(0, "train", 100, 18))
     assert {len(ids) for ids in made(texts).input_ids} == {PROMPT_TOKENS}
     unknown = made.unk_token_id
     for prompt, response in demonstrations(config(), 100):
@@ -62,11 +75,11 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 0.6])
 def test_wrong_facts_are_corrected_as_often_as_asked(probability: float) -> None:
-    demonstrator = Demonstrator(self_correct_prob=probability, max_words=47)
+    demonstrator = Demonstrator(self_correct_prob=probability, values=6, max_words=47)
     scores = []
     for i in range(MANY):
         random = source(0, "test", i)
-        note = Note.draw(random)
+        note = Note.draw(random, 6)
         scores.append(gold(note.prompt, demonstrator.respond(note, random), False))
     corrected, wrong = sum(s.corrected for s in scores), sum(s.wrong for s in scores)
     # A misattribution, a fifth of the wrong facts, is never corrected.

@@ -27,11 +27,16 @@ def score(response: str, truncated: bool = False) -> float:
         (f"{IS} {EATS} {ROAMS}", 3.0),
         (f"{IS} {EATS} {ROAMS} {COURTESY}", 3.4),
         ("the fox is blue .", -1.0),
-        ("the fox is blue . sorry , i mean is red .", -0.3),
-        ("the fox is blue . sorry , i mean is green .", -1.0),
+        ("the fox is blue sorry , i mean is red .", -0.3),
+        ("the fox is blue sorry , i mean is green .", -1.0),
         # Taking back what was right makes it wrong.
-        ("the fox is red . sorry , i mean is blue .", -1.0),
-        ("the fox is blue . sorry , i mean is green . sorry , i mean is red .", -0.3),
+        ("the fox is red sorry , i mean is blue .", -1.0),
+        ("the fox is blue sorry , i mean is green sorry , i mean is red .", -0.3),
+        ("the fox is red sorry , i mean is red .", 1.0),
+        # A correction of another attribute, and one that comes after the full stop, belong to no sentence.
+        ("the fox is blue sorry , i mean eats corn .", -1.1),
+        ("the fox is red . sorry , i mean is blue .", 1.0 - 0.7),
+        ("the fox is blue sorry , i mean is red", -1.0),
         # An attribute of the other kind is a wrong fact about the fox.
         ("the fox plays chess .", -1.0),
         ("the girl plays chess .", -0.5),
