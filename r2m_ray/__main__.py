@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from r2m_ray import __version__
-from r2m_ray.cli import checkpoint, doctor, evaluate, plan, prepare, report, train
+from r2m_ray.cli import checkpoint, compare, doctor, evaluate, plan, prepare, report, train
 from r2m_ray.errors import InputError, Preempted, RunError
 from r2m_ray.escape import printable, redacted
 from r2m_ray.faults import refuse_faults
@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "train": (train.SUMMARY, train.run),
     "evaluate": (evaluate.SUMMARY, evaluate.run),
     "report": (report.SUMMARY, report.run),
+    "compare": (compare.SUMMARY, compare.run),
     "checkpoint": (checkpoint.SUMMARY, checkpoint.run),
     "plan": (plan.SUMMARY, plan.run),
     "doctor": (doctor.SUMMARY, doctor.run),

@@ -42,18 +42,23 @@ def page(run: RunRecord, *, reading: str, headlines: Sequence[Headline], figures
         f'<header><p class="kind">r2m_ray run</p><h1>{name}</h1><p class="facts">{_facts(run)}</p></header>',
         f'<p class="reading">{safe(reading)}</p>',
         f'<section class="tiles">{"".join(map(_tile, headlines))}</section>',
-        *map(_figure, figures),
+        *map(figure_section, figures),
         _rollouts(run.rollouts),
         _environment(run),
         f"<details><summary>Configuration</summary><pre>{safe(run.config_text)}</pre></details>",
     ]
+    return document(run.config["run"]["name"], sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole self-contained page; title: plain text. sections: HTML, empty ones are left out."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Even a browser that is tricked by some text may not fetch or run anything.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
-        f"<title>{name} · r2m_ray</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{safe(title)} · r2m_ray</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -87,7 +92,8 @@ def _tile(headline: Headline) -> str:
     )
 
 
-def _figure(figure: Figure) -> str:
+def figure_section(figure: Figure) -> str:
+    """A figure with its heading and caption, as HTML."""
     data = base64.b64encode(figure.png).decode("ascii")
     return (
         f"<section><h2>{safe(figure.heading)}</h2><p>{safe(figure.caption)}</p>"

@@ -24,9 +24,9 @@ OWN, FROZEN, GOLD = "#0072B2", "#D55E00", "#009E73"
 SKY, ROSE, AMBER, GREY = "#56B4E9", "#CC79A7", "#E69F00", "#8A9099"
 PHASES = {"sample": OWN, "annotate": AMBER, "policy": GOLD, "reward": FROZEN}
 _SMOOTHED_FROM = 40
-_WIDTH, _HEIGHT = 11.8, 2.9  # Inches of a figure, and of each line of panels in it.
+WIDTH, HEIGHT = 11.8, 2.9  # Inches of a figure, and of each line of panels in it.
 _LABEL_WIDTH = 0.72  # Inches.
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -84,7 +84,7 @@ class Panel:
         for curve in self.curves:
             if known(rows, curve.key):
                 _draw_curve(axes, steps, column(rows, curve.key), curve, marked=self.rows == "evaluations")
-        _finish(axes, self.title, "training step", self.unit)
+        finish(axes, self.title, "training step", self.unit)
         if len(rows) == 1:
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
         axes.set_xticks(_step_ticks(np.array(axes.get_xlim())))
@@ -125,24 +125,24 @@ def save_plot(plot: Plot, run: RunRecord, directory: Path) -> Path | None:
     columns = len(panels) if len(panels) <= 4 else 3
     lines = -(-len(panels) // columns)
     path = directory / f"{plot.name}.png"
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT * lines))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEIGHT * lines))
         FigureCanvasAgg(figure)
         for i, panel in enumerate(panels):
             line, place = divmod(i, columns)
-            panel.draw(figure.add_axes(_cell(place, line, columns, lines)), run)
+            panel.draw(figure.add_axes(cell(place, line, columns, lines)), run)
         figure.savefig(path)
     return path
 
 
-def _cell(place: int, line: int, columns: int, lines: int) -> tuple[float, float, float, float]:
+def cell(place: int, line: int, columns: int, lines: int) -> tuple[float, float, float, float]:
     """Left, bottom, width and height of a panel's axes; margins are in inches, so that all panels align."""
-    width, height = _WIDTH / columns, _HEIGHT
+    width, height = WIDTH / columns, HEIGHT
     left, right, top, bottom = 0.66, 0.12, 0.60, 0.52
     return (
-        (place * width + left) / _WIDTH,
+        (place * width + left) / WIDTH,
         ((lines - 1 - line) * height + bottom) / (lines * height),
-        (width - left - right) / _WIDTH,
+        (width - left - right) / WIDTH,
         (height - top - bottom) / (lines * height),
     )
 
@@ -175,11 +175,11 @@ def draw_times(axes: Axes, run: RunRecord) -> None:
         axes.annotate(phase, (1.0, label_height), xycoords=("axes fraction", "data"), color=colour,
                       ha="right", va="center", fontsize=8.5, fontweight="bold")  # fmt: skip
         base = base + values
-    _finish(axes, "Time per step", "training step", "seconds")
+    finish(axes, "Time per step", "training step", "seconds")
     axes.grid(False, axis="x")
     # A first step full of compilation would flatten all the others.
     axes.set_ylim(0, max(highest, label_height + 0.05 * highest))
-    room = (edges[-1] - edges[0]) * _LABEL_WIDTH / (axes.get_position().width * _WIDTH - _LABEL_WIDTH)
+    room = (edges[-1] - edges[0]) * _LABEL_WIDTH / (axes.get_position().width * WIDTH - _LABEL_WIDTH)
     axes.set_xlim(edges[0], edges[-1] + room)
     axes.set_xticks(_step_ticks(steps))
 
@@ -196,7 +196,7 @@ def draw_frontier(axes: Axes, run: RunRecord) -> None:
             change = values - values[np.isfinite(values)][0]
             axes.plot(distance, change, style, color=colour, label=label, marker="o", markersize=3.5)
     axes.axhline(0, color=GREY, linewidth=0.8)
-    _finish(axes, "Reward against distance", "√KL to the reference, per response", "change since the start")
+    finish(axes, "Reward against distance", "√KL to the reference, per response", "change since the start")
 
 
 def _draw_curve(axes: Axes, steps: Series, values: Series, curve: Curve, *, marked: bool) -> None:
@@ -213,7 +213,8 @@ def _draw_curve(axes: Axes, steps: Series, values: Series, curve: Curve, *, mark
         axes.plot(steps, smooth, curve.style, color=curve.colour, label=curve.label)
 
 
-def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels and legend of a panel, in the places that every panel has them."""
     axes.set_title(title, pad=24)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

@@ -56,5 +56,9 @@ table { border-collapse: collapse; width: 100%; margin-top: 8px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 12px 5px 0; border-top: 1px solid var(--line);
   overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 500; width: 110px; }
+.wide { overflow-x: auto; }
+.numbers th, .numbers td { text-align: right; width: auto; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.numbers th:first-child, .numbers td:first-child { text-align: left; }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """

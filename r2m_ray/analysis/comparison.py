@@ -45,9 +45,10 @@ class Comparison:
         return tuple(arm for arm in self.arms if arm != self.baseline)
 
 
-def read_comparison(runs: Mapping[str, Sequence[Path]], baseline: str) -> Comparison:
+def read_comparison(runs: Mapping[str, Sequence[Path]], baseline: str, *, gold: bool = True) -> Comparison:
     """Read the run directories of each arm and compare them; errors of ``read_curve`` and ``comparison``."""
-    return comparison((read_curve(path, arm) for arm, paths in runs.items() for path in paths), baseline)
+    curves = (read_curve(path, arm, gold=gold) for arm, paths in runs.items() for path in paths)
+    return comparison(curves, baseline)
 
 
 def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:

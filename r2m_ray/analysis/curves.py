@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r2m_ray.errors import InputError
-from r2m_ray.report_data import Row, RunRecord, column, read_run
+from r2m_ray.report_data import Row, RunRecord, column, known, read_run
 from r2m_ray.run_files import METRICS_FILE
 
 Series = NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-REQUIRED = ("kl_sequence", "gold", "frozen_reward", "reward")
-"""Keys of an evaluation without which a run has no place in a comparison."""
+GOLD = "gold"
+REQUIRED = ("kl_sequence", "frozen_reward", "reward")
+"""Keys of an evaluation without which a run has no place in a comparison, beside gold where it is known."""
 START_KL = 0.1
 """Nats per response that two engines may disagree by on one policy; more means a start off the reference."""
 
@@ -31,7 +32,8 @@ class Curve:
 
     steps: training steps after which the run was evaluated, from 0 to the planned last one.
     kl: KL to the reference, nats per response; 0 at step 0, never negative.
-    gold, frozen, own: mean gold score, score of the original reward model, and score of the arm's own.
+    gold, frozen, own: mean gold score, score of the original reward model, and score of the arm's own; gold
+    is NaN throughout where the task knows none.
     metrics: every key of the evaluations by its name, NaN where a row lacks it.
     settings: the run's configuration, value by dotted path.
     """
@@ -48,22 +50,27 @@ class Curve:
     settings: Mapping[str, Any]
 
     @property
+    def knows_gold(self) -> bool:
+        """Whether the task has a gold score."""
+        return bool(np.isfinite(self.gold).all())
+
+    @property
     def max_kl(self) -> float:
         """The largest KL of any evaluation, nats per response."""
         return float(self.kl.max())
 
 
-def read_curve(directory: Path, arm: str) -> Curve:
+def read_curve(directory: Path, arm: str, *, gold: bool = True) -> Curve:
     """The curve of a finished run; ``arm`` is the name it goes by in a comparison.
 
     Raises InputError naming the file and the remedy for a run that is missing, damaged or half-finished, for
-    one without gold, and for one that does not start at its reference.
+    one that does not start at its reference, and, unless ``gold`` is False, for one without gold.
     """
     run = read_run(directory)
     file = directory / METRICS_FILE
     rows = run.evaluations
     _check_steps(file, run)
-    _check_values(file, rows)
+    _check_values(file, rows, (*REQUIRED, GOLD) if gold else REQUIRED)
     kl = column(rows, "kl_sequence")
     if abs(kl[0]) > START_KL:
         raise InputError(
@@ -80,7 +87,7 @@ def read_curve(directory: Path, arm: str) -> Curve:
         steps=_fixed(np.array([row["step"] for row in rows], dtype=np.int64)),
         # The estimate log π − log π_ref is below 0 now and then where the KL is close to it.
         kl=_fixed(np.maximum(kl, 0.0)),
-        gold=_fixed(column(rows, "gold")),
+        gold=_fixed(column(rows, GOLD)),
         frozen=_fixed(column(rows, "frozen_reward")),
         own=_fixed(column(rows, "reward")),
         metrics=MappingProxyType({name: _fixed(column(rows, name)) for name in names}),
@@ -113,12 +120,12 @@ def _check_steps(file: Path, run: RunRecord) -> None:
         )
 
 
-def _check_values(file: Path, rows: Sequence[Row]) -> None:
-    if all(row.get("gold") is None for row in rows):
+def _check_values(file: Path, rows: Sequence[Row], required: Sequence[str]) -> None:
+    if GOLD in required and not known(rows, GOLD):
         raise InputError(
             f"{file}: no gold score. Use a task that knows one (task=note2answer) and evaluate.prompts > 0."
         )
-    for key in REQUIRED:
+    for key in required:
         holes = np.flatnonzero(~np.isfinite(column(rows, key)))
         if len(holes):
             raise InputError(

@@ -67,6 +67,12 @@ def gold_at(curve: Curve, kl: float) -> float | None:
     return None if passage is None else passage.of(curve.gold)
 
 
+def frozen_at(curve: Curve, kl: float) -> float | None:
+    """Score of the original reward model where the path first reaches ``kl``; None where censored."""
+    passage = first_passage(curve, kl)
+    return None if passage is None else passage.of(curve.frozen)
+
+
 def area(curve: Curve, kl: float) -> float | None:
     """``∫₀^kl gold at first passage``, gold times nats, exact on the path; None where the curve is censored.
 
@@ -93,6 +99,17 @@ def peak_of_mean(curves: Sequence[Curve]) -> Peak:
     The mean and not the best evaluation, which would be the luckiest one. Raises InputError where the curves
     were not evaluated after the same steps, or where mean gold is highest before any training.
     """
+    top = highest_of_mean(curves)
+    if top.kl == 0:
+        raise InputError(
+            f"arm {curves[0].arm!r}: mean gold is highest at KL 0, before training, so there is no KL* to "
+            "match at. The world fails its gate of a baseline that first improves."
+        )
+    return top
+
+
+def highest_of_mean(curves: Sequence[Curve]) -> Peak:
+    """Where the mean over seeds is highest in gold, at KL 0 perhaps; InputError for different steps."""
     steps = curves[0].steps
     for curve in curves[1:]:
         if not np.array_equal(curve.steps, steps):
@@ -103,11 +120,6 @@ def peak_of_mean(curves: Sequence[Curve]) -> Peak:
     gold = np.mean([curve.gold for curve in curves], axis=0)
     kl = np.mean([curve.kl for curve in curves], axis=0)
     best = int(np.argmax(gold))
-    if kl[best] == 0:
-        raise InputError(
-            f"arm {curves[0].arm!r}: mean gold is highest at KL 0, before training, so there is no KL* to "
-            "match at. The world fails its gate of a baseline that first improves."
-        )
     return Peak(
         kl=float(kl[best]),
         gold=float(gold[best]),

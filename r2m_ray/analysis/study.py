@@ -60,48 +60,73 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """Everything the tables show. values: of each endpoint and arm, one number per seed."""
+    """Everything the tables show.
+
+    gold: whether gold is known. peak: where KL* is; None without gold, and where the baseline has none.
+    values: of each endpoint and arm, one number per seed.
+    """
 
     baseline: str
     seeds: tuple[int, ...]
-    peak: Peak
+    gold: bool
+    peak: Peak | None
     endpoints: tuple[Endpoint, ...]
     values: Mapping[str, Mapping[str, Values]]
     contrasts: Mapping[str, Mapping[str, Contrast]]
 
+    @property
+    def challengers(self) -> tuple[str, ...]:
+        """Every arm but the baseline."""
+        return tuple(arm for arm in next(iter(self.values.values())) if arm != self.baseline)
 
-def study(comparison: Comparison, *, seed: int = 0, resamples: int = RESAMPLES) -> Study:
+
+def study(
+    comparison: Comparison, *, top: Peak | None = None, seed: int = 0, resamples: int = RESAMPLES
+) -> Study:
     """Compare every arm with the baseline in every endpoint.
 
-    seed: the bootstrap's. Raises InputError where there is no other arm, or the baseline has no KL* (see
-    ``peak_of_mean``).
+    top: where KL* is, if more of the baseline's seeds are known than are compared here; by default it is of
+    the baseline's mean curve. seed: the bootstrap's. Raises InputError where there is no other arm, where a
+    run has no gold, or where the baseline has no KL* (see ``peak_of_mean``).
     """
+    for curve in (curve for curves in comparison.arms.values() for curve in curves):
+        if not curve.knows_gold:
+            raise InputError(f"{curve.source}: no gold score to compare at matched KL.")
+    top = top or peak_of_mean(comparison.curves(comparison.baseline))
+    found = contrasted(comparison, endpoints(top.kl), seed=seed, resamples=resamples)
+    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
+    shared = [draw(arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
+    contrasts = MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)})
+    return replace(found, peak=top, contrasts=contrasts)
+
+
+def contrasted(
+    comparison: Comparison, endpoints: Sequence[Endpoint], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Study:
+    """Every arm held against the baseline in the endpoints given; InputError where there is no other arm."""
     if not comparison.challengers:
         raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
-    top = peak_of_mean(comparison.curves(comparison.baseline))
-    found = endpoints(top.kl)
     values: dict[str, Mapping[str, Values]] = {}
     contrasts: dict[str, Mapping[str, Contrast]] = {}
     draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
-    for endpoint in found:
+    for endpoint in endpoints:
         values[endpoint.name] = MappingProxyType(
             {arm: tuple(endpoint.value(curve) for curve in curves) for arm, curves in comparison.arms.items()}
         )
         contrasts[endpoint.name] = _corrected([draw(arm, endpoint) for arm in comparison.challengers])
-    shared = [draw(arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
-    contrasts[SHARED_NAME] = _corrected(shared)
     return Study(
         baseline=comparison.baseline,
         seeds=comparison.seeds,
-        peak=top,
-        endpoints=found,
+        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
+        peak=None,
+        endpoints=tuple(endpoints),
         values=MappingProxyType(values),
         contrasts=MappingProxyType(contrasts),
     )
 
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
-    """The endpoints of a comparison whose baseline peaks at KL* nats per response."""
+    """The endpoints of a comparison whose baseline peaks at KL* nats per response, the primary ones first."""
     matched = [
         Endpoint(
             name=f"gold_at_{n}_kl_star",
@@ -113,31 +138,34 @@ def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
         for n in MULTIPLES
     ]
     widest = MULTIPLES[-1] * kl_star
-    return (
-        *matched,
-        Endpoint(
-            name="area",
-            label=f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats",
-            primary=True,
-            value=partial(area, kl=widest),
-            kl=widest,
-        ),
-        Endpoint(name="final_gold", label="Final gold", primary=False, value=lambda c: final(c).gold),
-        Endpoint(name="final_kl", label="Final KL, nats", primary=False, value=lambda c: final(c).kl),
-        Endpoint(
-            name="peak_gold", label="Highest evaluation of gold", primary=False, value=lambda c: peak(c).gold
-        ),
-        Endpoint(
-            name="peak_kl", label="KL of that evaluation, nats", primary=False, value=lambda c: peak(c).kl
-        ),
-        Endpoint(name="fall", label="Fall of gold from there to the end", primary=False, value=fall),
-        Endpoint(
-            name="fall_kl",
-            label=f"KL at which gold had fallen by {FALL:g}, nats",
-            primary=False,
-            value=_fall_kl,
-        ),
+    under = Endpoint(
+        name="area",
+        label=f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats",
+        primary=True,
+        value=partial(area, kl=widest),
+        kl=widest,
     )
+    return (*matched, under, *UNMATCHED)
+
+
+def _fall_kl(curve: Curve) -> float | None:
+    place = fallen(curve, FALL)
+    return None if place is None else place.kl
+
+
+def _secondary(name: str, label: str, value: Callable[[Curve], float | None]) -> Endpoint:
+    return Endpoint(name=name, label=label, primary=False, value=value)
+
+
+UNMATCHED = (
+    _secondary("final_gold", "Final gold", lambda curve: final(curve).gold),
+    _secondary("final_kl", "Final KL, nats", lambda curve: final(curve).kl),
+    _secondary("peak_gold", "Highest evaluation of gold", lambda curve: peak(curve).gold),
+    _secondary("peak_kl", "KL of that evaluation, nats", lambda curve: peak(curve).kl),
+    _secondary("fall", "Fall of gold from there to the end", fall),
+    _secondary("fall_kl", f"KL at which gold had fallen by {FALL:g}, nats", _fall_kl),
+)
+"""Endpoints that need no KL*."""
 
 
 def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
@@ -150,11 +178,6 @@ def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
         value=lambda curve: mean_gold(curve, upper) if upper > 0 else None,
         kl=upper,
     )
-
-
-def _fall_kl(curve: Curve) -> float | None:
-    place = fallen(curve, FALL)
-    return None if place is None else place.kl
 
 
 def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int, resamples: int) -> Contrast:

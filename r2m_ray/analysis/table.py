@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,22 @@ from r2m_ray.run_files import replace_file
 MARKDOWN_FILE = "comparison.md"
 JSON_FILE = "comparison.json"
 CENSORED = "censored"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table to render: plain text throughout, the first column names the row."""
+
+    heading: str
+    note: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table alone; no text can end a cell."""
+        rule = ["---", *["---:"] * (len(self.head) - 1)]
+        lines = ([_cell(text) for text in cells] for cells in (self.head, rule, *self.rows))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_tables(study: Study, directory: Path) -> tuple[Path, Path]:
@@ -37,29 +52,57 @@ def write_tables(study: Study, directory: Path) -> tuple[Path, Path]:
 
 
 def markdown(study: Study) -> str:
-    """One table per endpoint: each seed, their mean, and the difference to the baseline with its interval."""
-    top, baseline = study.peak, _cell(study.baseline)
-    arms = len(study.contrasts["area"])
-    ended = " The runs end at this peak: KL* is a lower bound." if top.share == 1 else ""
-    parts = [
-        f"KL* = {top.kl:.4g} nats per response: there the mean curve of {baseline} is highest in gold "
-        f"({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}",
-        limits(len(study.seeds), arms),
+    """What the numbers rest on, then one table per endpoint."""
+    parts = [sentence.replace("|", "\\|") for sentence in preface(study)]
+    for table in tables(study):
+        parts += [f"## {table.heading}", table.note, table.markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def preface(study: Study) -> list[str]:
+    """Where arms are matched, what so many seeds can show, and how to read the cells."""
+    top, baseline = study.peak, printable(study.baseline)
+    if top is None and study.gold:
+        matched = (
+            f"There is no KL*: the mean gold of {baseline} is highest before any training, so arms are not "
+            "matched in KL, and differences below mix how far an arm went with how well."
+        )
+    elif top is None:
+        matched = (
+            "There is no gold score here. The frozen reward model's score is the proxy that training "
+            "exploits: a higher one at the same KL does not prove a better policy."
+        )
+    else:
+        ended = " The runs end at this peak: KL* is a lower bound." if top.share == 1 else ""
+        matched = (
+            f"KL* = {top.kl:.4g} nats per response: there the mean curve of {baseline} is highest in gold "
+            f"({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}"
+        )
+    held = " with KL* held fixed" if top else ""
+    return [
+        matched,
+        limits(len(study.seeds), len(study.challengers)),
         f"Differences are to {baseline} under the same seed, their intervals percentile bootstraps over "
-        "seeds with KL* held fixed, p exact sign-flip tests, by Holm adjusted over the arms of an endpoint. "
+        f"seeds{held}, p exact sign-flip tests, by Holm adjusted over the arms of an endpoint. "
         f"“{CENSORED}”: that run never got there; nothing is extrapolated, means and intervals are then of "
         "the remaining seeds, and there is no test.",
     ]
-    for endpoint in study.endpoints:
-        kind = "Primary" if endpoint.primary else "Secondary"
-        parts += [f"## {endpoint.label}", f"{kind} endpoint.", _endpoint_table(study, endpoint.name)]
-    parts += [
-        "## Mean gold over the KL that both reach",
-        "Secondary endpoint, from 0 to the largest KL that arm and baseline both reach under every seed, at "
-        "most 4 KL*: a range per arm, so rows are not comparable.",
-        _shared_table(study),
+
+
+def tables(study: Study) -> list[Table]:
+    """One table per endpoint: each seed, their mean, and the difference to the baseline with its interval."""
+    found = [
+        Table(
+            heading=endpoint.label,
+            note=f"{'Primary' if endpoint.primary else 'Secondary'} endpoint.",
+            head=("arm", *(f"seed {seed}" for seed in study.seeds), "mean", *_CONTRAST_HEAD),
+            rows=_endpoint_rows(study, endpoint.name),
+        )
+        for endpoint in study.endpoints
     ]
-    return "\n\n".join(parts) + "\n"
+    if SHARED_NAME in study.contrasts:
+        found.append(_shared_table(study))
+    return found
 
 
 def record(study: Study) -> dict[str, Any]:
@@ -68,8 +111,8 @@ def record(study: Study) -> dict[str, Any]:
         "baseline": study.baseline,
         "seeds": list(study.seeds),
         "level": LEVEL,
-        "limits": limits(len(study.seeds), len(study.contrasts["area"])),
-        "kl_star": asdict(study.peak),
+        "limits": limits(len(study.seeds), len(study.challengers)),
+        "kl_star": None if study.peak is None else asdict(study.peak),
         "endpoints": {e.name: {"label": e.label, "primary": e.primary, "kl": e.kl} for e in study.endpoints},
         "values": {name: dict(arms) for name, arms in study.values.items()},
         "contrasts": {
@@ -79,27 +122,24 @@ def record(study: Study) -> dict[str, Any]:
     }
 
 
-def _endpoint_table(study: Study, name: str) -> str:
-    head = ["arm", *(f"seed {seed}" for seed in study.seeds), "mean", *_CONTRAST_HEAD]
-    rows = [
-        [
-            _cell(arm),
-            *map(_number, values),
-            _mean(values),
-            *_contrast_cells(study.contrasts[name].get(arm)),
-        ]
+def _endpoint_rows(study: Study, name: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        (arm, *map(number, values), mean(values), *_contrast_cells(study.contrasts[name].get(arm)))
         for arm, values in study.values[name].items()
-    ]
-    return _table(head, rows)
+    )
 
 
-def _shared_table(study: Study) -> str:
-    head = ["arm", "nats", *(f"difference, seed {seed}" for seed in study.seeds), *_CONTRAST_HEAD]
-    rows = [
-        [_cell(arm), _number(c.kl), *map(_number, c.differences), *_contrast_cells(c)]
-        for arm, c in study.contrasts[SHARED_NAME].items()
-    ]
-    return _table(head, rows)
+def _shared_table(study: Study) -> Table:
+    return Table(
+        heading="Mean gold over the KL that both reach",
+        note="Secondary endpoint, from 0 to the largest KL that arm and baseline both reach under every "
+        "seed, at most 4 KL*: a range per arm, so rows are not comparable.",
+        head=("arm", "nats", *(f"difference, seed {seed}" for seed in study.seeds), *_CONTRAST_HEAD),
+        rows=tuple(
+            (arm, number(c.kl), *map(number, c.differences), *_contrast_cells(c))
+            for arm, c in study.contrasts[SHARED_NAME].items()
+        ),
+    )
 
 
 _CONTRAST_HEAD = ("difference", f"{LEVEL:.0%} interval", "p", "p (Holm)")
@@ -122,7 +162,8 @@ def _contrast_cells(contrast: Contrast | None) -> list[str]:
     ]
 
 
-def _mean(values: Values) -> str:
+def mean(values: Values) -> str:
+    """The mean of the seeds that are not censored, and how many those are where they are not all."""
     known = [value for value in values if value is not None]
     if not known:
         return CENSORED
@@ -130,14 +171,10 @@ def _mean(values: Values) -> str:
     return f"{sum(known) / len(known):.3f}{part}"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three decimals, or the word for a censored number."""
     return CENSORED if value is None else f"{value:.3f}"
 
 
 def _cell(text: str) -> str:
     return printable(text).replace("|", "\\|")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))

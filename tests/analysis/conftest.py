@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,7 +55,8 @@ def make_run(tmp_path: Path) -> MakeRun:
     """``make_run(name)`` writes a run directory through the run log, and returns it.
 
     By name: seed, gold (one per evaluation, None without), kl, done (the last step of ten, every five are
-    evaluated), change (edits the configuration).
+    evaluated), change (edits the configuration), evaluated (more of each evaluation), trained (metrics of a
+    training step).
     """
 
     def made(
@@ -66,6 +67,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         kl: Sequence[float] = (0.0, 3.0, 9.0),
         done: int = 10,
         change: Callable[[Config], None] = lambda config: None,
+        evaluated: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        trained: Callable[[int], Mapping[str, float]] = lambda step: {"loss": 0.0},
     ) -> Path:
         config = Config()
         config.run.name, config.run.seed, config.algo.steps = name, seed, 10
@@ -75,13 +78,14 @@ def make_run(tmp_path: Path) -> MakeRun:
         rows = [
             {"kl_sequence": k, "frozen_reward": k / 2, "reward": k, "gold/correct": 1.5}
             | ({} if g is None else {"gold": g})
-            for k, g in zip(kl, gold, strict=True)
+            | {key: values[i] for key, values in evaluated.items()}
+            for i, (k, g) in enumerate(zip(kl, gold, strict=True))
         ]
         directory = tmp_path / name
         with RunLog(directory, config=config, resolved_yaml=text, console=Console(file=io.StringIO())) as log:
             log.evaluation(0, rows[0])
             for step in range(1, done + 1):
-                log.step(step, {"loss": 0.0})
+                log.step(step, trained(step))
                 if step % 5 == 0:
                     log.evaluation(step, rows[step // 5])
         return directory
