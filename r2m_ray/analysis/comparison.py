@@ -11,7 +11,7 @@ from r2m_ray.analysis.curves import Curve, read_curve
 from r2m_ray.errors import InputError
 from r2m_ray.problems import hint
 
-WORLD = ("task", "prepare", "algo.steps", "algo.temperature", "evaluate.every", "evaluate.prompts")
+WORLD = ("task", "prepare", "algo.steps", "algo.temperature", "evaluate")
 """Settings that are the same in every run: the world, its models, the budget, and how it is measured."""
 START = ("model.policy", "model.reference")
 """Settings that are the same in every run of a seed; the reward model may be what an arm is about."""

@@ -1,0 +1,103 @@
+"""The four gates of a world, in order: without them a comparison of arms says nothing about what it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from r2m_ray.analysis.curves import Curve
+from r2m_ray.analysis.gates import baseline_gates
+from r2m_ray.analysis.precheck import Information, Regime, precheck_failures
+
+LEAST_GOLD = 0.8
+CORRECTION_SHARE = 0.5
+"""Of the demonstrator's rate, at which the policy corrects its wrong facts."""
+ACCURACY = (0.64, 0.75)
+"""Of the reward model on held-out pairs ordered by gold, both ends allowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What one gate says of a world.
+
+    failures: what is wrong, a sentence each. values: what was measured, by seed.
+    """
+
+    gate: int
+    question: str
+    failures: tuple[str, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate is open."""
+        return not self.failures
+
+    def record(self) -> dict[str, Any]:
+        """The verdict, JSON-ready."""
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        lines = [f"gate {self.gate}, {self.question} {'passed' if self.passed else 'failed'}"]
+        return "\n".join([*lines, *(f"    {failure}" for failure in self.failures)])
+
+
+def policy_gate(facts: Mapping[int, Mapping[str, Any]]) -> Verdict:
+    """Gate 1, by seed: sampled gold of the policy, and whether it corrects itself where demonstrations do.
+
+    facts: the content of ``facts.json`` of each seed's prepared models.
+    """
+    failures, values = [], {}
+    for seed, fact in facts.items():
+        policy, shown = fact["policy"], float(fact["settings"]["task"]["self_correct_prob"])
+        values[str(seed)] = {"gold": policy["gold"], "correction_rate": policy["correction_rate"]}
+        if policy["gold"] < LEAST_GOLD:
+            failures.append(f"seed {seed}: the policy's gold is {policy['gold']:.2f}, below {LEAST_GOLD}.")
+        least = CORRECTION_SHARE * shown
+        if shown and policy["correction_rate"] < least:
+            rate = f"{policy['correction_rate']:.0%}"
+            failures.append(f"seed {seed}: {rate} of wrong facts are corrected, below {least:.0%}.")
+    return Verdict(gate=1, question="does the policy know its task?", failures=tuple(failures), values=values)
+
+
+def reward_gate(facts: Mapping[int, Mapping[str, Any]]) -> Verdict:
+    """Gate 2, by seed: the reward model's accuracy on held-out pairs ordered by gold."""
+    low, high = ACCURACY
+    found = {seed: float(fact["reward"]["accuracy"]) for seed, fact in facts.items()}
+    return Verdict(
+        gate=2,
+        question="is the reward model good, and not too good?",
+        failures=tuple(
+            f"seed {seed}: its accuracy is {accuracy:.3f}, not within {low}–{high}."
+            for seed, accuracy in found.items()
+            if not low <= accuracy <= high
+        ),
+        values={str(seed): accuracy for seed, accuracy in found.items()},
+    )
+
+
+def information_gate(found: Mapping[int, Information], regime: Regime, unmade: Sequence[str] = ()) -> Verdict:
+    """Gate 3: what h adds to the reward model's embedding is what the regime claims.
+
+    unmade: why the pre-check of other seeds could not be made.
+    """
+    return Verdict(
+        gate=3,
+        question=f"is h as {regime} as it should be?",
+        failures=(*unmade, *precheck_failures(found, regime)),
+        values={str(seed): {**asdict(one), "gains": list(one.gains)} for seed, one in found.items()},
+    )
+
+
+def baseline_gate(curves: Sequence[Curve], seeds: Sequence[int]) -> Verdict:
+    """Gate 4: the baseline over-optimizes under every seed; one that has not finished leaves it shut."""
+    finished = {curve.seed for curve in curves}
+    missing = [f"seed {seed}: the baseline has not finished." for seed in seeds if seed not in finished]
+    gates = baseline_gates(curves)
+    return Verdict(
+        gate=4,
+        question="does the baseline over-optimize?",
+        failures=(*missing, *(failure for gate in gates for failure in gate.failures)),
+        values={str(gate.seed): asdict(gate) for gate in gates},
+    )

@@ -1,0 +1,258 @@
+"""Gates first, then the baseline, then every arm: what a schedule does, told by what lies on disk alone.
+
+Nothing that is finished is done again, and what was interrupted goes on where its last commit was. Runs of
+other code or another configuration are never touched: their names are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.overoptimization.arms import BASELINE
+from benchmarks.overoptimization.execute import Job, execute
+from benchmarks.overoptimization.gates import (
+    Verdict,
+    baseline_gate,
+    information_gate,
+    policy_gate,
+    reward_gate,
+)
+from benchmarks.overoptimization.presets import Preset, World
+from benchmarks.overoptimization.results import GATES_FILE, find
+from benchmarks.overoptimization.runs import (
+    Run,
+    State,
+    begin,
+    code_digest,
+    conflicts,
+    end,
+    standing,
+    world_overrides,
+)
+from r2m_ray.analysis.precheck import Explained, Information
+from r2m_ray.compose import load_config
+from r2m_ray.config import Config
+from r2m_ray.environment import environment
+from r2m_ray.errors import InputError, Preempted, RunError
+from r2m_ray.problems import refuse
+from r2m_ray.resume import run_identity
+from r2m_ray.run_files import replace_file
+from r2m_ray.stages.prepare import Prepared, locate
+
+R2M_RAY = (sys.executable, "-m", "r2m_ray")
+Precheck = Callable[[Config, Prepared, int, int], Information]
+"""(config, prepared models, prompts, responses per prompt) → what H_last, h and both explain of gold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lab:
+    """A schedule and where it lies. jobs: runs at a time. extra: overrides for every run alike."""
+
+    preset: Preset
+    root: Path
+    jobs: int
+    precheck: Precheck
+    extra: tuple[str, ...] = ()
+    despite_gates: bool = False
+
+    def runs(self, world: World) -> list[Run]:
+        """Every run of a world, in order."""
+        return [
+            Run(world=world, arm=arm, seed=seed, root=self.root, extra=self.extra)
+            for arm, seed in self.preset.runs(world)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conducted:
+    """What came of a schedule: worlds that a gate shut, and runs that failed."""
+
+    shut: tuple[str, ...]
+    failed: tuple[str, ...]
+
+
+def check(lab: Lab) -> None:
+    """Compose the configuration of every run; InputError with every problem before anything starts."""
+    problems: dict[str, None] = {}
+    for world in lab.preset.worlds:
+        for run in lab.runs(world):
+            try:
+                load_config(run.overrides())
+            except InputError as error:
+                problems |= dict.fromkeys(
+                    f"{run.name}: {line.strip()}" for line in str(error).splitlines()[1:]
+                )
+    if problems:
+        raise InputError("\n".join(["problems in the schedule:", *(f"  {problem}" for problem in problems)]))
+
+
+def conduct(lab: Lab) -> Conducted:
+    """Do whatever of the schedule is not done yet, world after world.
+
+    Raises Preempted where a signal stopped it, InputError for names that hold other runs, and RunError where
+    models could not be prepared.
+    """
+    shut, failed = [], []
+    for world in lab.preset.worlds:
+        verdicts = _early_gates(lab, world)
+        if _closed(lab, world, verdicts):
+            shut.append(world.name)
+            continue
+        runs = lab.runs(world)
+        failed += train(lab, [run for run in runs if run.arm.name == BASELINE])
+        curves = find(lab.preset, world, lab.root).curves.get(BASELINE, ())
+        verdicts.append(_told(baseline_gate(curves, lab.preset.seeds(world))))
+        if _closed(lab, world, verdicts):
+            shut.append(world.name)
+            continue
+        failed += train(lab, [run for run in runs if run.arm.name != BASELINE])
+    return Conducted(shut=tuple(shut), failed=tuple(failed))
+
+
+def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
+    """Start or resume those that are not finished; the names of those that failed.
+
+    All are held against what lies under their names before the first one starts.
+    """
+    code, commit = code_digest(), environment()["commit"]
+    identities: dict[Run, Mapping[str, Any]] = {}
+    overrides: dict[Run, tuple[str, ...]] = {}
+    for run in runs:
+        overrides[run] = run.overrides(_reward(lab, run))
+        identities[run] = run_identity(load_config(overrides[run]))
+    problems = [problem for run in runs for problem in conflicts(run, identities[run], code)]
+    for problem in problems:
+        if problem.warning:
+            print(f"warning: {problem}", file=sys.stderr)
+    refuse(problems, f"what lies under {lab.root}")
+
+    def job(run: Run, resume: bool) -> Job:
+        again = ("run.resume=true",) if resume else ()
+        return Job(
+            name=f"{run.world.name}/{run.name}",
+            command=[*R2M_RAY, "train", *overrides[run], *again],
+            log=run.log,
+            started=lambda: begin(run, identities[run], code, commit, overrides[run]),
+            ended=lambda exit_code, seconds: end(run, exit_code, seconds),
+        )
+
+    states = {run: standing(run).state for run in runs}
+    outcome = execute(
+        [job(run, state is State.half) for run, state in states.items() if state is not State.finished],
+        lab.jobs,
+    )
+    _go_on(outcome.stopped)
+    return outcome.failed
+
+
+def prepare(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> dict[str, Prepared]:
+    """The prepared models for each of some overrides, by its name; those that are missing are made."""
+    configs = {name: load_config(words) for name, words in overrides.items()}
+    jobs = [
+        Job(
+            name=f"{world.name}/prepare-{name}",
+            command=[*R2M_RAY, "prepare", *overrides[name]],
+            log=lab.root / world.name / f"prepare-{name}.log",
+        )
+        for name, config in configs.items()
+        if not _prepared(config)
+    ]
+    # One after another: each uses every core.
+    outcome = execute(jobs, 1)
+    _go_on(outcome.stopped)
+    if outcome.failed:
+        raise RunError(
+            f"{', '.join(outcome.failed)}: models could not be prepared; see the end of the log above"
+        )
+    return {name: locate(config) for name, config in configs.items()}
+
+
+def _early_gates(lab: Lab, world: World) -> list[Verdict]:
+    """Gates 1 to 3, which need no run, on the worlds of all seeds."""
+    seeds = lab.preset.gate_seeds(world)
+    overrides = {seed: world_overrides(world, seed, lab.extra) for seed in seeds}
+    prepared = prepare(lab, world, {f"seed-{seed}": words for seed, words in overrides.items()})
+    worlds = dict(zip(seeds, prepared.values(), strict=True))
+    facts = {seed: one.facts for seed, one in worlds.items()}
+    verdicts = [_told(policy_gate(facts)), _told(reward_gate(facts))]
+    if not (lab.despite_gates or all(verdict.passed for verdict in verdicts)):
+        return verdicts
+    found, failures = {}, []
+    for seed, one in worlds.items():
+        try:
+            found[seed] = information(lab, world, seed, load_config(overrides[seed]), one)
+        except ValueError as error:
+            failures.append(f"seed {seed}: the pre-check cannot be made: {error}.")
+    return [*verdicts, _told(information_gate(found, world.regime, failures))]
+
+
+def information(lab: Lab, world: World, seed: int, config: Config, prepared: Prepared) -> Information:
+    """One seed's pre-check, from its file if that is of the same models and numbers."""
+    path = lab.root / world.name / f"precheck-seed-{seed}.json"
+    asked = {
+        "prepared": prepared.directory.name,
+        "prompts": world.precheck_prompts,
+        "responses": world.precheck_responses,
+    }
+    if path.is_file():
+        known = json.loads(path.read_text())
+        if known["asked"] == asked:
+            return Information(**{name: Explained(**r2) for name, r2 in known["information"].items()})
+    print(f"{world.name}, seed {seed}: the information pre-check", flush=True)
+    found = lab.precheck(config, prepared, world.precheck_prompts, world.precheck_responses)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps({"asked": asked, "information": asdict(found)}, indent=1) + "\n")
+    return found
+
+
+def _closed(lab: Lab, world: World, verdicts: Sequence[Verdict]) -> bool:
+    """Keep the verdicts, and say whether the world ends here."""
+    path = lab.root / world.name / GATES_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = [verdict.record() for verdict in verdicts]
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    if not failed or lab.despite_gates:
+        return False
+    print(f"{world.name}: shut by gate {failed[0].gate}; --despite-gates goes on, and labels every result")
+    return True
+
+
+def _told(verdict: Verdict) -> Verdict:
+    print(verdict, flush=True)
+    return verdict
+
+
+def _reward(lab: Lab, run: Run) -> Path | None:
+    """The reward model of an arm that has a world of its own, made if it is missing."""
+    if not run.arm.reward_world:
+        return None
+    words = (*run.world_overrides, *run.arm.reward_world)
+    (made,) = prepare(lab, run.world, {f"{run.name}-reward": words}).values()
+    return made.reward_dir.resolve()
+
+
+def _prepared(config: Config) -> bool:
+    try:
+        locate(config)
+    except InputError:
+        return False
+    return True
+
+
+def _go_on(stopped: bool) -> None:
+    if stopped:
+        raise Preempted("stopped; the same command goes on with what is left")
+
+
+def summary(done: Conducted) -> Iterable[str]:
+    """What a reader of the terminal must know at the end."""
+    if done.shut:
+        yield f"shut by a gate: {', '.join(done.shut)}"
+    if done.failed:
+        yield f"failed: {', '.join(done.failed)}; the same command tries them again"

@@ -1,0 +1,123 @@
+"""The paper's tables in miniature: its figures in columns of their own, beside ours, never in one scale.
+
+Its policies and reward models have billions of parameters and are judged by another model; ours have a third
+of a million and are judged by an exact parser. What can be compared is the order of the rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from benchmarks.overoptimization.arms import ARMS
+from r2m_ray.analysis.curves import Curve
+from r2m_ray.analysis.matched import Peak, gold_at
+from r2m_ray.analysis.measures import final
+from r2m_ray.analysis.table import Table, mean
+from r2m_ray.analysis.training import Training
+
+NONE = "–"
+ALPACA_EVAL = {
+    "RLOO": ("28.4", "30.2"),
+    "RLOO+R2M": ("34.5", "38.2"),
+    "R2M w/o Train": ("24.4", NONE),
+    "R2M w/ Noise": ("25.4", NONE),
+    "R2M w/o BT": ("31.5", NONE),
+    "R2M w/o GRE": ("32.3", NONE),
+}
+"""Of the paper's LLaMA3-8B: length-controlled win rate and win rate, percent."""
+ACCURACY = {"frozen": "72.3", "before": "69.2", "after": "78.6"}
+"""Of its reward model on held-out pairs, percent: vanilla, R2M before training, and after."""
+HOURS = {"rloo": "4.4 h, 57 GB per GPU", "rloo_r2m": "4.5 h, 58 GB per GPU"}
+"""A whole run."""
+UPDATE = "7 s, 10 GB (13 s, 65 GB for the whole model)"
+"""One update of its reward model: cross-attention and head."""
+
+Curves = Mapping[str, Sequence[Curve]]
+Trainings = Mapping[str, Sequence[Training]]
+
+
+def paper_tables(curves: Curves, trainings: Trainings, top: Peak | None) -> tuple[Table, ...]:
+    """Arms and ablations, reward-model accuracy, and cost; rows without a finished run say so.
+
+    top: the baseline's KL*, None where it has none.
+    """
+    return _arms(curves, top), _accuracy(curves.get("rloo_r2m", ())), _cost(trainings)
+
+
+def _arms(curves: Curves, top: Peak | None) -> Table:
+    rows = []
+    for arm in ARMS.values():
+        if arm.paper is None:
+            continue
+        ours = curves.get(arm.name, ())
+        cells = [
+            NONE if top is None else _mean(ours, partial(gold_at, kl=top.kl)),
+            NONE if top is None else _mean(ours, partial(gold_at, kl=2 * top.kl)),
+            _mean(ours, lambda curve: final(curve).gold),
+        ]
+        rows.append((arm.paper, *ALPACA_EVAL.get(arm.paper, (NONE, NONE)), *cells, str(len(ours))))
+    return Table(
+        heading="The paper's arms and ablations",
+        note="The paper: AlpacaEval with LLaMA3-8B, percent. Here: mean gold over the seeds, 3.4 at most. "
+        "The two are different measures of different models; only the order of rows can be held against "
+        "each other.",
+        head=(
+            "arm", "paper: LC win rate", "paper: win rate", "here: gold at KL*", "here: gold at 2 KL*",
+            "here: final gold", "here: seeds",
+        ),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _accuracy(curves: Sequence[Curve]) -> Table:
+    def percent(key: str, place: int) -> str:
+        values = [float(curve.metrics[key][place]) for curve in curves if key in curve.metrics]
+        known = [value for value in values if np.isfinite(value)]
+        return f"{100 * statistics.mean(known):.1f}" if known else NONE
+
+    return Table(
+        heading="Accuracy of the reward model on held-out pairs, percent",
+        note="Before is a head with a random cross-attention, read at the last step's ω; after is the end of "
+        "training. The frozen model is the same throughout.",
+        head=("reward model", "paper", "here, RLOO+R2M"),
+        rows=(
+            ("frozen (vanilla)", ACCURACY["frozen"], percent("rm_accuracy_frozen", -1)),
+            ("R2M before training", ACCURACY["before"], percent("rm_accuracy", 0)),
+            ("R2M after training", ACCURACY["after"], percent("rm_accuracy", -1)),
+        ),
+    )
+
+
+def _cost(trainings: Trainings) -> Table:
+    def seconds(arm: str, key: str) -> float | None:
+        medians = [float(np.nanmedian(one.series(key))) for one in trainings.get(arm, ()) if len(one.steps)]
+        return statistics.mean(medians) if medians else None
+
+    step = {arm: seconds(arm, "time/step") for arm in HOURS}
+    baseline, r2m = step["rloo"], step["rloo_r2m"]
+    ratio = f"{r2m / baseline:.2f}" if baseline and r2m else NONE
+    return Table(
+        heading="Cost",
+        note="Here: median seconds of a training step, and of its phase of reward update and weight sync, "
+        "while other runs shared the machine; benchmarks/step_time.py and benchmarks/memory.py measure "
+        "with care.",
+        head=("", "paper: whole run", "here: seconds of a step"),
+        rows=(
+            ("RLOO", HOURS["rloo"], _seconds(baseline)),
+            ("RLOO+R2M", HOURS["rloo_r2m"], _seconds(r2m)),
+            ("ratio of the times", "1.02", ratio),
+            ("update of the reward model", UPDATE, _seconds(seconds("rloo_r2m", "time/reward"))),
+        ),
+    )
+
+
+def _mean(curves: Sequence[Curve], read: Callable[[Curve], float | None]) -> str:
+    return mean(tuple(map(read, curves))) if curves else NONE
+
+
+def _seconds(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"

@@ -1,0 +1,254 @@
+"""What the finished runs of a schedule say, written: tables, curves, gates, pictures, and one page.
+
+Whatever part of a schedule is finished is compared, and what is missing is listed; nothing here starts a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.overoptimization.arms import BASELINE
+from benchmarks.overoptimization.paper import paper_tables
+from benchmarks.overoptimization.presets import Preset, World
+from benchmarks.overoptimization.runs import Run, State, read_ticket, standing
+from r2m_ray.analysis.comparison import comparison
+from r2m_ray.analysis.curves import Curve, Series, read_curve
+from r2m_ray.analysis.matched import Peak
+from r2m_ray.analysis.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
+from r2m_ray.analysis.page import Section, page
+from r2m_ray.analysis.study import Study
+from r2m_ray.analysis.table import Table, markdown, preface, record, tables
+from r2m_ray.analysis.training import Training, read_training
+from r2m_ray.environment import environment
+from r2m_ray.errors import InputError, RunError
+from r2m_ray.run_files import replace_file
+
+GATES_FILE = "gates.json"
+PAGE_FILE = "report.html"
+KEPT = (
+    "length", "rm_accuracy", "rm_accuracy_frozen", "gold/correct", "gold/wrong", "gold/corrected",
+    "gold/courtesy", "gold/intensifiers", "gold/excess_tokens",
+)  # fmt: skip
+"""Measures of each evaluation that curves.json holds, where the run has them."""
+DIGITS = 5
+"""Significant digits of numbers in curves.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What lies on disk of one world's schedule.
+
+    curves, trainings: of each arm with a finished run, by seed in order. missing: name of each other run and
+    why it is missing. tickets: of every run that was started, by name.
+    """
+
+    world: World
+    curves: Mapping[str, Sequence[Curve]]
+    trainings: Mapping[str, Sequence[Training]]
+    missing: Sequence[tuple[str, str]]
+    tickets: Mapping[str, Mapping[str, Any]]
+
+
+def find(preset: Preset, world: World, root: Path) -> Found:
+    """Read every run of a world's schedule that is finished."""
+    curves: dict[str, list[Curve]] = {}
+    trainings: dict[str, list[Training]] = {}
+    missing, tickets = [], {}
+    for arm, seed in preset.runs(world):
+        run = Run(world=world, arm=arm, seed=seed, root=root)
+        where = standing(run)
+        if ticket := read_ticket(run):
+            tickets[run.name] = ticket
+        if where.state is not State.finished:
+            missing.append((run.name, str(where)))
+            continue
+        try:
+            curve, training = read_curve(run.directory, arm.name), read_training(run.directory, arm.name)
+        except InputError as error:
+            missing.append((run.name, f"finished, but cannot be compared: {error}"))
+            continue
+        curves.setdefault(arm.name, []).append(curve)
+        trainings.setdefault(arm.name, []).append(training)
+    ordered = {
+        arm.name: sorted(curves[arm.name], key=lambda curve: curve.seed)
+        for arm in preset.arms(world)
+        if arm.name in curves
+    }
+    return Found(world=world, curves=ordered, trainings=trainings, missing=missing, tickets=tickets)
+
+
+def studies(found: Found) -> tuple[Peak | None, list[Study]]:
+    """KL* of all the baseline's seeds, and one study for each set of seeds that arms share with it.
+
+    Every arm is compared under all seeds that it and the baseline have finished, and those with the same
+    seeds are one family; the family with most seeds comes first.
+    """
+    baseline = {curve.seed: curve for curve in found.curves.get(BASELINE, ())}
+    top = kl_star([*baseline.values()])
+    families: dict[tuple[int, ...], list[str]] = {}
+    for arm, curves in found.curves.items():
+        shared = tuple(curve.seed for curve in curves if curve.seed in baseline)
+        if arm != BASELINE and shared:
+            families.setdefault(shared, []).append(arm)
+    done = []
+    for seeds, arms in sorted(families.items(), key=lambda family: (-len(family[0]), family[0])):
+        members = (c for arm in (BASELINE, *arms) for c in found.curves[arm] if c.seed in seeds)
+        done.append(best_study(comparison(members, BASELINE), top=top))
+    return top, done
+
+
+def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]) -> Path:
+    """Write everything that the finished runs say below ``out``; return the page's path.
+
+    made: of ``made_with``; it goes into ``record.json`` with every run's seconds. Raises InputError where
+    runs of different worlds lie under one root, RunError where nothing can be written.
+    """
+    sections: list[Section] = []
+    runs: dict[str, Any] = {}
+    for world in preset.worlds:
+        found = find(preset, world, root)
+        directory = out / world.name
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{directory}: cannot make this directory: {error.strerror}.") from error
+        sections += _world_sections(preset, found, root, directory)
+        runs[world.name] = {
+            "finished": {name: _cost(ticket) for name, ticket in found.tickets.items()
+                         if name not in dict(found.missing)},
+            "missing": dict(found.missing),
+        }  # fmt: skip
+    _write_json(out / "record.json", {**made, "preset": preset.name, "runs": runs})
+    title = f"Over-optimization: {preset.name}"
+    text = page(title, kind="r2m_ray lab", facts=_facts(made), sections=sections)
+    replace_file(out / PAGE_FILE, text)
+    return out / PAGE_FILE
+
+
+def made_with(command: str) -> dict[str, Any]:
+    """Machine, load, versions and commit of this process, and the command as it was typed."""
+    return {**environment(), "load_average_1min": round(os.getloadavg()[0], 2), "command": command}
+
+
+def warnings(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What a reader must know of a world before any of its numbers."""
+    said = [
+        f"This world failed gate {verdict['gate']} ({verdict['question']}): "
+        f"{' '.join(verdict['failures'])} What follows does not answer the question of the lab."
+        for verdict in verdicts
+        if not verdict["passed"]
+    ]
+    undecided = [gate for gate in range(1, 5) if gate not in {verdict["gate"] for verdict in verdicts}]
+    if undecided:
+        said.append(f"Not decided yet: gate {', '.join(map(str, undecided))}.")
+    codes = {ticket["code"] for ticket in found.tickets.values()}
+    if len(codes) > 1:
+        commits = sorted({str(ticket["commit"]) for ticket in found.tickets.values()})
+        said.append(f"These runs were made by different code of r2m_ray: {', '.join(commits)}.")
+    return tuple(said)
+
+
+def _world_sections(preset: Preset, found: Found, root: Path, directory: Path) -> list[Section]:
+    gates = root / found.world.name / GATES_FILE
+    verdicts: list[dict[str, Any]] = json.loads(gates.read_text()) if gates.is_file() else []
+    top, compared = studies(found)
+    figures = gallery(found.curves, found.trainings, BASELINE)
+    for study in compared:
+        if (bars := effects_figure(study)) is not None:
+            figures[f"effects-{len(study.seeds)}-seeds"] = bars
+    paper = paper_tables(found.curves, found.trainings, top)
+    said = warnings(found, verdicts)
+    titles = [f"{', '.join(s.challengers)} under seeds {', '.join(map(str, s.seeds))}" for s in compared]
+    write_pictures(figures, directory)
+    _write_json(directory / "curves.json", _compact(found.curves))
+    _write_json(directory / GATES_FILE, verdicts)
+    _write_json(directory / "comparison.json", {"warnings": said, "families": [record(s) for s in compared]})
+    texts = [f"# {title}\n\n{markdown(study)}" for title, study in zip(titles, compared, strict=True)]
+    texts += [f"# {table.heading}\n\n{table.note}\n\n{table.markdown()}\n" for table in paper]
+    texts += [f"# {table.heading}\n\n{table.markdown()}\n" for table in _state_tables(found, verdicts)]
+    replace_file(directory / "comparison.md", "\n".join([*(f"**{text}**\n" for text in said), *texts]))
+    overview = Section(
+        heading=f"The {found.world.name} world",
+        warnings=said,
+        notes=(f"{len(found.tickets)} of {len([*preset.runs(found.world)])} runs were started.",),
+        tables=_state_tables(found, verdicts),
+        figures=tuple(figures.values()),
+    )
+    families = [
+        Section(heading=title, notes=tuple(preface(study)), tables=tuple(tables(study)))
+        for title, study in zip(titles, compared, strict=True)
+    ]
+    beside = Section(heading=f"The paper's tables in miniature, {found.world.name}", tables=paper)
+    return [overview, *families, beside]
+
+
+def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[Table, ...]:
+    gates = Table(
+        heading="Gates",
+        note="Asked in this order, before any arm is run.",
+        head=("gate", "question", "verdict", "why"),
+        rows=tuple(
+            (str(v["gate"]), v["question"], "passed" if v["passed"] else "failed", " ".join(v["failures"]))
+            for v in verdicts
+        ),
+    )
+    missing = Table(
+        heading="Missing",
+        note="Runs of the schedule that are in no table.",
+        head=("run", "why"),
+        rows=tuple(found.missing),
+    )
+    return (gates, missing) if found.missing else (gates,)
+
+
+def _facts(made: Mapping[str, Any]) -> dict[str, str]:
+    machine = [made["cpu"], f"{made['cores']} cores", f"{made['memory_bytes'] / 2**30:.0f} GiB"]
+    return {
+        "Machine": ", ".join([*machine, *made["accelerators"], f"load {made['load_average_1min']}"]),
+        "Libraries": ", ".join(f"{name} {version}" for name, version in made["packages"].items()),
+        "Python": f"{made['python']} on {made['platform']}",
+        "Commit": made["commit"] or "not in a git checkout",
+        "Command": made["command"],
+    }
+
+
+def _compact(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
+    return {
+        arm: {
+            str(curve.seed): {
+                "steps": curve.steps.tolist(),
+                "kl": _rounded(curve.kl),
+                "gold": _rounded(curve.gold),
+                "frozen": _rounded(curve.frozen),
+                "own": _rounded(curve.own),
+                **{key: _rounded(curve.metrics[key]) for key in KEPT if key in curve.metrics},
+            }
+            for curve in several
+        }
+        for arm, several in curves.items()
+    }
+
+
+def _rounded(values: Series) -> list[float | None]:
+    return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values]
+
+
+def _cost(ticket: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "seconds": round(sum(attempt["seconds"] or 0.0 for attempt in ticket["attempts"]), 1),
+        "attempts": len(ticket["attempts"]),
+        "commit": ticket["commit"],
+        "command": shlex.join(["r2m-ray", "train", *ticket["overrides"]]),
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
