@@ -10,8 +10,8 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.execute import Job, execute
@@ -32,6 +32,7 @@ from benchmarks.overoptimization.runs import (
     conflicts,
     end,
     standing,
+    used,
     world_overrides,
 )
 from r2m_ray.analysis.precheck import Explained, Information
@@ -82,7 +83,7 @@ def check(lab: Lab) -> None:
     for world in lab.preset.worlds:
         for run in lab.runs(world):
             try:
-                load_config(run.overrides())
+                composed(run.overrides())
             except InputError as error:
                 problems |= dict.fromkeys(
                     f"{run.name}: {line.strip()}" for line in str(error).splitlines()[1:]
@@ -99,11 +100,14 @@ def conduct(lab: Lab) -> Conducted:
     """
     shut, failed = [], []
     for world in lab.preset.worlds:
-        verdicts = _early_gates(lab, world)
+        runs, seeds = lab.runs(world), lab.preset.gate_seeds(world)
+        words = {f"seed-{seed}": world_overrides(world, seed, lab.extra) for seed in seeds}
+        prepared = dict(zip(seeds, prepare(lab, world, words).values(), strict=True))
+        refuse_others(lab, runs, code_digest())
+        verdicts = _early_gates(lab, world, prepared)
         if _closed(lab, world, verdicts):
             shut.append(world.name)
             continue
-        runs = lab.runs(world)
         failed += train(lab, [run for run in runs if run.arm.name == BASELINE])
         curves = find(lab.preset, world, lab.root).curves.get(BASELINE, ())
         verdicts.append(_told(baseline_gate(curves, lab.preset.seeds(world))))
@@ -115,29 +119,18 @@ def conduct(lab: Lab) -> Conducted:
 
 
 def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
-    """Start or resume those that are not finished; the names of those that failed.
-
-    All are held against what lies under their names before the first one starts.
-    """
+    """Start or resume those that are not finished; the names of those that failed."""
     code, commit = code_digest(), environment()["commit"]
-    identities: dict[Run, Mapping[str, Any]] = {}
-    overrides: dict[Run, tuple[str, ...]] = {}
-    for run in runs:
-        overrides[run] = run.overrides(_reward(lab, run))
-        identities[run] = run_identity(load_config(overrides[run]))
-    problems = [problem for run in runs for problem in conflicts(run, identities[run], code)]
-    for problem in problems:
-        if problem.warning:
-            print(f"warning: {problem}", file=sys.stderr)
-    refuse(problems, f"what lies under {lab.root}")
+    refuse_others(lab, runs, code)
 
     def job(run: Run, resume: bool) -> Job:
+        words = run.overrides(_reward(lab, run))
         again = ("run.resume=true",) if resume else ()
         return Job(
             name=f"{run.world.name}/{run.name}",
-            command=[*R2M_RAY, "train", *overrides[run], *again],
+            command=[*R2M_RAY, "train", *words, *again],
             log=run.log,
-            started=lambda: begin(run, identities[run], code, commit, overrides[run]),
+            started=lambda: begin(run, run_identity(composed(words)), code, commit, words),
             ended=lambda exit_code, seconds: end(run, exit_code, seconds),
         )
 
@@ -150,9 +143,28 @@ def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
     return outcome.failed
 
 
+def refuse_others(lab: Lab, runs: Sequence[Run], code: str) -> None:
+    """Raise InputError where another run than the schedule's lies under one of these names."""
+    problems = []
+    for run in runs:
+        if used(run):
+            identity = run_identity(composed(run.overrides(_reward(lab, run))))
+            problems += list(conflicts(run, identity, code))
+    for problem in problems:
+        if problem.warning:
+            print(f"warning: {problem}", file=sys.stderr)
+    refuse(problems, f"what lies under {lab.root}")
+
+
+@cache
+def composed(overrides: tuple[str, ...]) -> Config:
+    """The configuration of some overrides, composed once."""
+    return load_config(overrides)
+
+
 def prepare(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> dict[str, Prepared]:
     """The prepared models for each of some overrides, by its name; those that are missing are made."""
-    configs = {name: load_config(words) for name, words in overrides.items()}
+    configs = {name: composed(tuple(words)) for name, words in overrides.items()}
     jobs = [
         Job(
             name=f"{world.name}/prepare-{name}",
@@ -172,26 +184,22 @@ def prepare(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> d
     return {name: locate(config) for name, config in configs.items()}
 
 
-def _early_gates(lab: Lab, world: World) -> list[Verdict]:
-    """Gates 1 to 3, which need no run, on the worlds of all seeds."""
-    seeds = lab.preset.gate_seeds(world)
-    overrides = {seed: world_overrides(world, seed, lab.extra) for seed in seeds}
-    prepared = prepare(lab, world, {f"seed-{seed}": words for seed, words in overrides.items()})
-    worlds = dict(zip(seeds, prepared.values(), strict=True))
-    facts = {seed: one.facts for seed, one in worlds.items()}
+def _early_gates(lab: Lab, world: World, prepared: Mapping[int, Prepared]) -> list[Verdict]:
+    """Gates 1 to 3, which need no run, asked of the prepared models of each seed."""
+    facts = {seed: one.facts for seed, one in prepared.items()}
     verdicts = [_told(policy_gate(facts)), _told(reward_gate(facts))]
     if not (lab.despite_gates or all(verdict.passed for verdict in verdicts)):
         return verdicts
     found, failures = {}, []
-    for seed, one in worlds.items():
+    for seed, one in prepared.items():
         try:
-            found[seed] = information(lab, world, seed, load_config(overrides[seed]), one)
+            found[seed] = information(lab, world, seed, one)
         except ValueError as error:
             failures.append(f"seed {seed}: the pre-check cannot be made: {error}.")
     return [*verdicts, _told(information_gate(found, world.regime, failures))]
 
 
-def information(lab: Lab, world: World, seed: int, config: Config, prepared: Prepared) -> Information:
+def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Information:
     """One seed's pre-check, from its file if that is of the same models and numbers."""
     path = lab.root / world.name / f"precheck-seed-{seed}.json"
     asked = {
@@ -204,6 +212,7 @@ def information(lab: Lab, world: World, seed: int, config: Config, prepared: Pre
         if known["asked"] == asked:
             return Information(**{name: Explained(**r2) for name, r2 in known["information"].items()})
     print(f"{world.name}, seed {seed}: the information pre-check", flush=True)
+    config = composed(world_overrides(world, seed, lab.extra))
     found = lab.precheck(config, prepared, world.precheck_prompts, world.precheck_responses)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps({"asked": asked, "information": asdict(found)}, indent=1) + "\n")

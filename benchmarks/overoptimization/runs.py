@@ -116,7 +116,7 @@ def standing(run: Run) -> Standing:
     whole = any(row.get("kind") == "eval" and row["step"] == steps for row in rows)
     return Standing(
         # A last attempt that failed before it wrote anything left a run to start, not one to resume.
-        state=State.finished if whole else State.half if _used(run.directory) else State.absent,
+        state=State.finished if whole else State.half if used(run) else State.absent,
         step=max((int(row["step"]) for row in rows if row.get("kind") == "step"), default=0),
         steps=steps,
         exit_code=last["exit_code"],
@@ -125,13 +125,13 @@ def standing(run: Run) -> Standing:
 
 
 def conflicts(run: Run, identity: Identity, code: str) -> Iterator[Problem]:
-    """Why what lies under a run's name is not the run that would be started now.
+    """Why what lies in a run's used directory is not the run that would be started now.
 
     identity: of `r2m_ray.resume`; code: ``code_digest``. Other versions of libraries are warnings.
     """
     ticket = read_ticket(run)
     if ticket is None:
-        if _used(run.directory):
+        if used(run):
             yield Problem(
                 str(run.directory), "holds a run that this schedule did not start; choose another --root"
             )
@@ -154,7 +154,7 @@ def conflicts(run: Run, identity: Identity, code: str) -> Iterator[Problem]:
 
 def begin(run: Run, identity: Identity, code: str, commit: str | None, overrides: Sequence[str]) -> None:
     """Note on the run's ticket that an attempt begins; the first one says what the run is made of."""
-    kept = read_ticket(run) if _used(run.directory) else None
+    kept = read_ticket(run) if used(run) else None
     ticket = kept or {
         "arm": run.arm.name,
         "seed": run.seed,
@@ -207,5 +207,7 @@ def _write(run: Run, ticket: Mapping[str, Any]) -> None:
     replace_file(run.ticket, json.dumps(ticket, indent=1, ensure_ascii=False) + "\n")
 
 
-def _used(directory: Path) -> bool:
+def used(run: Run) -> bool:
+    """Whether anything lies in its directory, but for a lock."""
+    directory = run.directory
     return directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir())

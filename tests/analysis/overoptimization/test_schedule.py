@@ -1,0 +1,257 @@
+"""What the lab starts, resumes, leaves alone and refuses, decided by what lies on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.overoptimization.execute import Job, execute
+from benchmarks.overoptimization.gates import baseline_gate, policy_gate, reward_gate
+from benchmarks.overoptimization.lab import Lab, check, conduct
+from benchmarks.overoptimization.runs import Run, State, code_digest, read_ticket, standing
+from r2m_ray.analysis.curves import Curve
+from r2m_ray.errors import InputError
+
+MakeLab = Callable[..., Lab]
+Order = Callable[[], list[str]]
+
+
+def run_of(lab: Lab, name: str) -> Run:
+    return next(run for world in lab.preset.worlds for run in lab.runs(world) if run.name == name)
+
+
+def verdicts(lab: Lab) -> dict[int, bool]:
+    found = json.loads((lab.root / "toy" / "gates.json").read_text())
+    return {verdict["gate"]: verdict["passed"] for verdict in found}
+
+
+def edit_ticket(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
+    ticket = json.loads(run.ticket.read_text())
+    change(ticket)
+    run.ticket.write_text(json.dumps(ticket))
+
+
+def test_the_baseline_is_run_first_and_nothing_twice(make_lab: MakeLab, order: Order) -> None:
+    lab = make_lab(seeds=(0, 1))
+    done = conduct(lab)
+    assert (done.shut, done.failed) == ((), ())
+    assert order() == ["rloo-seed-0", "rloo-seed-1", "rloo_r2m-seed-0", "rloo_r2m-seed-1"]
+    assert verdicts(lab) == {1: True, 2: True, 3: True, 4: True}
+    where = standing(run_of(lab, "rloo_r2m-seed-1"))
+    assert (where.state, where.step, where.exit_code) == (State.finished, 10, 0)
+    conduct(lab)
+    assert order() == []
+    assert read_ticket(run_of(lab, "rloo-seed-0"))["attempts"][0]["seconds"] > 0  # type: ignore[index]
+    assert run_of(lab, "rloo-seed-0").log.read_text() == "words of the run\n"
+
+
+def test_the_pre_check_of_a_seed_is_made_once(make_lab: MakeLab, tmp_path: Path) -> None:
+    for _ in range(2):
+        conduct(make_lab())
+    calls = (tmp_path / "fake" / "prechecks").read_text().splitlines()
+    assert calls == [f"seed-{seed} 512 8" for seed in (0, 1, 2)], (
+        "of a third world too: a pre-check needs three"
+    )
+
+
+def test_a_run_that_failed_is_told_and_goes_on_next_time(
+    make_lab: MakeLab, order: Order, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = make_lab(plan={"rloo_r2m": {"last": 6, "code": 3}}, arms=("rloo", "rloo_r2m", "grpo"))
+    assert conduct(lab).failed == ("toy/rloo_r2m-seed-0",)
+    assert order() == ["rloo-seed-0", "grpo-seed-0", "rloo_r2m-seed-0"], "a failure stops no other run"
+    assert "failed with exit code 3; the end of" in capsys.readouterr().out
+    where = standing(run_of(lab, "rloo_r2m-seed-0"))
+    assert str(where) == "half-finished at step 6 of 10, ended with exit code 3"
+    assert conduct(lab).failed == ()
+    assert order() == ["rloo_r2m-seed-0 again"]
+    attempts = read_ticket(run_of(lab, "rloo_r2m-seed-0"))["attempts"]  # type: ignore[index]
+    assert [attempt["exit_code"] for attempt in attempts] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "gates", "started"),
+    [
+        ({"accuracy": 0.8}, {1: True, 2: False}, 0),
+        ({"gain": 0.05}, {1: True, 2: True, 3: False}, 0),
+        ({"plan": {"rloo": {"gold": [1.0] * 11}}}, {1: True, 2: True, 3: True, 4: False}, 1),
+    ],
+)
+def test_a_world_ends_at_the_gate_that_it_fails(
+    make_lab: MakeLab, order: Order, wrong: dict[str, Any], gates: dict[int, bool], started: int
+) -> None:
+    lab = make_lab(**wrong)
+    assert conduct(lab).shut == ("toy",)
+    assert verdicts(lab) == gates
+    assert order() == ["rloo-seed-0"][:started]
+    assert conduct(make_lab(**wrong, despite_gates=True)).shut == ()
+    assert len(order()) == 2 - started
+    assert len(verdicts(lab)) == 4
+
+
+def test_a_baseline_that_fails_leaves_the_world_shut(make_lab: MakeLab, order: Order) -> None:
+    lab = make_lab(plan={"rloo": {"last": 4, "code": 3}}, seeds=(0, 1))
+    done = conduct(lab)
+    assert (done.shut, done.failed) == (("toy",), ("toy/rloo-seed-0", "toy/rloo-seed-1"))
+    failures = json.loads((lab.root / "toy" / "gates.json").read_text())[3]["failures"]
+    assert failures == ["seed 0: the baseline has not finished.", "seed 1: the baseline has not finished."]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ticket: ticket.update(code="other", commit="abc"), r"made by other code of r2m_ray \(abc\)"),
+        (
+            lambda ticket: ticket["identity"]["config"].update({"reward.omega_floor": 0.9}),
+            r"rloo-seed-0: reward.omega_floor: 0.9 -> 1.0",
+        ),
+        (
+            lambda ticket: ticket["identity"]["config"].update({"evaluate.prompts": 8}),
+            r"evaluate.prompts: 8 -> 64; runs of one root are measured alike",
+        ),
+    ],
+)
+def test_another_run_under_the_same_name_is_refused_and_untouched(
+    make_lab: MakeLab, order: Order, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    lab = make_lab()
+    conduct(lab)
+    order()
+    run = run_of(lab, "rloo-seed-0")
+    edit_ticket(run, change)
+    before = {path: path.read_bytes() for path in lab.root.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message):
+        conduct(lab)
+    assert order() == []
+    assert {path: path.read_bytes() for path in lab.root.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_that_the_lab_did_not_start_is_refused(make_lab: MakeLab, order: Order) -> None:
+    lab = make_lab()
+    run = run_of(lab, "rloo-seed-0")
+    run.directory.mkdir(parents=True)
+    (run.directory / "config.yaml").write_text("mine")
+    with pytest.raises(InputError, match="rloo-seed-0: holds a run that this schedule did not start"):
+        conduct(lab)
+    assert order() == []
+    (run.directory / "config.yaml").unlink()
+    conduct(lab)
+    assert order()[0] == "rloo-seed-0", "an empty directory is in nobody's way"
+
+
+def test_a_damaged_ticket_is_named(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    conduct(lab)
+    run_of(lab, "rloo-seed-0").ticket.write_text("{}")
+    with pytest.raises(InputError, match=r"rloo-seed-0.ticket.json: not a ticket"):
+        conduct(lab)
+
+
+def test_every_run_is_composed_before_the_first_one_starts(make_lab: MakeLab, order: Order) -> None:
+    good = make_lab()
+    check(good)
+    bad = Lab(preset=good.preset, root=good.root, jobs=1, precheck=good.precheck, extra=("algo.stepz=3",))
+    with pytest.raises(InputError, match=r"rloo-seed-0: algo.stepz.*Did you mean algo.steps"):
+        check(bad)
+    assert order() == []
+
+
+def test_the_digest_is_of_code_that_decides_numbers() -> None:
+    assert code_digest() == code_digest()
+    assert len(code_digest()) == 64
+
+
+def fact(gold: float, rate: float, *, shown: float = 0.6, accuracy: float = 0.7) -> dict[str, Any]:
+    return {
+        "policy": {"gold": gold, "correction_rate": rate},
+        "reward": {"accuracy": accuracy},
+        "settings": {"task": {"self_correct_prob": shown}},
+    }
+
+
+def test_the_gate_of_the_policy() -> None:
+    assert policy_gate({0: fact(0.8, 0.3), 1: fact(1.2, 0.6)}).passed
+    assert policy_gate({0: fact(0.9, 0.0, shown=0.0)}).passed, "who is shown no correction need make none"
+    failed = policy_gate({0: fact(0.79, 0.5), 1: fact(0.9, 0.29)})
+    assert failed.failures == (
+        "seed 0: the policy's gold is 0.79, below 0.8.",
+        "seed 1: 29% of wrong facts are corrected, below 30%.",
+    )
+
+
+def test_the_gate_of_the_reward_model() -> None:
+    assert reward_gate({seed: fact(1, 1, accuracy=a) for seed, a in enumerate((0.64, 0.75))}).passed
+    failed = reward_gate({seed: fact(1, 1, accuracy=a) for seed, a in enumerate((0.639, 0.7, 0.76))})
+    assert [text[:6] for text in failed.failures] == ["seed 0", "seed 2"]
+    assert failed.record()["passed"] is False
+
+
+def test_the_gate_of_the_baseline_waits_for_every_seed(make_curve: Callable[..., Curve]) -> None:
+    gold = [1.0, 1.3, 1.5, 1.4, 1.2, 1.0, 0.9, 0.8, 0.8, 0.7, 0.6]
+    verdict = baseline_gate([make_curve(range(11), gold)], (0, 1))
+    assert verdict.failures == ("seed 1: the baseline has not finished.",)
+    assert verdict.values["0"]["fall"] == pytest.approx(0.9)
+
+
+def job(name: str, code: str, root: Path) -> Job:
+    return Job(name=name, command=[sys.executable, "-S", "-c", code], log=root / f"{name}.log")
+
+
+def test_as_many_run_at_a_time_as_are_allowed(tmp_path: Path) -> None:
+    # Both ends of a pipe open only together, so the first two must run side by side; the third is then free.
+    meeting = tmp_path / "meeting"
+    os.mkfifo(meeting)
+    jobs = [
+        job("writes", f"open({str(meeting)!r}, 'w').close()", tmp_path),
+        job("reads", f"open({str(meeting)!r}).close()", tmp_path),
+        job("fails", "raise SystemExit(3)", tmp_path),
+    ]
+    running = most = 0
+
+    def started() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+
+    def ended(code: int, seconds: float) -> None:
+        nonlocal running
+        running -= 1
+
+    outcome = execute([replace(job, started=started, ended=ended) for job in jobs], 2)
+    assert outcome.codes == {"writes": 0, "reads": 0, "fails": 3}
+    assert outcome.failed == ["fails"]
+    assert (most, running) == (2, 0)
+
+
+def test_a_signal_ends_what_runs_in_order_and_starts_nothing_more(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    os.mkfifo(ready)
+    waits = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"open({str(ready)!r}, 'w').close()\n"
+        "signal.pause()\n"
+    )
+
+    def tell() -> None:
+        ready.open().close()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = execute([job("first", waits, tmp_path), job("second", "", tmp_path)], 1)
+    teller.join()
+    assert outcome.stopped
+    assert outcome.codes == {"first": 75}
+    assert outcome.failed == [], "who was told to stop has not failed"
+    assert signal.getsignal(signal.SIGTERM) == before
