@@ -46,18 +46,18 @@ class Verdict:
 def policy_gate(facts: Mapping[int, Mapping[str, Any]]) -> Verdict:
     """Gate 1, by seed: sampled gold of the policy, and whether it corrects itself where demonstrations do.
 
-    facts: the content of ``facts.json`` of each seed's prepared models.
+    facts: the content of ``facts.json`` of each seed's prepared models; no ``correction_rate`` counts as 0.
     """
     failures, values = [], {}
     for seed, fact in facts.items():
         policy, shown = fact["policy"], float(fact["settings"]["task"]["self_correct_prob"])
-        values[str(seed)] = {"gold": policy["gold"], "correction_rate": policy["correction_rate"]}
+        rate = float(policy.get("correction_rate", 0.0))
+        values[str(seed)] = {"gold": policy["gold"], "correction_rate": rate}
         if policy["gold"] < LEAST_GOLD:
             failures.append(f"seed {seed}: the policy's gold is {policy['gold']:.2f}, below {LEAST_GOLD}.")
         least = CORRECTION_SHARE * shown
-        if shown and policy["correction_rate"] < least:
-            rate = f"{policy['correction_rate']:.0%}"
-            failures.append(f"seed {seed}: {rate} of wrong facts are corrected, below {least:.0%}.")
+        if rate < least:
+            failures.append(f"seed {seed}: {rate:.0%} of wrong facts are corrected, below {least:.0%}.")
     return Verdict(gate=1, question="does the policy know its task?", failures=tuple(failures), values=values)
 
 

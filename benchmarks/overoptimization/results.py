@@ -34,8 +34,10 @@ from r2m_ray.run_files import replace_file
 GATES_FILE = "gates.json"
 PAGE_FILE = "report.html"
 KEPT = (
-    "length", "rm_accuracy", "rm_accuracy_frozen", "gold/correct", "gold/wrong", "gold/corrected",
-    "gold/courtesy", "gold/intensifiers", "gold/excess_tokens",
+    "length", "rm_accuracy", "rm_accuracy_frozen", "rm_accuracy_on_policy", "rm_accuracy_on_policy_frozen",
+    "gold_correlation", "gold_correlation_frozen", "pseudo_label_precision", "scale_ratio", "pair_flip_rate",
+    "group_entropy", "calibration_error", "gold/correct", "gold/wrong", "gold/corrected", "gold/courtesy",
+    "gold/intensifiers", "gold/excess_tokens",
 )  # fmt: skip
 """Measures of each evaluation that curves.json holds, where the run has them."""
 DIGITS = 5
