@@ -134,13 +134,19 @@ def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
             ended=lambda exit_code, seconds: end(run, exit_code, seconds),
         )
 
-    states = {run: standing(run).state for run in runs}
-    outcome = execute(
-        [job(run, state is State.half) for run, state in states.items() if state is not State.finished],
-        lab.jobs,
-    )
+    jobs, failed = [], []
+    for run in runs:
+        state = standing(run).state
+        if state is State.finished:
+            continue
+        try:
+            jobs.append(job(run, state is State.half))
+        except RunError as error:
+            print(f"{run.name}: {error}", file=sys.stderr)
+            failed.append(f"{run.world.name}/{run.name}")
+    outcome = execute(jobs, lab.jobs)
     _go_on(outcome.stopped)
-    return outcome.failed
+    return [*failed, *outcome.failed]
 
 
 def refuse_others(lab: Lab, runs: Sequence[Run], code: str) -> None:

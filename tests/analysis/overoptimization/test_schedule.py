@@ -7,19 +7,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.overoptimization import lab as lab_module
 from benchmarks.overoptimization.execute import Job, execute
 from benchmarks.overoptimization.gates import baseline_gate, policy_gate, reward_gate
 from benchmarks.overoptimization.lab import Lab, check, conduct
+from benchmarks.overoptimization.presets import World
 from benchmarks.overoptimization.runs import Run, State, code_digest, read_ticket, standing
 from r2m_ray.analysis.curves import Curve
-from r2m_ray.errors import InputError
+from r2m_ray.errors import InputError, RunError
+from r2m_ray.stages.prepare import Prepared
 
 MakeLab = Callable[..., Lab]
 Order = Callable[[], list[str]]
@@ -76,6 +79,31 @@ def test_a_run_that_failed_is_told_and_goes_on_next_time(
     assert order() == ["rloo_r2m-seed-0 again"]
     attempts = read_ticket(run_of(lab, "rloo_r2m-seed-0"))["attempts"]  # type: ignore[index]
     assert [attempt["exit_code"] for attempt in attempts] == [3, 0]
+
+
+def test_an_arm_whose_own_reward_model_cannot_be_made_stops_no_other(
+    make_lab: MakeLab, order: Order, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lab = make_lab(arms=("rloo", "pretrained_rm", "rm_head"))
+    usual = lab_module.prepare
+
+    def broken(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> dict[str, Prepared]:
+        if "pretrained_rm-seed-0-reward" in overrides:
+            assert overrides["pretrained_rm-seed-0-reward"][-2:] == (
+                "task.annotator_bias=0.0",
+                "task.label_temperature=0.05",
+            )
+            raise RunError("models could not be prepared")
+        return usual(lab, world, overrides)
+
+    monkeypatch.setattr(lab_module, "prepare", broken)
+    assert conduct(lab).failed == ("toy/pretrained_rm-seed-0",)
+    assert order() == ["rloo-seed-0", "rm_head-seed-0"]
+    monkeypatch.setattr(lab_module, "prepare", usual)
+    assert conduct(lab).failed == ()
+    assert order() == ["pretrained_rm-seed-0"]
+    words = read_ticket(run_of(lab, "pretrained_rm-seed-0"))["overrides"]  # type: ignore[index]
+    assert words[-1] == f"model.reward='{tmp_path / 'pretrained_rm-seed-0-reward' / 'reward'}'"
 
 
 @pytest.mark.parametrize(
