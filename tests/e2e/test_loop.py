@@ -159,6 +159,7 @@ def test_every_role_dies_once_and_the_run_is_the_same(
         assert f"{role}-0 replaced after" in told
 
 
+@pytest.mark.slow
 def test_human_pairs_come_again_alike_after_the_loss_of_a_role(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
