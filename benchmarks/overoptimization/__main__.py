@@ -67,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
 
     lab = Lab(
         preset=preset,
-        root=parsed.root.resolve(),
+        root=parsed.root,
         jobs=parsed.jobs,
         precheck=precheck,
         extra=tuple(extra),

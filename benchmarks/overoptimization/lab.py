@@ -249,7 +249,7 @@ def _reward(lab: Lab, run: Run) -> Path | None:
         return None
     words = (*run.world_overrides, *run.arm.reward_world)
     (made,) = prepare(lab, run.world, {f"{run.name}-reward": words}).values()
-    return made.reward_dir.resolve()
+    return made.reward_dir
 
 
 def _prepared(config: Config) -> bool:

@@ -6,7 +6,6 @@ Whatever part of a schedule is finished is compared, and what is missing is list
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measure import machine
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
@@ -27,7 +27,7 @@ from r2m_ray.analysis.page import Section, page
 from r2m_ray.analysis.study import Study
 from r2m_ray.analysis.table import Table, markdown, preface, record, tables
 from r2m_ray.analysis.training import Training, read_training
-from r2m_ray.environment import environment
+from r2m_ray.environment import environment, versions
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.run_files import replace_file
 
@@ -136,8 +136,13 @@ def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]
 
 
 def made_with(command: str) -> dict[str, Any]:
-    """Machine, load, versions and commit of this process, and the command as it was typed."""
-    return {**environment(), "load_average_1min": round(os.getloadavg()[0], 2), "command": command}
+    """Machine and its load, versions and commit of this process, and the command as it was typed."""
+    return {
+        "command": command,
+        "machine": machine(),
+        "packages": versions(),
+        "commit": environment()["commit"],
+    }
 
 
 def warnings(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -212,13 +217,14 @@ def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[
 
 
 def _facts(made: Mapping[str, Any]) -> dict[str, str]:
-    machine = [made["cpu"], f"{made['cores']} cores", f"{made['memory_bytes'] / 2**30:.0f} GiB"]
+    def listed(values: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
     return {
-        "Machine": ", ".join([*machine, *made["accelerators"], f"load {made['load_average_1min']}"]),
-        "Libraries": ", ".join(f"{name} {version}" for name, version in made["packages"].items()),
-        "Python": f"{made['python']} on {made['platform']}",
-        "Commit": made["commit"] or "not in a git checkout",
         "Command": made["command"],
+        "Machine": listed(made["machine"]),
+        "Libraries": listed(made["packages"]),
+        "Commit": made["commit"] or "not in a git checkout",
     }
 
 
