@@ -108,13 +108,13 @@ def record_bytes(config: Config, batch: BatchPlan, models: Mapping[str, ModelSiz
     """Bytes of a step's records in the object store, rows of full length.
 
     With T packed tokens, N rows, policy width w and reward width D: trajectories 25·T (text at 4 characters a
-    token) + 9·N; hidden T·w·b; fresh_hidden the same where the learner refreshes it; annotation N·(4·D + 16);
+    token) + 9·N; hidden T·w·b; fresh_hidden the same where the learner refreshes it; annotation N·(4·D + 20);
     reference 8·T; human_pairs what 2 rows for each group add to trajectories, hidden and annotation.
     """
     hidden = batch.tokens_most * feedback_width(config, models) * itemsize(config.model.dtype)
     refreshed = config.feedback.refresh is not FeedbackRefresh.none
     trajectories = batch.tokens_most * (TRAJECTORY_BYTES + TEXT_BYTES) + 9 * batch.rows
-    annotation = batch.rows * (4 * models["reward"].width + 16)
+    annotation = batch.rows * (4 * models["reward"].width + 20)
     anchored = config.reward.anchor_fraction > 0
     return {
         "trajectories": trajectories,

@@ -214,7 +214,7 @@ def test_records_are_as_large_as_real_ones() -> None:
     text = 4 * batch.tokens_most
     assert records["trajectories"] == sum(tensor.nbytes for tensor in tensors) + text
     assert records["hidden"] == records["fresh_hidden"] == torch.empty(64 * 7, 64).nbytes
-    assert records["annotation"] == torch.empty(64, 48).nbytes + 64 * (4 + 4 + 8)
+    assert records["annotation"] == torch.empty(64, 48).nbytes + 64 * (4 + 4 + 4 + 8)
     assert records["reference"] == 2 * torch.empty(64 * 7).nbytes
     assert records["human_pairs"] == 0
 
