@@ -119,7 +119,7 @@ class Hidden:
 class Annotation:
     """The reward model's reading of a shard (Algorithm 1, Reward Annotation).
 
-    reward_N: float32 [N], r = φ(H_fin), Eqs. 3–4, the reward the policy is trained on.
+    reward_N: float32 [N], r = φ(H_fin), Eqs. 3–4: the model's own reward, before any shaping.
     frozen_reward_N: float32 [N], the untouched reward model's own score.
     gold_N: float32 [N], the task's gold score, NaN where the task knows none.
     rte_ND: float32 [N, D], the reward token embedding H_last; the update reuses it: the trunk is frozen.

@@ -222,7 +222,8 @@ class RewardConfig:
     pair_min_margin: NonNegative = 0.0
     """Pairs whose rewards, those that picked them, differ by less are not learned from."""
     gold_weight: Fraction = 0.0
-    """g: the reward is (1 − g)·r + g·gold; 1 trains the policy on gold, the ceiling of every arm."""
+    """g: advantages are of (1 − g)·r + g·gold, r scaled by ``scale``; 1 trains the policy on gold, the
+    ceiling of every arm. Pairs, metrics and alarms are of the model's own r whatever g is."""
     scale: RewardScale = RewardScale.raw
     """Before advantages; ``match_frozen`` gives a step's rewards the frozen model's spread within groups."""
     anchor_fraction: Fraction = 0.0

@@ -164,12 +164,13 @@ def _random_margin(config: Config) -> Iterator[Problem]:
         )
 
 
-@rule("reward.scale", "algo.advantage", "algo.kl_place", "algo.kl_weight")
+@rule("reward.scale", "algo.advantage", "algo.kl_place", "algo.kl_weight", "reward.gold_weight")
 def _scale(config: Config) -> Iterator[Problem]:
     algo = config.algo
     own_scale = algo.advantage in (Advantage.grpo, Advantage.reinforce_pp)
     charged = algo.kl_place is KLPlace.reward and algo.kl_weight > 0
-    if config.reward.scale is RewardScale.match_frozen and own_scale and not charged:
+    mixed = 0 < config.reward.gold_weight < 1
+    if config.reward.scale is RewardScale.match_frozen and own_scale and not (charged or mixed):
         yield Problem(
             "reward.scale",
             f"match_frozen has no effect: algo.advantage={algo.advantage.value} divides by the rewards' own "

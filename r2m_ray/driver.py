@@ -18,7 +18,7 @@ from r2m_ray.config import Advantage, Config, KLPlace, OmegaSchedule
 from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.head import omega
 from r2m_ray.core.kl import row_kl
-from r2m_ray.core.shaping import SCALES
+from r2m_ray.core.shaping import SCALES, gold_mixture
 from r2m_ray.data import PromptStream
 from r2m_ray.evaluate import Evaluator
 from r2m_ray.human_pairs import HumanPairs
@@ -97,14 +97,16 @@ async def advantages(
 ) -> list[Tensor]:
     """Advantages of the whole batch (Eq. 1 and its siblings), float32 [N] per shard.
 
-    Rewards are first scaled as ``reward.scale`` says. With ``algo.kl_place=reward`` each row's then loses β
-    times its KL to the reference, estimated on the log-probs it was sampled with.
+    Rewards are scaled as ``reward.scale`` says, and then mixed with gold by ``reward.gold_weight``. With
+    ``algo.kl_place=reward`` each row's then loses β times its KL to the reference, estimated on the
+    log-probs it was sampled with.
     """
     algo, notes = config.algo, [await shard for shard in annotation]
     own_N = torch.cat([note.reward_N for note in notes])
     frozen_N = torch.cat([note.frozen_reward_N for note in notes])
     scale = SCALES[config.reward.scale.value](own_N, frozen_N, algo.responses_per_prompt)
-    reward_N = [scale * note.reward_N for note in notes]
+    gold_weight = config.reward.gold_weight
+    reward_N = [gold_mixture(scale * note.reward_N, note.gold_N, gold_weight) for note in notes]
     if algo.kl_place is KLPlace.reward:
         for i, (shard, shard_reference) in enumerate(zip(trajectories, reference, strict=True)):
             rows, base = await shard, await shard_reference

@@ -285,6 +285,7 @@ def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
         ["reward=r2m_oracle", "reward.pair_min_margin=0.5"],
         ["reward=r2m_random_labels"],
         ["reward=gold", "algo=grpo"],
+        ["reward=r2m_match_frozen", "algo=grpo", "reward.gold_weight=0.5"],
         *(["reward=r2m_match_frozen", f"algo={name}"] for name in ("dr_grpo", "remax", "reinforce_pp")),
         ["algo.temperature=0.01"],
         ["prepare.policy_width=48", "model.policy=org/policy"],

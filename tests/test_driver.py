@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -442,6 +443,29 @@ def test_a_matched_scale_multiplies_the_rewards_of_the_whole_step() -> None:
     assert metrics["match_frozen"].pop("reward/scale_factor") == pytest.approx(0.25, rel=1e-12)
     assert metrics["raw"].pop("reward/scale_factor") == 1.0
     assert metrics["match_frozen"] == metrics["raw"], "what is reported of the rewards is what was annotated"
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "expected"),
+    [
+        (0.0, RewardScale.raw, [-8.0, 8.0]),
+        (1.0, RewardScale.raw, [5.0, -5.0]),
+        (1.0, RewardScale.match_frozen, [5.0, -5.0]),
+        # 0.75·(0, 8) + 0.25·(5, 0), and with the reward's spread first brought from 4 to 1.
+        (0.25, RewardScale.raw, [-4.75, 4.75]),
+        (0.25, RewardScale.match_frozen, [-0.25, 0.25]),
+    ],
+)
+def test_gold_is_mixed_with_scaled_rewards_before_the_advantages(
+    weight: float, scale: RewardScale, expected: list[float]
+) -> None:
+    reward = RewardConfig(gold_weight=weight, scale=scale)
+    config = Config(algo=AlgoConfig(responses_per_prompt=2), reward=reward)
+    shard = rows(ONE_GROUP, 0)
+    notes = replace(annotated(shard, [0.0, 8.0], [0.0, 2.0]), gold_N=torch.tensor([5.0, 0.0]))
+    records = shard, notes, reference_two_nats_away(shard)
+    (advantage,) = asyncio.run(advantages(config, *([ready(r)] for r in records)))
+    assert advantage.tolist() == expected
 
 
 def test_shards_cut_the_step_into_whole_groups(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Rewards before they become advantages: mixed with gold, or brought back to the frozen model's scale.
+"""Rewards before they become advantages: brought back to the frozen model's scale, or mixed with gold.
 
 Axes: N = G·K rows; rows iK … iK+K−1 are group i; G groups, K rows per group.
 """

@@ -17,7 +17,6 @@ from torch import Tensor, distributed
 from r2m_ray.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
 from r2m_ray.config import Config
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.shaping import gold_mixture
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.models.reward_head import HeadInfo, load_head, save_head
 from r2m_ray.models.reward_pairs import content_seed
@@ -92,21 +91,19 @@ class RewardEngine:
     def annotate(self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int) -> Annotation:
         """Reward r = φ((1−ω) Ĥ + ω H_last) of every row of a shard (Eqs. 3–4), and the frozen model's own.
 
-        At ω = 1 with an untrained head both are equal to the last bit. ``reward.gold_weight`` g makes the
-        reward (1−g)·r + g·gold. `step` seeds ``feedback.noise``.
+        At ω = 1 with an untrained head both are equal to the last bit. `step` seeds ``feedback.noise``.
         Rewards that are not finite are passed on, to be counted by the caller.
         Raises InputError for a conversation too long to read, RunError where h is not that of these rows.
         """
         layout = trajectories.layout
         rte_ND, frozen_reward_N = self.trunk.read(trajectories.row_prompts, trajectories.responses)
         feedback_TP = self._feedback(hidden, layout, rte_ND, f"{step} annotate")
-        model_reward_N = self.head(rte_ND, feedback_TP, layout.offsets.to(self._device), omega).cpu()
-        gold_N = self._gold_scores(trajectories)
+        reward_N = self.head(rte_ND, feedback_TP, layout.offsets.to(self._device), omega)
         return Annotation(
             layout=layout,
-            reward_N=gold_mixture(model_reward_N, gold_N, self._config.reward.gold_weight),
+            reward_N=reward_N.cpu(),
             frozen_reward_N=frozen_reward_N.cpu(),
-            gold_N=gold_N,
+            gold_N=self._gold_scores(trajectories),
             rte_ND=rte_ND.cpu(),
             response_id_N=_response_ids(trajectories),
         )
