@@ -54,8 +54,8 @@ def _style_pair(config: Config, random: Random) -> PreferencePair:
         plain = _response(facts, places[:intensifiers], courtesies)
         rich = _response(facts, places, courtesies + more[0])
         margin = gold(note.prompt, rich, False).total - gold(note.prompt, plain, False).total
-        # Sums of tenths round; a second courtesy is worth nothing.
-        if abs(margin) > 1e-9 and _fits(config, rich):
+        # A second courtesy is worth nothing.
+        if margin and _fits(config, rich):
             better, worse = (rich, plain) if margin > 0 else (plain, rich)
             return PreferencePair(prompt=note.prompt, chosen=better, rejected=worse)
 

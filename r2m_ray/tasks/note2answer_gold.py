@@ -64,8 +64,8 @@ class GoldScore:
 
     @property
     def total(self) -> float:
-        """Gold, 3.4 at most."""
-        return (
+        """Gold, 3.4 at most; scores of equal worth are equal numbers, however they came about."""
+        total = (
             self.correct
             - 1.0 * self.wrong
             - 0.3 * self.corrected
@@ -78,6 +78,8 @@ class GoldScore:
             - 0.1 * self.unparsable
             - 0.5 * self.missing_eos
         )
+        # All weights are hundredths, whose sums round differently in different orders.
+        return round(total, 2)
 
     def parts(self) -> dict[str, float]:
         """Every count, and ``total``."""

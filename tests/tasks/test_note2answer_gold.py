@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from r2m_ray.tasks.note2answer import Note
-from r2m_ray.tasks.note2answer_gold import gold
+from r2m_ray.tasks.note2answer_gold import GoldScore, gold
 
 PROMPT = (
     "the fox is red . the girl plays chess . the fox eats corn . the girl owns kites . "
@@ -64,6 +66,17 @@ def test_words_beyond_the_22nd_cost() -> None:
 
 def test_a_cut_off_response_costs_half_a_fact() -> None:
     assert score(IS, truncated=True) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_scores_of_equal_worth_are_equal_numbers() -> None:
+    names = ("correct", "wrong", "corrected", "off_topic", "repeats", "courtesy", "intensifiers")
+    rest = {"excess_tokens": 0, "unparsable": 0, "missing_eos": 0}
+    totals = {
+        GoldScore(**dict(zip(names, counts, strict=True)), **rest).total
+        for counts in itertools.product(range(4), repeat=len(names))
+    }
+    # Without words in excess all weights are tenths, so two different scores are that far apart.
+    assert min(later - earlier for earlier, later in itertools.pairwise(sorted(totals))) > 0.09
 
 
 def test_parts_add_up_to_the_total() -> None:
