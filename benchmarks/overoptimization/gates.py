@@ -53,10 +53,10 @@ def policy_gate(facts: Mapping[int, Mapping[str, Any]]) -> Verdict:
         policy, shown = fact["policy"], float(fact["settings"]["task"]["self_correct_prob"])
         rate = float(policy.get("correction_rate", 0.0))
         values[str(seed)] = {"gold": policy["gold"], "correction_rate": rate}
-        if policy["gold"] < LEAST_GOLD:
+        if not policy["gold"] >= LEAST_GOLD:
             failures.append(f"seed {seed}: the policy's gold is {policy['gold']:.2f}, below {LEAST_GOLD}.")
         least = CORRECTION_SHARE * shown
-        if rate < least:
+        if not rate >= least:
             failures.append(f"seed {seed}: {rate:.0%} of wrong facts are corrected, below {least:.0%}.")
     return Verdict(gate=1, question="does the policy know its task?", failures=tuple(failures), values=values)
 

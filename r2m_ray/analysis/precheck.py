@@ -103,9 +103,9 @@ def precheck_failures(found: Mapping[int, Information], regime: Regime) -> tuple
         failures.append(f"{len(found)} seeds; the pre-check needs {LEAST_SEEDS}.")
     for seed, one in found.items():
         for target, gain in zip(("gold", "differences within prompts"), one.gains, strict=True):
-            if regime is Regime.informative and gain < LEAST_GAIN:
+            if regime is Regime.informative and not gain >= LEAST_GAIN:
                 failures.append(f"seed {seed}: h adds {gain:.3f} to R² of {target}, less than {LEAST_GAIN}.")
-            if regime is Regime.uninformative and gain >= MOST_GAIN:
+            if regime is Regime.uninformative and not gain < MOST_GAIN:
                 failures.append(f"seed {seed}: h adds {gain:.3f} to R² of {target}, not below {MOST_GAIN}.")
     return tuple(failures)
 

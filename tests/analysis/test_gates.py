@@ -108,6 +108,13 @@ def test_both_targets_must_hold_under_three_seeds() -> None:
     )
 
 
+@pytest.mark.parametrize("regime", list(Regime))
+def test_a_gain_that_is_no_number_passes_in_no_regime(regime: Regime) -> None:
+    unknown = Explained(gold=float("nan"), differences=float("nan"))
+    one = Information(reward_model=unknown, policy=unknown, both=unknown)
+    assert len(precheck_failures({0: one, 1: one, 2: one}, regime)) == 6
+
+
 def test_the_pre_check_repeats_and_refuses_what_it_cannot_use() -> None:
     assert world(5, share=0.2) == world(5, share=0.2)
     draw = np.random.default_rng(0)

@@ -216,6 +216,12 @@ def test_the_gate_of_the_policy() -> None:
     )
 
 
+def test_what_is_no_number_passes_no_gate() -> None:
+    nan = float("nan")
+    assert len(policy_gate({0: fact(nan, nan)}).failures) == 2
+    assert len(reward_gate({0: fact(1, 1, accuracy=nan)}).failures) == 1
+
+
 def test_the_gate_of_the_reward_model() -> None:
     assert reward_gate({seed: fact(1, 1, accuracy=a) for seed, a in enumerate((0.64, 0.75))}).passed
     failed = reward_gate({seed: fact(1, 1, accuracy=a) for seed, a in enumerate((0.639, 0.7, 0.76))})
