@@ -103,7 +103,7 @@ def studies(found: Found) -> tuple[Peak | None, list[Study]]:
     done = []
     for seeds, arms in sorted(families.items(), key=lambda family: (-len(family[0]), family[0])):
         members = (c for arm in (BASELINE, *arms) for c in found.curves[arm] if c.seed in seeds)
-        done.append(best_study(comparison(members, BASELINE), top=top))
+        done.append(best_study(comparison(members, BASELINE), top))
     return top, done
 
 
@@ -170,7 +170,7 @@ def _world_sections(preset: Preset, found: Found, root: Path, directory: Path) -
     figures = gallery(found.curves, found.trainings, BASELINE)
     for study in compared:
         if (bars := effects_figure(study)) is not None:
-            figures[f"effects-{len(study.seeds)}-seeds"] = bars
+            figures[f"effects-seeds-{'-'.join(map(str, study.seeds))}"] = bars
     paper = paper_tables(found.curves, found.trainings, top)
     said = warnings(found, verdicts)
     titles = [f"{', '.join(s.challengers)} under seeds {', '.join(map(str, s.seeds))}" for s in compared]

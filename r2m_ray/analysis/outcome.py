@@ -44,15 +44,14 @@ def kl_star(curves: Sequence[Curve]) -> Peak | None:
     return top if top.kl > 0 else None
 
 
-def best_study(comparison: Comparison, *, top: Peak | None = None) -> Study:
+def best_study(comparison: Comparison, top: Peak | None) -> Study:
     """The study that the curves allow: at matched KL, unmatched where there is no KL*, or without gold.
 
-    top: as of ``study``. Raises InputError where there is no other arm than the baseline.
+    top: of ``kl_star``, of all the baseline's seeds, though fewer be compared here: a peak that only some of
+    them have is none. Raises InputError where there is no other arm than the baseline.
     """
-    curves = comparison.curves(comparison.baseline)
-    if not all(curve.knows_gold for curve in curves):
+    if not all(curve.knows_gold for curve in comparison.curves(comparison.baseline)):
         return proxy_study(comparison)
-    top = top or kl_star(curves)
     return contrasted(comparison, UNMATCHED) if top is None else study(comparison, top=top)
 
 

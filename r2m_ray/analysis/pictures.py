@@ -147,7 +147,7 @@ def _multiples(
             line, place = divmod(i, columns)
             axes = figure.add_axes(cell(place, line, columns, rows))
             if arm != baseline and baseline in arms:
-                first = lines[0]
+                first = next(each for each in lines if _known(each, arms[baseline]))
                 axes.plot(*_mean(first, arms[baseline], smooth), color=GREY, linewidth=1.3, label=baseline)
             for each in lines:
                 _draw_line(axes, each, runs, smooth=smooth)
@@ -159,11 +159,15 @@ def _multiples(
 
 
 def _draw_line(axes: Axes, line: Line[Run], runs: Sequence[Run], *, smooth: bool) -> None:
-    if not any(np.isfinite(line.y(run)).any() for run in runs):
+    if not _known(line, runs):
         return
     for run in runs:
         axes.plot(line.x(run), line.y(run), line.style, color=line.colour, **SEED)
     axes.plot(*_mean(line, runs, smooth), line.style, color=line.colour, label=line.label)
+
+
+def _known(line: Line[Run], runs: Sequence[Run]) -> bool:
+    return any(np.isfinite(line.y(run)).any() for run in runs)
 
 
 def _mean(line: Line[Run], runs: Sequence[Run], smooth: bool) -> tuple[Series, Series]:

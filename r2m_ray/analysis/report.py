@@ -9,7 +9,7 @@ import numpy as np
 
 from r2m_ray.analysis.comparison import Comparison, comparison, read_comparison
 from r2m_ray.analysis.curves import read_curve
-from r2m_ray.analysis.outcome import best_study, effects_figure, gallery, write_pictures
+from r2m_ray.analysis.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
 from r2m_ray.analysis.page import Section, page
 from r2m_ray.analysis.table import preface, tables, write_tables
 from r2m_ray.analysis.training import read_training
@@ -26,7 +26,7 @@ def write_comparison(runs: Mapping[str, Sequence[Path]], baseline: str, director
     and where it is alone; RunError if the directory cannot be written.
     """
     paired = read(runs, baseline)
-    found = best_study(paired)
+    found = best_study(paired, kl_star(paired.curves(baseline)))
     trainings = {arm: [read_training(path, arm) for path in paths] for arm, paths in runs.items()}
     figures = gallery(paired.arms, trainings, baseline)
     if (bars := effects_figure(found)) is not None:

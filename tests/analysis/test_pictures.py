@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from r2m_ray.analysis.comparison import Comparison, comparison
 from r2m_ray.analysis.curves import Curve
-from r2m_ray.analysis.outcome import best_study, effects_figure, gallery
+from r2m_ray.analysis.outcome import best_study, effects_figure, gallery, kl_star
 from r2m_ray.analysis.pictures import COLUMNS, effects, frontiers, mean_line, over_training, png, rewards
 from r2m_ray.analysis.training import Training
 
@@ -78,6 +78,16 @@ def test_scores_are_drawn_over_steps_and_gold_only_where_it_is_known(make_curve:
     assert {line.get_color() for line in lines(blind.axes[0])} == {means[1].get_color(), means[2].get_color()}
 
 
+def test_without_gold_the_baseline_is_drawn_by_its_proxy(make_curve: MakeCurve) -> None:
+    unknown = [np.nan] * 4
+    blind = {arm: [make_curve(KL, unknown, arm=arm, frozen=KL + 1)] for arm in ("vanilla", "other")}
+    for draw, proxy in ((frontiers, KL), (rewards, KL + 1)):
+        figure = draw(blind, "vanilla")
+        assert figure is not None
+        grey = lines(figure.axes[1])[0]
+        assert (grey.get_label(), grey.get_ydata()) == ("vanilla", pytest.approx(proxy))
+
+
 def test_panels_fill_lines_of_four(make_curve: MakeCurve) -> None:
     many = {f"arm{i}": [make_curve(KL, KL, arm=f"arm{i}")] for i in range(COLUMNS + 1)}
     figure = frontiers(many, "arm0")
@@ -89,7 +99,8 @@ def test_panels_fill_lines_of_four(make_curve: MakeCurve) -> None:
 
 
 def test_effects_are_means_intervals_and_seeds(make_curve: MakeCurve) -> None:
-    found = best_study(arms(make_curve))
+    paired = arms(make_curve)
+    found = best_study(paired, kl_star(paired.curves("vanilla")))
     figure = effects(found)
     assert figure is not None
     assert len(figure.axes) == 4
@@ -145,7 +156,7 @@ def test_without_a_primary_endpoint_there_are_no_bars(make_curve: MakeCurve) -> 
         [make_curve(KL, -KL), make_curve(KL, 1 - KL, arm="other")],
         "vanilla",
     )
-    found = best_study(falling)
+    found = best_study(falling, kl_star(falling.curves("vanilla")))
     assert found.peak is None
     assert effects_figure(found) is None
     assert found.contrasts["final_gold"]["other"].differences == pytest.approx((1.0,))

@@ -31,14 +31,15 @@ words = dict(word.partition("=")[::2] for word in sys.argv[2:])
 name = words["run.name"]
 with (root / "order").open("a") as order:
     order.write(name + (" again" if words.get("run.resume") else "") + "\\n")
-plan = json.loads((root / "plan.json").read_text()).get(name.rsplit("-seed-")[0], {})
+plans = json.loads((root / "plan.json").read_text())
+plan = plans.get(name, plans.get(name.rsplit("-seed-")[0], {}))
 directory = pathlib.Path(words["run.root"].strip("'")) / name
 directory.mkdir(exist_ok=True)
 seed = name.rsplit("-")[-1]
 (directory / "config.yaml").write_text((root / "config.yaml").read_text().replace("SEED", seed))
 (directory / "environment.json").write_text((root / "environment.json").read_text())
 (directory / "rollouts.jsonl").write_text("")
-gold, last = plan.get("gold", json.loads((root / "plan.json").read_text())["gold"]), plan.get("last", 10)
+gold, last = plan.get("gold", plans["gold"]), plan.get("last", 10)
 if words.get("run.resume"):
     last = 10
 with (directory / "metrics.jsonl").open("w") as metrics:
@@ -59,8 +60,8 @@ sys.exit(plan.get("code", 0) if not words.get("run.resume") else 0)
 def make_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lab]:
     """``make_lab()``, and by name: arms, seeds, despite_gates, and what is wrong with the world.
 
-    plan: of arms, how their runs go: ``gold`` by step, ``last`` step, exit ``code``. accuracy: the reward
-    model's. gain: of h, in R².
+    plan: of arms or single runs, how they go: ``gold`` by step, ``last`` step, exit ``code``. accuracy: the
+    reward model's. gain: of h, in R².
     """
     home = tmp_path / "fake"
     home.mkdir()

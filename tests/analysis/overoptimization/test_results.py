@@ -74,6 +74,28 @@ def test_without_baseline_or_without_peak_there_is_still_what_there_is(make_curv
     assert "final_gold" in study.values
 
 
+def test_without_a_peak_of_all_seeds_no_family_has_one_of_its_own(make_curve: MakeCurve) -> None:
+    # Seed 0 alone peaks at KL 2; the mean of both is highest before training.
+    curves = [curve(make_curve, "rloo", 0), make_curve(KL, [5.0, 0.0, 0.0, 0.0], arm="rloo", seed=1)]
+    curves.append(curve(make_curve, "grpo", 0))
+    top, (study,) = studies(found_of(curves))
+    assert (top, study.seeds, study.peak) == (None, (0,), None)
+    assert not any(endpoint.primary for endpoint in study.endpoints)
+
+
+def test_families_of_as_many_seeds_have_a_picture_each(make_lab: MakeLab, tmp_path: Path) -> None:
+    failed = {"last": 4, "code": 3}
+    lab = make_lab(
+        arms=("rloo", "rloo_r2m", "grpo"),
+        seeds=(0, 1),
+        plan={"rloo_r2m-seed-0": failed, "grpo-seed-1": failed},
+    )
+    conduct(lab)
+    write_results(lab.preset, lab.root, tmp_path / "out", made_with("x"))
+    pictures = {path.name for path in (tmp_path / "out" / "toy").glob("effects-*")}
+    assert pictures == {"effects-seeds-0.png", "effects-seeds-1.png"}
+
+
 def test_warnings_come_from_gates_and_from_mixed_code() -> None:
     shut = {"gate": 2, "question": "is it good?", "failures": ["seed 0: no."], "passed": False}
     passed = {"gate": 1, "question": "?", "failures": [], "passed": True}
@@ -104,7 +126,7 @@ def test_a_part_of_a_schedule_is_compared_and_the_rest_is_listed(make_lab: MakeL
     world = out / "toy"
     assert {path.name for path in world.iterdir()} == {
         "comparison.json", "comparison.md", "curves.json", "gates.json", "frontier.png", "rewards.png",
-        "effects-1-seeds.png",
+        "effects-seeds-0.png",
     }  # fmt: skip
     record = read(out / "record.json")
     assert record["command"] == "the very command"
