@@ -83,14 +83,14 @@ def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
 
 def _check_alike(arms: Mapping[str, tuple[Curve, ...]]) -> None:
     everyone = [curve for curves in arms.values() for curve in curves]
-    _same(everyone, WORLD, "runs of one comparison share their world, budget and measurement")
+    require_same(everyone, WORLD, "runs of one comparison share their world, budget and measurement")
     for curves in zip(*arms.values(), strict=True):
-        _same(curves, START, "runs of one seed start from the same policy")
+        require_same(curves, START, "runs of one seed start from the same policy")
     for arm, curves in arms.items():
-        _same(curves, METHOD, f"the runs of arm {arm!r} are one method under several seeds")
+        require_same(curves, METHOD, f"the runs of arm {arm!r} are one method under several seeds")
 
 
-def _same(curves: Sequence[Curve], sections: Sequence[str], rule: str) -> None:
+def require_same(curves: Sequence[Curve], sections: Sequence[str], rule: str) -> None:
     """Raise InputError at the first setting below ``sections`` that a curve does not share with the first."""
     for curve in curves[1:]:
         first = curves[0]

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from r2m_ray.analysis.bootstrap import RESAMPLES
-from r2m_ray.analysis.comparison import Comparison
+from r2m_ray.analysis.comparison import Comparison, require_same
 from r2m_ray.analysis.curves import Curve
 from r2m_ray.analysis.matched import frozen_at
 from r2m_ray.analysis.measures import common_range
@@ -29,8 +29,13 @@ ACCURACIES = {
 def proxy_study(comparison: Comparison, *, seed: int = 0, resamples: int = RESAMPLES) -> Study:
     """Compare every arm with the baseline, without gold.
 
-    Accuracies are left out where a run did not measure them. Raises InputError where there is no other arm.
+    Accuracies are left out where a run did not measure them. Raises InputError where there is no other arm,
+    and where runs of one seed have different reward models, whose scores have nothing in common.
     """
+    for runs in zip(*comparison.arms.values(), strict=True):
+        require_same(
+            runs, ("model.reward",), "without gold, runs of one seed are compared by one reward model"
+        )
     curves = [curve for arm in comparison.arms.values() for curve in arm]
     upper = common_range(curves)
     found = [_matched(share, upper) for share in SHARES] if upper > 0 else []

@@ -132,6 +132,7 @@ def test_a_baseline_that_never_improves_is_said_to_have_no_kl_star(make_run: Mak
         (["vanilla={v}"], "only 'vanilla' to compare"),
         (["vanila={v}"], "no arm 'vanilla' here; there are vanila. Did you mean vanila?"),
         (["vanilla={v}", "r2m={blind}"], "no gold score. Use a task that knows one"),
+        (["vanilla={blind}", "r2m={judged}"], "compared by one reward model"),
         (["vanilla={v}x"], "not the directory of a run (no config.yaml in it). Did you mean"),
     ],
 )
@@ -145,12 +146,16 @@ def test_runs_that_cannot_be_compared_are_named(
     def biased(config: object) -> None:
         config.task.annotator_bias = 0.6  # type: ignore[attr-defined]
 
+    def otherwise_judged(config: object) -> None:
+        config.model.reward = "org/other"  # type: ignore[attr-defined]
+
     made = {
         "v": {},
         "v1": {"seed": 1},
         "half": {"seed": 1, "done": 7},
         "other": {"change": biased},
         "blind": {"gold": BLIND},
+        "judged": {"gold": BLIND, "change": otherwise_judged},
     }
     text = " ".join(words)
     found = {name: make_run(name, **how) for name, how in made.items() if f"{{{name}}}" in text}
