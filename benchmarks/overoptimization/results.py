@@ -29,6 +29,7 @@ from r2m_ray.analysis.table import Table, markdown, preface, record, tables
 from r2m_ray.analysis.training import Training, read_training
 from r2m_ray.environment import environment, versions
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.monitor import ALARMS
 from r2m_ray.run_files import replace_file
 
 GATES_FILE = "gates.json"
@@ -36,8 +37,10 @@ PAGE_FILE = "report.html"
 KEPT = (
     "length", "rm_accuracy", "rm_accuracy_frozen", "rm_accuracy_on_policy", "rm_accuracy_on_policy_frozen",
     "gold_correlation", "gold_correlation_frozen", "pseudo_label_precision", "scale_ratio", "pair_flip_rate",
-    "group_entropy", "calibration_error", "gold/correct", "gold/wrong", "gold/corrected", "gold/courtesy",
-    "gold/intensifiers", "gold/excess_tokens",
+    "group_std", "group_entropy", "group_skew", "calibration_error", "calibration_error_frozen",
+    "rm_accuracy_style", "rm_accuracy_style_frozen", "rm_accuracy_value", "rm_accuracy_value_frozen",
+    "gold/correct", "gold/wrong", "gold/corrected", "gold/courtesy", "gold/intensifiers",
+    "gold/excess_tokens",
 )  # fmt: skip
 """Measures of each evaluation that curves.json holds, where the run has them."""
 DIGITS = 5
@@ -213,7 +216,26 @@ def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[
         head=("run", "why"),
         rows=tuple(found.missing),
     )
-    return (gates, missing) if found.missing else (gates,)
+    return (gates, _alarms(found), missing) if found.missing else (gates, _alarms(found))
+
+
+def _alarms(found: Found) -> Table:
+    def told(runs: Sequence[Training], name: str) -> str:
+        raised = [one.steps[one.series(f"alarm/{name}") > 0] for one in runs]
+        first = [int(steps[0]) for steps in raised if len(steps)]
+        return f"{len(first)} of {len(runs)}" + (f", from step {min(first)}" if first else "")
+
+    return Table(
+        heading="Alarms",
+        note="Runs in which each alarm was ever on, and the earliest step of any. They watch the arm's own "
+        "reward and the KL, and know nothing of gold.",
+        head=("arm", *ALARMS),
+        rows=tuple(
+            (arm, *(told(found.trainings[arm], name) for name in ALARMS))
+            for arm in found.curves
+            if arm in found.trainings
+        ),
+    )
 
 
 def _facts(made: Mapping[str, Any]) -> dict[str, str]:

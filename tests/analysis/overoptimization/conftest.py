@@ -49,7 +49,7 @@ with (directory / "metrics.jsonl").open("w") as metrics:
                  "rm_accuracy_frozen": 0.7}]
         if t:
             rows.insert(0, {"step": t, "kind": "step", "time/step": 2.0 if "r2m" in name else 1.0,
-                            "time/reward": 0.5})
+                            "time/reward": 0.5, "alarm/kl": float(t >= plan.get("alarm", 99))})
         metrics.writelines(json.dumps(row) + "\\n" for row in rows)
 print("words of the run")
 sys.exit(plan.get("code", 0) if not words.get("run.resume") else 0)
@@ -60,8 +60,8 @@ sys.exit(plan.get("code", 0) if not words.get("run.resume") else 0)
 def make_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lab]:
     """``make_lab()``, and by name: arms, seeds, despite_gates, and what is wrong with the world.
 
-    plan: of arms or single runs, how they go: ``gold`` by step, ``last`` step, exit ``code``. accuracy: the
-    reward model's. gain: of h, in R².
+    plan: of arms or single runs, how they go: ``gold`` by step, ``last`` step, exit ``code``, the
+    step of an ``alarm``. accuracy: the reward model's. gain: of h, in R².
     """
     home = tmp_path / "fake"
     home.mkdir()

@@ -96,6 +96,16 @@ def test_families_of_as_many_seeds_have_a_picture_each(make_lab: MakeLab, tmp_pa
     assert pictures == {"effects-seeds-0.png", "effects-seeds-1.png"}
 
 
+def test_alarms_are_counted_by_arm(make_lab: MakeLab, tmp_path: Path) -> None:
+    lab = make_lab(seeds=(0, 1), plan={"rloo_r2m-seed-0": {"alarm": 7}, "rloo_r2m-seed-1": {"alarm": 5}})
+    conduct(lab)
+    write_results(lab.preset, lab.root, tmp_path / "out", made_with("x"))
+    text = (tmp_path / "out" / "toy" / "comparison.md").read_text()
+    assert "| arm | scale_ratio | frozen_gap | flip_rate | kl |" in text
+    assert "| rloo | 0 of 2 | 0 of 2 | 0 of 2 | 0 of 2 |" in text
+    assert "| rloo_r2m | 0 of 2 | 0 of 2 | 0 of 2 | 2 of 2, from step 5 |" in text
+
+
 def test_warnings_come_from_gates_and_from_mixed_code() -> None:
     shut = {"gate": 2, "question": "is it good?", "failures": ["seed 0: no."], "passed": False}
     passed = {"gate": 1, "question": "?", "failures": [], "passed": True}
