@@ -125,12 +125,14 @@ def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
 
     def job(run: Run, resume: bool) -> Job:
         words = run.overrides(_reward(lab, run))
+        # Before the first one starts: what cannot be read is told then, and leaves nothing running.
+        identity = run_identity(composed(words))
         again = ("run.resume=true",) if resume else ()
         return Job(
             name=f"{run.world.name}/{run.name}",
             command=[*R2M_RAY, "train", *words, *again],
             log=run.log,
-            started=lambda: begin(run, run_identity(composed(words)), code, commit, words),
+            started=lambda: begin(run, identity, code, commit, words),
             ended=lambda exit_code, seconds: end(run, exit_code, seconds),
         )
 

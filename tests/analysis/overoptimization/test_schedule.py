@@ -21,6 +21,7 @@ from benchmarks.overoptimization.lab import Lab, check, conduct
 from benchmarks.overoptimization.presets import World
 from benchmarks.overoptimization.runs import Run, State, code_digest, read_ticket, standing
 from r2m_ray.analysis.curves import Curve
+from r2m_ray.config import Config
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.stages.prepare import Prepared
 
@@ -104,6 +105,23 @@ def test_an_arm_whose_own_reward_model_cannot_be_made_stops_no_other(
     assert order() == ["pretrained_rm-seed-0"]
     words = read_ticket(run_of(lab, "pretrained_rm-seed-0"))["overrides"]  # type: ignore[index]
     assert words[-1] == f"model.reward='{tmp_path / 'pretrained_rm-seed-0-reward' / 'reward'}'"
+
+
+def test_a_run_whose_files_cannot_be_read_is_told_before_any_other_starts(
+    make_lab: MakeLab, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = make_lab(arms=("rloo", "grpo", "rloo_r2m"))
+    usual = lab_module.run_identity
+
+    def unread(config: Config) -> dict[str, Any]:
+        if config.run.name == "rloo_r2m-seed-0":
+            raise InputError("policy: cannot be read")
+        return usual(config)
+
+    monkeypatch.setattr(lab_module, "run_identity", unread)
+    with pytest.raises(InputError, match="policy: cannot be read"):
+        conduct(lab)
+    assert order() == ["rloo-seed-0"], "the baseline alone, which comes before the others"
 
 
 @pytest.mark.parametrize(
