@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import r2m_ray
 from benchmarks.overoptimization import lab as lab_module
 from benchmarks.overoptimization.execute import Job, execute
 from benchmarks.overoptimization.gates import baseline_gate, policy_gate, reward_gate
@@ -211,9 +212,26 @@ def test_every_run_is_composed_before_the_first_one_starts(make_lab: MakeLab, or
     assert order() == []
 
 
-def test_the_digest_is_of_code_that_decides_numbers() -> None:
-    assert code_digest() == code_digest()
-    assert len(code_digest()) == 64
+def test_the_digest_is_of_code_that_decides_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(r2m_ray, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "core").mkdir()
+    (tmp_path / "analysis").mkdir()
+    digests = []
+    for name in (
+        "__init__.py",
+        "core/head.py",
+        "driver.py",
+        "report_page.py",
+        "analysis/study.py",
+        "notes.md",
+    ):
+        (tmp_path / name).write_text("x = 1\n")
+        digests.append(code_digest())
+    first, head, driver, *onlookers = digests
+    assert len({first, head, driver}) == 3
+    assert onlookers == [driver] * 3, "reports, studies and texts decide no number"
+    (tmp_path / "core" / "head.py").rename(tmp_path / "core" / "tail.py")
+    assert code_digest() != driver
 
 
 def fact(gold: float, rate: float, *, shown: float = 0.6, accuracy: float = 0.7) -> dict[str, Any]:
