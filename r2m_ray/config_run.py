@@ -212,8 +212,9 @@ class MonitorConfig:
     """The own reward's spread within groups over the frozen model's: healthy runs stay at 1 or below, and
     self-labelled ones that collapsed reached 6. A wider reward also weakens the KL penalty."""
     frozen_gap: Positive = 3.0
-    """How far the own reward may rise above the frozen one since the first ``steps`` steps, in units of their
-    frozen spread within groups: the policy then gains what the frozen model does not see. A fall is none."""
+    """How far the own reward may rise above ω times the frozen one since the first ``steps`` steps, in units
+    of their frozen spread within groups: the policy gains what the frozen model does not see. A fall is
+    none."""
     flip_rate: Fraction = 0.35
     """Share of the own reward's best and worst rows that the frozen model puts in the other order; one half
     would mean that nothing is left of the model that the head started from."""

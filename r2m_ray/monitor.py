@@ -25,8 +25,8 @@ ALARMS = {
         "from humans by reward.anchor_fraction.",
     ),
     "frozen_gap": (
-        "since the first steps the own reward has risen above the frozen reward model's by {level:.3g} times "
-        "its spread within groups",
+        "since the first steps the own reward has risen above ω times the frozen reward model's by "
+        "{level:.3g} times its spread within groups",
         "Lower reward.learning_rate, raise reward.omega_floor, or hold the policy back by algo.kl_weight.",
     ),
     "flip_rate": (
@@ -40,6 +40,10 @@ ALARMS = {
     ),
 }
 """What each alarm says of its level, and what helps; named as the bounds in ``monitor``."""
+
+
+GAP_KEYS = ("reward/mean", "reward/frozen_mean", "reward/frozen_group_std", "omega")
+"""What a step's gap is made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +126,9 @@ class Monitor:
         ):
             if _known(row, key):
                 values.append(row[key])
-        if _known(row, "reward/frozen_gap") and _known(row, "reward/frozen_group_std"):
-            self._gap.append(row["reward/frozen_gap"])
+        if all(_known(row, key) for key in GAP_KEYS):
+            # ω(t) shrinks what the own reward has of the frozen one, which is no change of either model.
+            self._gap.append(row["reward/mean"] - row["omega"] * row["reward/frozen_mean"])
             self._frozen_spread.append(row["reward/frozen_group_std"])
 
     def _levels(self) -> dict[str, float | None]:

@@ -16,7 +16,6 @@ from r2m_ray.monitor import ALARMS, Monitor, replay
 BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
 KEYS = {
     "scale_ratio": "reward/scale_ratio",
-    "frozen_gap": "reward/frozen_gap",
     "flip_rate": "reward/pair_flip_rate",
     "kl": "policy/kl_sequence",
 }
@@ -28,9 +27,12 @@ def config(steps: int = 3, on_alarm: OnAlarm = OnAlarm.warn) -> MonitorConfig:
 
 def row(step: int, **values: float | None) -> dict[str, Any]:
     """A step of a healthy run, whose own reward has a within-group spread of ½ in the frozen model's eyes."""
-    healthy = {"scale_ratio": 0.9, "frozen_gap": 0.2, "flip_rate": 0.05, "kl": 4.0}
-    metrics = {KEYS[name]: value for name, value in (healthy | values).items()}
-    return {"step": step, "kind": "step", "reward/frozen_group_std": 0.5, **metrics}
+    found = {"scale_ratio": 0.9, "frozen_gap": 0.2, "flip_rate": 0.05, "kl": 4.0} | values
+    frozen = {"reward/frozen_mean": 2.0, "reward/frozen_group_std": 0.5, "omega": 0.5}
+    gap = found.pop("frozen_gap")
+    metrics = {KEYS[name]: value for name, value in found.items()}
+    mean = None if gap is None else gap + 0.5 * 2.0
+    return {"step": step, "kind": "step", "reward/mean": mean, **frozen, **metrics}
 
 
 def rows(**values: Sequence[float | None]) -> list[dict[str, Any]]:
@@ -79,6 +81,19 @@ def test_the_gap_is_its_rise_in_units_of_the_first_frozen_spread() -> None:
 
 def test_a_gap_that_falls_is_no_alarm() -> None:
     assert replay(config(), rows(frozen_gap=[0.0, 0.0, 0.0, -9.0, -99.0, -999.0]))[-1].alarms == ()
+
+
+@pytest.mark.parametrize("frozen", [-9.0, 9.0])
+def test_the_gap_is_neither_opened_nor_hidden_by_omega(frozen: float) -> None:
+    """The frozen model times ω(t) from 1 to .6, and the same with a rise of its own at the end."""
+    shrinking = rows(frozen_gap=[0.0] * 9)
+    for t, step in enumerate(shrinking):
+        w = 1 - 0.05 * t
+        step |= {"omega": w, "reward/frozen_mean": frozen, "reward/mean": w * frozen}
+    assert replay(config(), shrinking)[-1].levels["frozen_gap"] == pytest.approx(0.0, abs=1e-12)
+    for step in shrinking[-3:]:
+        step["reward/mean"] += 1.6
+    assert replay(config(), shrinking)[-1].alarms == ("frozen_gap",)
 
 
 def test_a_frozen_reward_without_spread_has_no_gap() -> None:
