@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from r2m_ray.errors import InputError
 from r2m_ray.problems import hint
 
 BASELINE = "rloo"
 """The arm that every other one is held against, and the gates are asked of."""
-
-
-class Family(StrEnum):
-    """Why an arm is there."""
-
-    paper = "the paper's own"
-    control = "control"
-    data = "human pairs"
-    shape = "scale, start and schedule"
-    strength = "strength"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +22,6 @@ class Arm:
 
     name: str
     overrides: tuple[str, ...]
-    family: Family
     paper: str | None = None
     reward_world: tuple[str, ...] = ()
 
@@ -42,52 +30,57 @@ CLEAN_LABELS = ("task.annotator_bias=0.0", "task.label_temperature=0.05")
 """Pairs labelled by gold alone, and hardly ever against it."""
 
 _TABLE = (
-    Arm(name="rloo", overrides=("reward=vanilla",), family=Family.paper, paper="RLOO"),
-    Arm(name="grpo", overrides=("reward=vanilla", "algo=grpo"), family=Family.paper, paper="GRPO"),
-    Arm(name="remax", overrides=("reward=vanilla", "algo=remax"), family=Family.paper, paper="ReMax"),
+    Arm(name="rloo", overrides=("reward=vanilla",), paper="RLOO"),
+    Arm(name="grpo", overrides=("reward=vanilla", "algo=grpo"), paper="GRPO"),
+    Arm(name="remax", overrides=("reward=vanilla", "algo=remax"), paper="ReMax"),
     Arm(
         name="reinforce_pp",
         overrides=("reward=vanilla", "algo=reinforce_pp"),
-        family=Family.paper,
         paper="REINFORCE++",
     ),
-    Arm(name="rloo_r2m", overrides=("reward=r2m",), family=Family.paper, paper="RLOO+R2M"),
-    Arm(name="grpo_r2m", overrides=("reward=r2m", "algo=grpo"), family=Family.paper, paper="GRPO+R2M"),
-    Arm(name="r2m_frozen", overrides=("reward=r2m_frozen",), family=Family.paper, paper="R2M w/o Train"),
-    Arm(name="r2m_noise", overrides=("reward=r2m_noise",), family=Family.paper, paper="R2M w/ Noise"),
-    Arm(name="r2m_no_bt", overrides=("reward=r2m_no_bt",), family=Family.paper, paper="R2M w/o BT"),
-    Arm(name="r2m_no_gre", overrides=("reward=r2m_no_gre",), family=Family.paper, paper="R2M w/o GRE"),
+    Arm(name="rloo_r2m", overrides=("reward=r2m",), paper="RLOO+R2M"),
+    Arm(name="grpo_r2m", overrides=("reward=r2m", "algo=grpo"), paper="GRPO+R2M"),
+    Arm(name="r2m_frozen", overrides=("reward=r2m_frozen",), paper="R2M w/o Train"),
+    Arm(name="r2m_noise", overrides=("reward=r2m_noise",), paper="R2M w/ Noise"),
+    Arm(name="r2m_no_bt", overrides=("reward=r2m_no_bt",), paper="R2M w/o BT"),
+    Arm(name="r2m_no_gre", overrides=("reward=r2m_no_gre",), paper="R2M w/o GRE"),
     Arm(
         name="pretrained_rm",
         overrides=("reward=vanilla",),
-        family=Family.paper,
         paper="Pretrained RM",
         reward_world=CLEAN_LABELS,
     ),
-    Arm(name="rm_head", overrides=("reward=rm_head",), family=Family.paper, paper="Iterative RMHead"),
-    Arm(name="gold", overrides=("reward=gold",), family=Family.control),
-    Arm(name="r2m_oracle", overrides=("reward=r2m_oracle",), family=Family.control),
-    Arm(name="r2m_random_labels", overrides=("reward=r2m_random_labels",), family=Family.control),
-    Arm(name="refit", overrides=("reward=refit",), family=Family.control),
-    Arm(name="refit_online", overrides=("reward=refit_online",), family=Family.control),
-    Arm(name="omega_only", overrides=("reward=omega_only",), family=Family.control),
-    Arm(name="static_h", overrides=("reward=static_h",), family=Family.data),
-    Arm(name="r2m_anchor", overrides=("reward=r2m_anchor",), family=Family.data),
-    Arm(name="r2m_anchor_mixed", overrides=("reward=r2m_anchor_mixed",), family=Family.data),
+    Arm(name="rm_head", overrides=("reward=rm_head",), paper="Iterative RMHead"),
+    Arm(name="gold", overrides=("reward=gold",)),
+    Arm(name="r2m_oracle", overrides=("reward=r2m_oracle",)),
+    Arm(name="r2m_random_labels", overrides=("reward=r2m_random_labels",)),
+    Arm(name="refit", overrides=("reward=refit",)),
+    Arm(name="refit_online", overrides=("reward=refit_online",)),
+    Arm(name="omega_only", overrides=("reward=omega_only",)),
+    Arm(name="static_h", overrides=("reward=static_h",)),
+    Arm(name="r2m_anchor", overrides=("reward=r2m_anchor",)),
+    Arm(name="r2m_anchor_mixed", overrides=("reward=r2m_anchor_mixed",)),
     Arm(
         name="r2m_anchor_match_frozen",
         overrides=("reward=r2m_anchor", "reward.scale=match_frozen"),
-        family=Family.data,
     ),
-    Arm(name="r2m_match_frozen", overrides=("reward=r2m_match_frozen",), family=Family.shape),
-    Arm(name="r2m_detached", overrides=("reward=r2m_detached",), family=Family.shape),
-    Arm(name="r2m_zero_init", overrides=("reward=r2m_zero_init",), family=Family.shape),
-    Arm(name="r2m_constant", overrides=("reward=r2m_constant",), family=Family.shape),
-    Arm(name="r2m_paper_init", overrides=("reward=r2m", "reward.init_std=0.02"), family=Family.shape),
-    Arm(name="rloo_beta_0", overrides=("reward=vanilla", "algo.kl_weight=0.0"), family=Family.strength),
-    Arm(name="rloo_beta_0.02", overrides=("reward=vanilla", "algo.kl_weight=0.02"), family=Family.strength),
-    Arm(name="rloo_beta_0.1", overrides=("reward=vanilla", "algo.kl_weight=0.1"), family=Family.strength),
-    Arm(name="r2m_lr_1e-3", overrides=("reward=r2m", "reward.learning_rate=1e-3"), family=Family.strength),
+    Arm(
+        name="r2m_anchor_mixed_match_frozen",
+        overrides=("reward=r2m_anchor_mixed", "reward.scale=match_frozen"),
+    ),
+    Arm(
+        name="r2m_anchor_constant",
+        overrides=("reward=r2m_anchor", "reward.omega_schedule=constant"),
+    ),
+    Arm(name="r2m_match_frozen", overrides=("reward=r2m_match_frozen",)),
+    Arm(name="r2m_detached", overrides=("reward=r2m_detached",)),
+    Arm(name="r2m_zero_init", overrides=("reward=r2m_zero_init",)),
+    Arm(name="r2m_constant", overrides=("reward=r2m_constant",)),
+    Arm(name="r2m_paper_init", overrides=("reward=r2m", "reward.init_std=0.02")),
+    Arm(name="rloo_beta_0", overrides=("reward=vanilla", "algo.kl_weight=0.0")),
+    Arm(name="rloo_beta_0.02", overrides=("reward=vanilla", "algo.kl_weight=0.02")),
+    Arm(name="rloo_beta_0.1", overrides=("reward=vanilla", "algo.kl_weight=0.1")),
+    Arm(name="r2m_lr_1e-3", overrides=("reward=r2m", "reward.learning_rate=1e-3")),
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _TABLE}
 
