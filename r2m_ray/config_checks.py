@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from r2m_ray import config_checks_cluster, config_checks_method
+from r2m_ray import config_checks_cluster, config_checks_method, config_checks_prepare
 from r2m_ray.config import Config
 from r2m_ray.config_rules import Rule
 from r2m_ray.config_schema import range_problems
 from r2m_ray.problems import Problem
 
-RULES: tuple[Rule, ...] = (*config_checks_method.RULES, *config_checks_cluster.RULES)
+RULES: tuple[Rule, ...] = (
+    *config_checks_method.RULES,
+    *config_checks_prepare.RULES,
+    *config_checks_cluster.RULES,
+)
 
 
 def validate(config: Config, wrong: Collection[str] = ()) -> list[Problem]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from r2m_ray.choices import GOLD_TASKS
 from r2m_ray.config import (
-    PREPARED,
     Advantage,
     Config,
     FeedbackRefresh,
@@ -25,8 +24,6 @@ from r2m_ray.problems import Problem, shown
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 LEAST_TEMPERATURE = 0.01
 """vLLM silently samples at 0.01 where less is asked for, and the learner's log-probs would not."""
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Widths of an attention head that vLLM's CPU backend computes."""
 
 RULES: list[Rule] = []
 rule = registrar(RULES)
@@ -216,38 +213,6 @@ def _omega_of_the_warm_up(config: Config) -> Iterator[Problem]:
             f"cosine reads the head at ω near 1 first, but reward.warmup_pairs={reward.warmup_pairs} fit it "
             f"at ω = {reward.omega_floor:g}; use constant",
             warning=True,
-        )
-
-
-@rule("prepare.policy_width", "prepare.policy_heads", "prepare.reward_width", "prepare.reward_heads")
-def _heads(config: Config) -> Iterator[Problem]:
-    prepare = config.prepare
-    for role, width, heads in (
-        ("policy", prepare.policy_width, prepare.policy_heads),
-        ("reward", prepare.reward_width, prepare.reward_heads),
-    ):
-        # Rotary positions turn one half of a head against the other.
-        if width % (2 * heads):
-            yield Problem(
-                f"prepare.{role}_width",
-                f"{width} does not give prepare.{role}_heads={heads} heads an even width each; "
-                f"use {near(width, 2 * heads)}",
-            )
-
-
-@rule(
-    "prepare.policy_width", "prepare.policy_heads", "model.policy", "cluster.gpus_per_rollout",
-)  # fmt: skip
-def _head_size(config: Config) -> Iterator[Problem]:
-    width, heads = config.prepare.policy_width, config.prepare.policy_heads
-    sampled_on_cpu = config.model.policy == PREPARED and config.cluster.gpus_per_rollout == 0
-    if sampled_on_cpu and width % (2 * heads) == 0 and width // heads not in CPU_HEAD_SIZES:
-        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        closest = min(CPU_HEAD_SIZES, key=lambda size: abs(size - width / heads))
-        yield Problem(
-            "prepare.policy_width",
-            f"{width} gives prepare.policy_heads={heads} heads {width // heads} each, and vLLM's attention "
-            f"on a CPU has {sizes}; use {closest * heads}",
         )
 
 

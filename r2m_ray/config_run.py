@@ -103,6 +103,13 @@ class PrepareConfig:
     """AdamW's learning rate in supervised fine-tuning."""
     pair_rows: Count = 20000
     """note2answer: preference pairs to generate."""
+    reward_from_policy: bool = False
+    """Whether the reward model's trunk starts as a copy of the fine-tuned policy's, in the same shape."""
+    reward_auxiliary_steps: Natural = 0
+    """note2answer: optimizer steps in which the reward model's trunk learns, before any pair, to count the
+    courtesies, intensifiers, words, off-topic facts and repeats of a response."""
+    reward_auxiliary_truth: bool = False
+    """note2answer: whether it counts correct, wrong and corrected facts as well."""
     reward_steps: Natural = 300
     """Optimizer steps of reward-model training."""
     reward_batch: Count = 64

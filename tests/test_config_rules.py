@@ -13,7 +13,8 @@ import pytest
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config, FeedbackRefresh
 from r2m_ray.config_checks import RULES, validate
-from r2m_ray.config_checks_method import CPU_HEAD_SIZES, LEAST_TEMPERATURE
+from r2m_ray.config_checks_method import LEAST_TEMPERATURE
+from r2m_ray.config_checks_prepare import CPU_HEAD_SIZES
 from r2m_ray.config_schema import schema
 from r2m_ray.errors import InputError
 from r2m_ray.problems import Problem
@@ -171,6 +172,27 @@ RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
     ([FILES[0]], "task.train_file", "task=preferences alone", False),
     (["prepare.policy_width=90", "prepare.policy_heads=4"], "prepare.policy_width", "use 88 or 96", False),
     (["run.root=' '"], "run.root", "is empty", False),
+    (["prepare.reward_from_policy=true"], "prepare.reward_width", "use 96", False),
+    (["prepare.reward_from_policy=true"], "prepare.reward_layers", "use 3", False),
+    (["prepare.reward_from_policy=true"], "prepare.reward_heads", "use 3", False),
+    (
+        ["task=preferences", *FILES, "prepare.reward_auxiliary_steps=5"],
+        "prepare.reward_auxiliary_steps",
+        "use 0",
+        False,
+    ),
+    (
+        ["prepare.reward_auxiliary_truth=true", "task.reward_reads_prompt=true"],
+        "prepare.reward_auxiliary_truth",
+        "give prepare.reward_auxiliary_steps",
+        False,
+    ),
+    (
+        ["prepare.reward_auxiliary_truth=true", "prepare.reward_auxiliary_steps=5"],
+        "prepare.reward_auxiliary_truth",
+        "use task.reward_reads_prompt=true",
+        False,
+    ),
     (
         ["rollout.engine_args.trust_remote_code=true"],
         "rollout.engine_args.trust_remote_code",
@@ -289,6 +311,12 @@ def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
         *(["reward=r2m_match_frozen", f"algo={name}"] for name in ("dr_grpo", "remax", "reinforce_pp")),
         ["algo.temperature=0.01"],
         ["prepare.policy_width=48", "model.policy=org/policy"],
+        ["prepare.reward_auxiliary_steps=5"],
+        [
+            "prepare.reward_auxiliary_steps=5",
+            "prepare.reward_auxiliary_truth=true",
+            "task.reward_reads_prompt=true",
+        ],
         ["prepare.policy_width=48", "cluster.gpus_per_rollout=1"],
         ["prepare.policy_width=192", "prepare.policy_heads=2"],
         ["cluster.phase_timeout_s=20", "cluster.stop_grace_s=10"],
