@@ -60,9 +60,8 @@ def run(arguments: Sequence[str]) -> int:
     out = parsed.out or RESULTS / preset.name
 
     # torch takes seconds to import, and a mistake above is told without it.
-    from benchmarks.overoptimization.precheck import precheck  # type: ignore[import-not-found]
-
     from benchmarks.overoptimization.lab import Conducted, Lab, check, conduct, summary
+    from benchmarks.overoptimization.precheck import precheck
     from benchmarks.overoptimization.results import made_with, write_results
 
     lab = Lab(

@@ -46,12 +46,12 @@ class Verdict:
 def policy_gate(facts: Mapping[int, Mapping[str, Any]]) -> Verdict:
     """Gate 1, by seed: sampled gold of the policy, and whether it corrects itself where demonstrations do.
 
-    facts: the content of ``facts.json`` of each seed's prepared models; no ``correction_rate`` counts as 0.
+    facts: the content of ``facts.json`` of each seed's prepared models.
     """
     failures, values = [], {}
     for seed, fact in facts.items():
-        policy, shown = fact["policy"], float(fact["settings"]["task"]["self_correct_prob"])
-        rate = float(policy.get("correction_rate", 0.0))
+        policy, shown = fact["policy"], float(fact["demonstrator"]["correction_rate"])
+        rate = float(policy["correction_rate"])
         values[str(seed)] = {"gold": policy["gold"], "correction_rate": rate}
         if not policy["gold"] >= LEAST_GOLD:
             failures.append(f"seed {seed}: the policy's gold is {policy['gold']:.2f}, below {LEAST_GOLD}.")

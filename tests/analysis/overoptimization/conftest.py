@@ -90,7 +90,7 @@ def make_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., L
         facts = {
             "policy": {"gold": 1.1, "correction_rate": 0.4},
             "reward": {"accuracy": accuracy},
-            "settings": {"task": {"self_correct_prob": 0.6}},
+            "demonstrator": {"correction_rate": 0.6},
         }
 
         def prepare(lab: Lab, world: World, overrides: dict[str, Any]) -> dict[str, Prepared]:

@@ -238,7 +238,7 @@ def fact(gold: float, rate: float, *, shown: float = 0.6, accuracy: float = 0.7)
     return {
         "policy": {"gold": gold, "correction_rate": rate},
         "reward": {"accuracy": accuracy},
-        "settings": {"task": {"self_correct_prob": shown}},
+        "demonstrator": {"correction_rate": shown},
     }
 
 
