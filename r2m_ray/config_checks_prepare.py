@@ -42,7 +42,7 @@ def _copied_trunk(config: Config) -> Iterator[Problem]:
         ("width", prepare.policy_width, prepare.reward_width),
         ("heads", prepare.policy_heads, prepare.reward_heads),
     ):
-        if prepare.reward_from_policy and policy != reward:
+        if prepare.reward_from_policy and (reward < policy if name == "layers" else reward != policy):
             yield Problem(
                 f"prepare.reward_{name}",
                 f"{reward}, but with prepare.reward_from_policy=true the trunk is a copy of the policy's; "

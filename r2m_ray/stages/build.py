@@ -83,7 +83,7 @@ def _reward(
         architecture.num_labels = 1
         model = LlamaForSequenceClassification(architecture)
         if make.reward_from_policy:
-            model.base_model.load_state_dict(policy.base_model.state_dict())
+            model.base_model.load_state_dict(policy.base_model.state_dict(), strict=False)
         training = Training(
             steps=make.reward_steps,
             batch=make.reward_batch,
