@@ -79,6 +79,8 @@ class PrepareConfig:
 
     root: str = "prepared"
     """Directory of prepared models, one directory per digest of what went into them."""
+    policy: str = ""
+    """Directory of a prepared policy to copy instead of training one, for another reward model to meet."""
     policy_layers: Count = 3
     """Layers of the policy."""
     policy_width: Count = 96

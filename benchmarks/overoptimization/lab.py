@@ -249,7 +249,8 @@ def _reward(lab: Lab, run: Run) -> Path | None:
     """The reward model of an arm that has a world of its own, made if it is missing."""
     if not run.arm.reward_world:
         return None
-    words = (*run.world_overrides, *run.arm.reward_world)
+    (own,) = prepare(lab, run.world, {f"seed-{run.seed}": run.world_overrides}).values()
+    words = (*run.world_overrides, *run.arm.reward_world, f"prepare.policy='{own.policy_dir}'")
     (made,) = prepare(lab, run.world, {f"{run.name}-reward": words}).values()
     return made.reward_dir
 

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from r2m_ray.config import Config, TaskName
+from r2m_ray.errors import InputError
 from r2m_ray.stages.materials import Materials, materials
 from r2m_ray.stages.measurement import demonstrated, policy_gold, reward_accuracy, seeded
 from r2m_ray.stages.reward_auxiliary import learn_counts
@@ -48,6 +49,14 @@ def build(config: Config, directory: Path) -> dict[str, Any]:
 
 def _policy(config: Config, supplies: Materials) -> tuple[PreTrainedModel, dict[str, Any]]:
     make, tokenizer = config.prepare, supplies.policy_tokenizer
+    if make.policy:
+        copied = LlamaForCausalLM.from_pretrained(make.policy)
+        if copied.config.vocab_size != len(tokenizer):
+            raise InputError(
+                f"prepare.policy={make.policy}: it knows {copied.config.vocab_size} tokens, and the task's "
+                f"tokenizer {len(tokenizer)}; name a policy that was prepared for this task"
+            )
+        return copied, _facts(copied, UNTRAINED)
     with seeded(config.run.seed):
         model = LlamaForCausalLM(
             _architecture(

@@ -22,6 +22,7 @@ from typing import Any
 
 from r2m_ray.config import Config, TaskName
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.model_files import WEIGHTS
 
 FORMAT = 1
 """Part of the digest; a change of what preparation does must raise it."""
@@ -126,6 +127,9 @@ def _settings(config: Config) -> dict[str, Any]:
         settings |= {field: source_digest(source) for field, source in sources.items()}
     prepare = asdict(config.prepare)
     del prepare["root"]
+    copied = prepare.pop("policy")
+    if copied:
+        prepare["policy"] = _policy_digest(Path(copied))
     return {
         "format": FORMAT,
         "seed": config.run.seed,
@@ -133,6 +137,15 @@ def _settings(config: Config) -> dict[str, Any]:
         "task": settings,
         "prepare": prepare,
     }
+
+
+def _policy_digest(directory: Path) -> str:
+    weights = directory / WEIGHTS
+    if not weights.is_file():
+        raise InputError(
+            f"prepare.policy={directory}: there is no {WEIGHTS}; name the `policy` folder of prepared models"
+        )
+    return source_digest(str(weights))
 
 
 def _directory(config: Config) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from r2m_ray.compose import load_config
 from r2m_ray.config import Config
 from r2m_ray.errors import InputError
 from r2m_ray.models.text import conversation_ids
+from r2m_ray.stages import measurement
 from r2m_ray.stages.prepare import Prepared, locate, prepare
 
 WORDS = ["apple", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey"]
@@ -28,6 +30,14 @@ def note2answer(root: Path, *overrides: str) -> Config:
         "prepare.reward_steps=8",
     ]
     return load_config(["experiment=demo", f"prepare.root={root}", *small, *overrides])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_prompts() -> Iterator[None]:
+    """Whether a policy is good is not asked here, and asking takes most of a small preparation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "GOLD_PROMPTS", 64)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +96,25 @@ def test_the_same_settings_elsewhere_give_the_same_weights(prepared: Prepared, t
     for name in ("policy/model.safetensors", "reward/model.safetensors"):
         digests = {hashlib.sha256((p.directory / name).read_bytes()).hexdigest() for p in (prepared, again)}
         assert len(digests) == 1, name
+
+
+def test_another_reward_model_meets_the_same_policy(prepared: Prepared, tmp_path: Path) -> None:
+    copied = f"prepare.policy='{prepared.policy_dir}'"
+    other = prepare(note2answer(tmp_path, copied, "task.annotator_bias=0"))
+    hashes = [
+        [hashlib.sha256((one / "model.safetensors").read_bytes()).digest() for one in directories]
+        for directories in zip(
+            *((made.policy_dir, made.reward_dir) for made in (prepared, other)), strict=True
+        )
+    ]
+    assert hashes[0][0] == hashes[0][1]
+    assert hashes[1][0] != hashes[1][1]
+    assert other.facts["policy"]["seconds"] == 0
+    assert other.facts["policy"]["gold"] == prepared.facts["policy"]["gold"]
+    again = locate(note2answer(tmp_path, copied, "task.annotator_bias=0"))
+    assert again.directory == other.directory
+    with pytest.raises(InputError, match=r"prepare\.policy=.*no model\.safetensors"):
+        locate(note2answer(tmp_path, f"prepare.policy='{tmp_path}'"))
 
 
 def test_a_missing_file_means_preparing_again(tmp_path: Path) -> None:
