@@ -135,6 +135,13 @@ class RewardScale(StrEnum):
     match_frozen = "match_frozen"
 
 
+class RewardShape(StrEnum):
+    """What becomes of scaled rewards before advantages: the keys of ``core.shaping.SHAPES``."""
+
+    raw = "raw"
+    par = "par"
+
+
 class FeedbackSource(StrEnum):
     """Who exports the policy's hidden states for the annotation."""
 

@@ -34,6 +34,7 @@ from r2m_ray.choices import (
     Range,
     Ratio,
     RewardScale,
+    RewardShape,
     SyncBackend,
     TaskName,
     WandbMode,
@@ -82,6 +83,7 @@ __all__ = [
     "ReferenceConfig",
     "RewardConfig",
     "RewardScale",
+    "RewardShape",
     "RolloutConfig",
     "RunConfig",
     "SyncBackend",
@@ -222,10 +224,13 @@ class RewardConfig:
     pair_min_margin: NonNegative = 0.0
     """Pairs whose rewards, those that picked them, differ by less are not learned from."""
     gold_weight: Fraction = 0.0
-    """g: advantages are of (1 − g)·r + g·gold, r scaled by ``scale``; 1 trains the policy on gold, the
+    """g: advantages are of (1 − g)·r + g·gold, r scaled and shaped; 1 trains the policy on gold, the
     ceiling of every arm. Pairs, metrics and alarms are of the model's own r whatever g is."""
     scale: RewardScale = RewardScale.raw
     """Before advantages; ``match_frozen`` gives a step's rewards the frozen model's spread within groups."""
+    shape: RewardShape = RewardShape.raw
+    """Of scaled rewards, before gold is mixed in; ``par`` is σ(r − r₀), r₀ the mean reward of the initial
+    policy's responses to the evaluation's prompts."""
     anchor_fraction: Fraction = 0.0
     """Share of Bradley–Terry in each update that is over the task's own preference pairs, in people's order
     and with h of the current policy, instead of over the groups: as many pairs as a step has prompts."""

@@ -15,6 +15,7 @@ from r2m_ray.config import (
     OmegaSchedule,
     OnAlarm,
     PairSource,
+    RewardConfig,
     RewardScale,
     TaskName,
 )
@@ -174,6 +175,20 @@ def _scale(config: Config) -> Iterator[Problem]:
             "spread; use raw, or rloo, dr_grpo or remax",
             warning=True,
         )
+
+
+@rule("reward.pair_source", "reward.pair_min_margin", "reward.update_steps")
+def _pairs_unused(config: Config) -> Iterator[Problem]:
+    if config.reward.update_steps > 0:
+        return
+    for field, chosen, usual in (
+        ("reward.pair_source", config.reward.pair_source.value, RewardConfig().pair_source.value),
+        ("reward.pair_min_margin", config.reward.pair_min_margin, RewardConfig().pair_min_margin),
+    ):
+        if chosen != usual:
+            yield Problem(
+                field, f"{chosen}, but with reward.update_steps=0 no pair is learned from", warning=True
+            )
 
 
 @rule("reward.anchor_fraction", "reward.update_steps", "reward.entropy_weight")

@@ -7,6 +7,7 @@ actors on a cluster, plain objects in a test.
 
 from __future__ import annotations
 
+import math
 from asyncio import gather
 
 import torch
@@ -18,7 +19,7 @@ from r2m_ray.config import Advantage, Config, KLPlace, OmegaSchedule
 from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.head import omega
 from r2m_ray.core.kl import row_kl
-from r2m_ray.core.shaping import SCALES, gold_mixture
+from r2m_ray.core.shaping import SCALES, SHAPES, gold_mixture
 from r2m_ray.data import PromptStream
 from r2m_ray.evaluate import Evaluator
 from r2m_ray.human_pairs import HumanPairs
@@ -61,7 +62,8 @@ async def train(
                 reward.annotate(trajectories, hidden, omega=w, step=t),
                 roles.reference.logprobs(trajectories),
             )
-            advantage = await advantages(config, trajectories, annotation, reference)  # Eq. 1
+            r0 = record.initial_reward
+            advantage = await advantages(config, trajectories, annotation, reference, r0)  # Eq. 1
             await record.look(t, trajectories, hidden, annotation)  # refuses rows of stale weights
 
         with record.phase("policy"):  # Policy Optimization, Eq. 2: k epochs; the last one refreshes h
@@ -94,19 +96,22 @@ async def advantages(
     trajectories: Shards[Trajectories],
     annotation: Shards[Annotation],
     reference: Shards[ReferenceLogprobs],
+    initial_reward: float = math.nan,
 ) -> list[Tensor]:
     """Advantages of the whole batch (Eq. 1 and its siblings), float32 [N] per shard.
 
-    Rewards are scaled as ``reward.scale`` says, and then mixed with gold by ``reward.gold_weight``. With
-    ``algo.kl_place=reward`` each row's then loses β times its KL to the reference, estimated on the
-    log-probs it was sampled with.
+    Rewards are scaled as ``reward.scale`` says, shaped around ``initial_reward`` as ``reward.shape`` says,
+    and then mixed with gold by ``reward.gold_weight``. With ``algo.kl_place=reward`` each row's then loses β
+    times its KL to the reference, estimated on the log-probs it was sampled with.
     """
     algo, notes = config.algo, [await shard for shard in annotation]
     own_N = torch.cat([note.reward_N for note in notes])
     frozen_N = torch.cat([note.frozen_reward_N for note in notes])
     scale = SCALES[config.reward.scale.value](own_N, frozen_N, algo.responses_per_prompt)
-    gold_weight = config.reward.gold_weight
-    reward_N = [gold_mixture(scale * note.reward_N, note.gold_N, gold_weight) for note in notes]
+    shape, gold_weight = SHAPES[config.reward.shape.value], config.reward.gold_weight
+    reward_N = [
+        gold_mixture(shape(scale * note.reward_N, initial_reward), note.gold_N, gold_weight) for note in notes
+    ]
     if algo.kl_place is KLPlace.reward:
         for i, (shard, shard_reference) in enumerate(zip(trajectories, reference, strict=True)):
             rows, base = await shard, await shard_reference

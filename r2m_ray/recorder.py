@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r2m_ray.batch import Annotation, Hidden, Trajectories
-from r2m_ray.config import Advantage, Config
+from r2m_ray.config import Advantage, Config, RewardShape
+from r2m_ray.errors import RunError
 from r2m_ray.guards import Guards
 from r2m_ray.metrics import merge_stats, rollout_records, step_metrics
 from r2m_ray.monitor import Monitor
@@ -33,6 +35,8 @@ class Log(Protocol):
 
     def steps(self) -> Sequence[Mapping[str, Any]]: ...
 
+    def evaluations(self) -> Sequence[Mapping[str, Any]]: ...
+
     def message(self, text: str) -> None: ...
 
 
@@ -54,6 +58,9 @@ class Unlogged:
         return
 
     def steps(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
+    def evaluations(self) -> Sequence[Mapping[str, Any]]:
         return ()
 
     def message(self, text: str) -> None:
@@ -82,6 +89,7 @@ class Recorder:
         self._gold = gold
         self._guards = Guards(config.guard)
         self._monitor = Monitor(config.monitor)
+        self._initial_reward = math.nan
         self._words: dict[int, list[tuple[str, float]]] = {}
 
     def rewind(self, step: int) -> None:
@@ -89,6 +97,9 @@ class Recorder:
         self._log.rewind(step)
         self._guards.rewind()
         self._monitor = Monitor(self._config.monitor, self._log.steps())
+        self._initial_reward = math.nan
+        for row in self._log.evaluations():
+            self._keep_initial(int(row["step"]), row)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a phase of the step, and show that it is running."""
@@ -163,8 +174,29 @@ class Recorder:
         if self._monitor.ends_run:
             raise self._monitor.error()
 
+    @property
+    def initial_reward(self) -> float:
+        """Mean reward of the evaluation before step 1, from the log of a run that goes on; NaN without one.
+
+        Raises RunError where ``reward.shape`` needs it and it is not a number.
+        """
+        shape = self._config.reward.shape
+        if shape is not RewardShape.raw and not math.isfinite(self._initial_reward):
+            raise RunError(
+                f"reward.shape={shape.value}: metrics.jsonl has no finite reward of step 0's evaluation; "
+                "restore that file, or begin under another run.name"
+            )
+        return self._initial_reward
+
     def evaluation(self, step: int, metrics: Stats) -> None:
+        """Log what an evaluation found."""
+        self._keep_initial(step, metrics)
         self._log.evaluation(step, metrics)
+
+    def _keep_initial(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        level = metrics.get("reward")
+        if step == 0 and level is not None:
+            self._initial_reward = level
 
     def gold(self, shards: Sequence[Trajectories]) -> list[dict[str, float]] | None:
         """The gold score of every row, where the task knows one."""

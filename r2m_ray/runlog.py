@@ -122,13 +122,19 @@ class RunLog:
 
     def steps(self) -> list[dict[str, Any]]:
         """The rows of all training steps so far; a number that was not finite is None."""
-        rows = read_steps(self.directory / METRICS_FILE)
-        return [row for row in rows if row.get("kind") == "step"]
+        return self._rows("step")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of all evaluations so far; a number that was not finite is None."""
+        return self._rows("eval")
 
     def message(self, text: str) -> None:
         """Show lines to whoever watches the run, escaped and without secrets; they are not kept."""
         for line in redacted(text).splitlines():
             self._progress.message(line)
+
+    def _rows(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in read_steps(self.directory / METRICS_FILE) if row.get("kind") == kind]
 
     def _write(self, header: dict[str, Any], kept: Mapping[str, float], shared: Mapping[str, float]) -> None:
         self._metrics.append([{**header, **kept}])

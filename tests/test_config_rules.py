@@ -224,6 +224,8 @@ RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
         "drawn at random have no margin",
         False,
     ),
+    (["reward=vanilla", "reward.pair_source=frozen_rm"], "reward.pair_source", "no pair is learned", True),
+    (["reward=r2m_frozen", "reward.pair_min_margin=0.1"], "reward.pair_min_margin", "no pair is", True),
     (["reward=r2m_match_frozen", "algo=grpo"], "reward.scale", "has no effect: algo.advantage=grpo", True),
     (["cluster.stop_grace_s=600"], "cluster.stop_grace_s", "use 540 or less", False),
     ([*GPUS, "sync.backend=ipc"], "sync.backend", "no two of them share one; use nccl", False),

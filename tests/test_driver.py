@@ -24,6 +24,7 @@ from r2m_ray.config import (
     OmegaSchedule,
     RewardConfig,
     RewardScale,
+    RewardShape,
 )
 from r2m_ray.data import PreferencePair
 from r2m_ray.driver import advantages, omega_at, train
@@ -85,6 +86,7 @@ class World:
         self.calls: list[tuple[Any, ...]] = []
         self.version = -1
         self.records: list[tuple[Any, ...]] = []
+        self.initial_reward = math.nan
         self.saved: list[int] = []
         self.evaluated: list[int] = []
         self.human: list[tuple[Any, ...]] = []
@@ -466,6 +468,18 @@ def test_gold_is_mixed_with_scaled_rewards_before_the_advantages(
     records = shard, notes, reference_two_nats_away(shard)
     (advantage,) = asyncio.run(advantages(config, *([ready(r)] for r in records)))
     assert advantage.tolist() == expected
+
+
+def test_a_shape_is_of_the_scaled_reward_and_comes_before_gold() -> None:
+    reward = RewardConfig(shape=RewardShape.par, scale=RewardScale.match_frozen, gold_weight=0.25)
+    config = Config(algo=AlgoConfig(responses_per_prompt=2), reward=reward)
+    shard = rows(ONE_GROUP, 0)
+    notes = replace(annotated(shard, [0.0, 8.0], [0.0, 2.0]), gold_N=torch.tensor([5.0, 0.0]))
+    records = shard, notes, reference_two_nats_away(shard)
+    (advantage,) = asyncio.run(advantages(config, *([ready(r)] for r in records), 1.0))
+    # Scaled 0 and 2; 0.75·σ(∓1) + 0.25·(5, 0).
+    low, high = 0.75 / (1 + math.e) + 1.25, 0.75 / (1 + 1 / math.e)
+    assert advantage.tolist() == pytest.approx([low - high, high - low], rel=1e-6)
 
 
 def test_shards_cut_the_step_into_whole_groups(config: Config) -> None:

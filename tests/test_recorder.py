@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.batch import Annotation, Hidden, Trajectories, pack_rows
-from r2m_ray.config import Advantage, Config, OnAlarm
+from r2m_ray.config import Advantage, Config, OnAlarm, RewardShape
 from r2m_ray.errors import Alarmed, RunError
 from r2m_ray.recorder import Recorder
 
@@ -38,10 +38,12 @@ class Kept:
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float], list[dict[str, Any]]]] = []
+        self.evaluated: list[tuple[int, dict[str, float]]] = []
         self.told: list[str] = []
 
     def rewind(self, step: int) -> None:
         self.rows = [row for row in self.rows if row[0] <= step]
+        self.evaluated = [row for row in self.evaluated if row[0] <= step]
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -52,7 +54,10 @@ class Kept:
         self.rows.append((step, dict(metrics), [dict(row) for row in rollouts]))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        return
+        self.evaluated.append((step, dict(metrics)))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [{"step": step, **metrics} for step, metrics in self.evaluated]
 
     def steps(self) -> list[dict[str, Any]]:
         return [{"step": step, **metrics} for step, metrics, _ in self.rows]
@@ -270,3 +275,26 @@ def test_a_records_copy_with_another_version_is_stale_too(run: Run) -> None:
     later = [Ready(replace(trajectories[0].value, version=1))]
     with pytest.raises(RunError, match="version 1, and version 0 was due"):
         asyncio.run(run.recorder.look(1, later, hidden, annotation))
+
+
+def test_the_reward_that_a_shape_starts_from_is_the_first_evaluations_and_survives_a_rewind(
+    config: Config, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config.reward.shape = RewardShape.par
+    run = Run(config, tiny_tokenizer)
+    record, log = run.recorder, run.log
+    with pytest.raises(RunError, match="of step 0's evaluation"):
+        _ = record.initial_reward
+    record.evaluation(0, {"reward": 0.75})
+    record.evaluation(5, {"reward": 9.0})
+    assert record.initial_reward == 0.75
+    record.rewind(5)
+    assert record.initial_reward == 0.75
+    log.evaluated = []
+    record.rewind(5)
+    with pytest.raises(RunError, match="restore that file"):
+        _ = record.initial_reward
+
+
+def test_a_reward_without_a_shape_needs_no_evaluation(run: Run) -> None:
+    assert math.isnan(run.recorder.initial_reward)

@@ -84,6 +84,7 @@ class TestFiles:
             assert [row["step"] for row in log.steps()] == [1, 2]
             assert [row["reward/mean"] for row in log.steps()] == [1 / 3, 2 / 3]
             assert [row["policy/kl_sequence"] for row in log.steps()] == [None, None]
+            assert [(row["step"], row["reward"]) for row in log.evaluations()] == [(0, 0.5)]
 
     def test_the_configuration_of_every_start_is_kept(self, tmp_path: Path):
         def start(root: str) -> None:

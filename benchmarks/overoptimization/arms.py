@@ -77,6 +77,8 @@ _TABLE = (
     Arm(name="r2m_zero_init", overrides=("reward=r2m_zero_init",)),
     Arm(name="r2m_constant", overrides=("reward=r2m_constant",)),
     Arm(name="r2m_paper_init", overrides=("reward=r2m", "reward.init_std=0.02")),
+    Arm(name="rloo_par", overrides=("reward=vanilla", "reward.shape=par")),
+    Arm(name="r2m_par", overrides=("reward=r2m", "reward.shape=par")),
     Arm(name="rloo_beta_0", overrides=("reward=vanilla", "algo.kl_weight=0.0")),
     Arm(name="rloo_beta_0.02", overrides=("reward=vanilla", "algo.kl_weight=0.02")),
     Arm(name="rloo_beta_0.1", overrides=("reward=vanilla", "algo.kl_weight=0.1")),

@@ -1,10 +1,11 @@
-"""Rewards before they become advantages: brought back to the frozen model's scale, or mixed with gold.
+"""Rewards before they become advantages: scaled, shaped, mixed with gold.
 
 Axes: N = G·K rows; rows iK … iK+K−1 are group i; G groups, K rows per group.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,3 +44,23 @@ def match_frozen(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
 
 SCALES: dict[str, Callable[[Tensor, Tensor, int], float]] = {"raw": raw, "match_frozen": match_frozen}
 """(own reward_N, frozen_N, group_size) → the factor of the step's own rewards."""
+
+
+def par(reward_N: Tensor, initial: float) -> Tensor:
+    """`σ(r − r₀)`: Preference As Reward, arXiv 2502.18770, with one reference reward for all prompts.
+
+    initial: r₀, the mean reward of the initial policy. What lies far above it gains next to nothing, so there
+    is little left to win by exploiting the reward model. Raises ValueError for an r₀ that is not finite.
+    """
+    if not math.isfinite(initial):
+        raise ValueError(f"the initial policy's mean reward is {initial}")
+    return torch.sigmoid(reward_N - initial)
+
+
+def unshaped(reward_N: Tensor, initial: float) -> Tensor:
+    """The rewards themselves."""
+    return reward_N
+
+
+SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {"raw": unshaped, "par": par}
+"""(reward_N, the initial policy's mean reward) → what becomes of it."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2m_ray.config import RewardScale
-from r2m_ray.core.shaping import SCALES, gold_mixture, match_frozen, mean_group_std
+from r2m_ray.config import RewardScale, RewardShape
+from r2m_ray.core.shaping import SCALES, SHAPES, gold_mixture, match_frozen, mean_group_std, par
 
 OWN = torch.tensor([1.0, 3.0, 5.0, 5.0, 0.0, 6.0])  # Groups of 2: deviations 1, 0 and 3.
 FROZEN = torch.tensor([0.0, 4.0, 2.0, 3.0, 7.0, 8.0])  # 2, 0.5 and 0.5.
@@ -30,6 +30,36 @@ def test_weight_zero_leaves_every_bit_of_the_reward() -> None:
 
 def test_every_scale_of_the_configuration_has_its_factor() -> None:
     assert list(SCALES) == [scale.value for scale in RewardScale]
+
+
+def test_every_shape_of_the_configuration_is_computed() -> None:
+    assert list(SHAPES) == [shape.value for shape in RewardShape]
+
+
+def test_par_by_hand() -> None:
+    reward_N = torch.tensor([2.0, 2.0 + math.log(3), 2.0 - math.log(3)], dtype=torch.float64)
+    torch.testing.assert_close(par(reward_N, 2.0), torch.tensor([0.5, 0.75, 0.25], dtype=torch.float64))
+
+
+def test_par_keeps_the_order_and_bounds_what_an_exploit_can_gain() -> None:
+    reward_N = torch.linspace(-5, 15, 201, dtype=torch.float64)
+    shaped_N = par(reward_N, 1.0)
+    assert (shaped_N.diff() > 0).all()
+    # The slope σ(1 − σ) is largest, 1/4, at the initial policy's reward; 6 above it, a hundredth of that.
+    slope_N = shaped_N.diff() / reward_N.diff()
+    assert float(slope_N.max()) == pytest.approx(0.25, rel=1e-3)
+    assert float(slope_N[reward_N[1:] > 7].max()) < 0.0025
+    assert ((shaped_N > 0) & (shaped_N < 1)).all()
+
+
+@pytest.mark.parametrize("level", [math.nan, math.inf])
+def test_par_refuses_a_reference_that_is_no_number(level: float) -> None:
+    with pytest.raises(ValueError, match="initial policy's mean reward"):
+        par(OWN, level)
+
+
+def test_no_shape_needs_no_reference_and_leaves_every_bit() -> None:
+    assert SHAPES["raw"](OWN, math.nan) is OWN
 
 
 def test_mean_group_std_by_hand() -> None:
