@@ -80,7 +80,9 @@ def test_a_documented_command_parses(line: str) -> None:
         rest = words[words.index("--") + 1 :]
         check_overrides(rest[0], rest[1:])
     elif words[:2] == ["python", "-m"]:
-        assert (ROOT / Path(*words[2].split(".")) / "__main__.py").is_file()
+        module = ROOT / Path(*words[2].split("."))
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file()
+        check_overrides("prepare", words[3:])
     else:
         assert words[0] == "python", f"{line}: a kind of command that no test knows"
         assert (ROOT / words[1]).is_file()
