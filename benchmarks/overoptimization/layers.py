@@ -176,7 +176,7 @@ def picture(found: Mapping[int, Mapping[str, Layers]]) -> Figure:
                               markersize=3.5)  # fmt: skip
                     axes.set_xticks(range(len(lines[0])))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1000 * value:g}"))
-            y_label = "cosine × 1000" if place == 0 else ""
+            y_label = "same − different, × 1000" if place == 0 else ""
             finish(axes, title, "layer (0: embeddings)", y_label)
             if place and (legend := axes.get_legend()):
                 legend.remove()
