@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,7 @@ class Side:
         """Nothing was logged before."""
 
     alarmed = False
+    initial_reward = math.nan
 
     def check_alarms(self) -> None:
         """Nobody watches."""
@@ -105,10 +107,11 @@ async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]
             roles = await Crew(config, models, placements[-1], print).start()
             side: Any = Side(index, turns)
             tokenizer = AutoTokenizer.from_pretrained(models.policy)
-            stream = PromptStream(load_task(config, tokenizer).train_prompts, seed=config.run.seed)
+            task = load_task(config, tokenizer)
+            stream = PromptStream(task.train_prompts, seed=config.run.seed)
             sides[name] = side
             stop = StopRequest(config.cluster.stop_grace_s)
-            human = HumanPairs(config, roles, pairs=(), tokenizer=tokenizer, record=side)
+            human = HumanPairs(config, roles, pairs=task.train_pairs, tokenizer=tokenizer, record=side)
             runs.append(train(config, roles, stream, human, side, side, side, stop))
         await asyncio.gather(*[_finish(run, turns) for run in runs])
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from r2m_ray.analysis.bootstrap import MOST_FLIPPED
 from r2m_ray.analysis.curves import Curve, read_curve
 from r2m_ray.errors import InputError
 from r2m_ray.problems import hint
@@ -55,7 +56,7 @@ def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
     """Pair curves by seed.
 
     Raises InputError naming the runs for an arm that lacks a seed or has it twice, for different worlds,
-    different starts under one seed, or different methods under one arm's name.
+    different starts under one seed, different methods under one arm's name, or more seeds than can be tested.
     """
     found: dict[str, dict[int, Curve]] = {}
     for curve in curves:
@@ -74,6 +75,10 @@ def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
                 f"arm {arm!r} has no run with run.seed={lacking[0]}, which others have, and arms are paired "
                 "by seed. Run it, or leave that seed out of every arm."
             )
+    if len(every) > MOST_FLIPPED:
+        raise InputError(
+            f"{len(every)} seeds; tests are exact for up to {MOST_FLIPPED}: leave some out of every arm"
+        )
     arms = {arm: tuple(seeds[seed] for seed in every) for arm, seeds in found.items()}
     _check_alike(arms)
     paired = Comparison(arms=MappingProxyType(arms), seeds=tuple(every), baseline=baseline)

@@ -154,6 +154,13 @@ def test_a_seed_that_is_missing_or_twice_is_named(make_curve: MakeCurve) -> None
         comparison([*curves, curves[-1]], "vanilla")
 
 
+def test_more_seeds_than_can_be_tested_are_refused(make_curve: MakeCurve) -> None:
+    path = [0.0, 1.0], [0.0, 1.0]
+    assert comparison([make_curve(*path, seed=s) for s in range(24)], "vanilla").seeds == tuple(range(24))
+    with pytest.raises(InputError, match="25 seeds; tests are exact for up to 24"):
+        comparison([make_curve(*path, seed=s) for s in range(25)], "vanilla")
+
+
 def test_curves_hold_float64(make_run: MakeRun) -> None:
     curve = read_curve(make_run("a"), "vanilla")
     assert {curve.kl.dtype, curve.gold.dtype, curve.frozen.dtype, curve.own.dtype} == {np.dtype(np.float64)}
