@@ -230,7 +230,7 @@ class RewardConfig:
     """Before advantages; ``match_frozen`` gives a step's rewards the frozen model's spread within groups."""
     shape: RewardShape = RewardShape.raw
     """Of scaled rewards, before gold is mixed in; ``par`` is σ(r − r₀), r₀ the mean reward of the initial
-    policy's responses to the evaluation's prompts."""
+    policy's responses to all of the evaluation's prompts."""
     anchor_fraction: Fraction = 0.0
     """Share of Bradley–Terry in each update that is over the task's own preference pairs, in people's order
     and with h of the current policy, instead of over the groups: as many pairs as a step has prompts."""

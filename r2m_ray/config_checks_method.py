@@ -17,6 +17,7 @@ from r2m_ray.config import (
     PairSource,
     RewardConfig,
     RewardScale,
+    RewardShape,
     TaskName,
 )
 from r2m_ray.config_rules import Rule, near, registrar
@@ -175,6 +176,29 @@ def _scale(config: Config) -> Iterator[Problem]:
             "spread; use raw, or rloo, dr_grpo or remax",
             warning=True,
         )
+
+
+@rule("reward.shape", "reward.omega_schedule", "reward.omega_floor", "reward.gold_weight", "algo.advantage")
+def _shape(config: Config) -> Iterator[Problem]:
+    reward, shape = config.reward, config.reward.shape
+    if shape is RewardShape.raw:
+        return
+    if config.uses_feedback and reward.omega_schedule is OmegaSchedule.cosine:
+        yield Problem(
+            "reward.omega_schedule",
+            f"cosine, but reward.shape={shape.value} measures rewards from the initial policy's, which are "
+            f"read at ω = {reward.omega_floor:g}; use constant",
+        )
+    if config.algo.advantage is Advantage.grpo:
+        yield Problem(
+            "reward.shape",
+            f"{shape.value} bounds what a group's best can gain, and algo.advantage=grpo divides by the "
+            "group's spread again; use rloo, dr_grpo or remax",
+            warning=True,
+        )
+    if reward.gold_weight == 1:
+        message = f"{shape.value}, but with reward.gold_weight=1 no advantage comes from the reward model"
+        yield Problem("reward.shape", message, warning=True)
 
 
 @rule("reward.pair_source", "reward.pair_min_margin", "reward.update_steps")

@@ -32,11 +32,13 @@ def _heads(config: Config) -> Iterator[Problem]:
 
 
 @rule(
-    "prepare.reward_from_policy", "prepare.policy_layers", "prepare.reward_layers", "prepare.policy_width",
-    "prepare.reward_width", "prepare.policy_heads", "prepare.reward_heads",
+    "prepare.reward_from_policy", "prepare.policy", "prepare.policy_layers", "prepare.reward_layers",
+    "prepare.policy_width", "prepare.reward_width", "prepare.policy_heads", "prepare.reward_heads",
 )  # fmt: skip
 def _copied_trunk(config: Config) -> Iterator[Problem]:
     prepare = config.prepare
+    if prepare.policy:
+        return  # Its shape is its own, and is compared where it is read.
     for name, policy, reward in (
         ("layers", prepare.policy_layers, prepare.reward_layers),
         ("width", prepare.policy_width, prepare.reward_width),

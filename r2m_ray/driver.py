@@ -110,7 +110,8 @@ async def advantages(
     scale = SCALES[config.reward.scale.value](own_N, frozen_N, algo.responses_per_prompt)
     shape, gold_weight = SHAPES[config.reward.shape.value], config.reward.gold_weight
     reward_N = [
-        gold_mixture(shape(scale * note.reward_N, initial_reward), note.gold_N, gold_weight) for note in notes
+        gold_mixture(shape(scale * note.reward_N, scale * initial_reward), note.gold_N, gold_weight)
+        for note in notes
     ]
     if algo.kl_place is KLPlace.reward:
         for i, (shard, shard_reference) in enumerate(zip(trajectories, reference, strict=True)):
@@ -127,4 +128,4 @@ async def advantages(
                 kl_N.view(-1, algo.responses_per_prompt)[:, 0] = 0
             reward_N[i] = reward_N[i] - algo.kl_weight * kl_N
     advantage_N = ADVANTAGES[algo.advantage.value](torch.cat(reward_N), algo.responses_per_prompt)
-    return list(advantage_N.split([len(r) for r in reward_N]))
+    return list(advantage_N.float().split([len(r) for r in reward_N]))

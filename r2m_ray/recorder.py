@@ -183,8 +183,8 @@ class Recorder:
         shape = self._config.reward.shape
         if shape is not RewardShape.raw and not math.isfinite(self._initial_reward):
             raise RunError(
-                f"reward.shape={shape.value}: metrics.jsonl has no finite reward of step 0's evaluation; "
-                "restore that file, or begin under another run.name"
+                f"reward.shape={shape.value}: step 0's evaluation has no finite reward. If the run goes on, "
+                "restore metrics.jsonl; if it is new, examine model.reward"
             )
         return self._initial_reward
 

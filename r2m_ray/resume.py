@@ -30,8 +30,9 @@ LIBRARIES = (
     "numpy",
 )  # fmt: skip
 FREE = (
-    "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "logging", "checkpoint", "evaluate",
-    "sync", "guard", "monitor", "cluster", "rollout.replicas", "reference.replicas", "task.skip_bad_rows",
+    "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "prepare.policy", "logging",
+    "checkpoint", "evaluate", "sync", "guard", "monitor", "cluster", "rollout.replicas",
+    "reference.replicas", "task.skip_bad_rows",
 )  # fmt: skip
 """Fields and sections that may differ: where a run lies, what is measured, and how it is carried out."""
 RESHARD = (

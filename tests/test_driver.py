@@ -86,7 +86,7 @@ class World:
         self.calls: list[tuple[Any, ...]] = []
         self.version = -1
         self.records: list[tuple[Any, ...]] = []
-        self.initial_reward = math.nan
+        self.initial_reward = 1.0
         self.saved: list[int] = []
         self.evaluated: list[int] = []
         self.human: list[tuple[Any, ...]] = []
@@ -477,9 +477,18 @@ def test_a_shape_is_of_the_scaled_reward_and_comes_before_gold() -> None:
     notes = replace(annotated(shard, [0.0, 8.0], [0.0, 2.0]), gold_N=torch.tensor([5.0, 0.0]))
     records = shard, notes, reference_two_nats_away(shard)
     (advantage,) = asyncio.run(advantages(config, *([ready(r)] for r in records), 1.0))
-    # Scaled 0 and 2; 0.75·σ(∓1) + 0.25·(5, 0).
-    low, high = 0.75 / (1 + math.e) + 1.25, 0.75 / (1 + 1 / math.e)
+    # Scaled by 1/4, 0 and 2 around 1/4: 0.75·σ(−1/4, 7/4) + 0.25·(5, 0).
+    low, high = 0.75 / (1 + math.exp(1 / 4)) + 1.25, 0.75 / (1 + math.exp(-7 / 4))
     assert advantage.tolist() == pytest.approx([low - high, high - low], rel=1e-6)
+
+
+def test_the_initial_reward_that_shapes_is_the_recorders(config: Config) -> None:
+    config.reward.shape = RewardShape.par
+    shaped = next(call[1] for call in run(config).calls if call[0] == "policy")
+    rewards = [1 / (1 + math.exp(1 - n)) for n in range(K)]
+    others = [(sum(rewards) - reward) / (K - 1) for reward in rewards]
+    expected = [reward - other for reward, other in zip(rewards, others, strict=True)]
+    assert shaped[0][:K] == pytest.approx(expected, rel=1e-5)
 
 
 def test_shards_cut_the_step_into_whole_groups(config: Config) -> None:

@@ -283,7 +283,7 @@ def test_the_reward_that_a_shape_starts_from_is_the_first_evaluations_and_surviv
     config.reward.shape = RewardShape.par
     run = Run(config, tiny_tokenizer)
     record, log = run.recorder, run.log
-    with pytest.raises(RunError, match="of step 0's evaluation"):
+    with pytest.raises(RunError, match="step 0's evaluation has no"):
         _ = record.initial_reward
     record.evaluation(0, {"reward": 0.75})
     record.evaluation(5, {"reward": 9.0})
@@ -292,7 +292,7 @@ def test_the_reward_that_a_shape_starts_from_is_the_first_evaluations_and_surviv
     assert record.initial_reward == 0.75
     log.evaluated = []
     record.rewind(5)
-    with pytest.raises(RunError, match="restore that file"):
+    with pytest.raises(RunError, match="restore metrics"):
         _ = record.initial_reward
 
 

@@ -64,14 +64,14 @@ _TABLE = (
     Arm(name="omega_only", overrides=("reward=omega_only",)),
     Arm(name="static_h", overrides=("reward=static_h", *FITTED)),
     Arm(name="r2m_anchor", overrides=("reward=r2m_anchor", ANCHOR_RATE)),
-    Arm(name="r2m_anchor_mixed", overrides=("reward=r2m_anchor_mixed", ANCHOR_RATE)),
+    Arm(name="r2m_anchor_mixed", overrides=("reward=r2m_anchor_mixed",)),
     Arm(
         name="r2m_anchor_match_frozen",
         overrides=("reward=r2m_anchor", ANCHOR_RATE, "reward.scale=match_frozen"),
     ),
     Arm(
         name="r2m_anchor_mixed_match_frozen",
-        overrides=("reward=r2m_anchor_mixed", ANCHOR_RATE, "reward.scale=match_frozen"),
+        overrides=("reward=r2m_anchor_mixed", "reward.scale=match_frozen"),
     ),
     Arm(
         name="r2m_anchor_constant",
@@ -83,7 +83,7 @@ _TABLE = (
     Arm(name="r2m_constant", overrides=("reward=r2m_constant",)),
     Arm(name="r2m_paper_init", overrides=("reward=r2m", "reward.init_std=0.02")),
     Arm(name="rloo_par", overrides=("reward=vanilla", "reward.shape=par")),
-    Arm(name="r2m_par", overrides=("reward=r2m", "reward.shape=par")),
+    Arm(name="r2m_par", overrides=("reward=r2m_constant", "reward.shape=par")),
     Arm(name="rloo_beta_0", overrides=("reward=vanilla", "algo.kl_weight=0.0")),
     Arm(name="rloo_beta_0.02", overrides=("reward=vanilla", "algo.kl_weight=0.02")),
     Arm(name="rloo_beta_0.1", overrides=("reward=vanilla", "algo.kl_weight=0.1")),

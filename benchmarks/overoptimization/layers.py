@@ -102,12 +102,14 @@ def layers(
         drawn = sample(config, policy, tokenizer, "layers", prompts, responses_per_prompt)
     samples = distinct(drawn)
     label_N = halves(samples.gold_N, samples.prompt_N)
+    policy_LNP = policy_states(policy, tokenizer, samples)
+    reward_LND = reward_states(load_trunk(config, prepared), samples)
     try:
         return Layers(
             gold=float(drawn.gold_N.mean()),
             different=len(samples.responses) / len(drawn.responses),
-            policy=_reading(policy_states(policy, tokenizer, samples), label_N, samples),
-            reward_model=_reading(reward_states(load_trunk(config, prepared), samples), label_N, samples),
+            policy=_reading(policy_LNP, label_N, samples),
+            reward_model=_reading(reward_LND, label_N, samples),
         )
     except ValueError as error:
         raise InputError(f"{directory}: {error}; give more --prompts or --responses") from error

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from r2m_ray.analysis.curves import Series
-from r2m_ray.config import Config
+from r2m_ray.config import Config, TaskName
+from r2m_ray.errors import InputError
 from r2m_ray.models.causal import load_causal
 from r2m_ray.models.reward_trunk import RewardTrunk
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
@@ -88,8 +89,13 @@ def sample(
 ) -> Samples:
     """Responses at temperature 1 to prompts of a split of its own; a prompt's responses lie together.
 
-    Draws from torch's global generator, which the caller seeds.
+    Draws from torch's global generator, which the caller seeds. InputError for a task without gold, or where
+    nothing is asked for.
     """
+    if config.task.name is not TaskName.note2answer:
+        raise InputError(f"task.name={config.task.name.value}: only note2answer knows gold; leave it so")
+    if min(prompts, responses_per_prompt) < 1:
+        raise InputError(f"{prompts} prompts and {responses_per_prompt} responses to each: give one at least")
     texts = note2answer.prompts(config.run.seed, split, prompts, config.task.values_per_attribute)
     asked = [text for text in texts for _ in range(responses_per_prompt)]
     responses: list[str] = []

@@ -50,11 +50,12 @@ def par(reward_N: Tensor, initial: float) -> Tensor:
     """`σ(r − r₀)`: Preference As Reward, arXiv 2502.18770, with one reference reward for all prompts.
 
     initial: r₀, the mean reward of the initial policy. What lies far above it gains next to nothing, so there
-    is little left to win by exploiting the reward model. Raises ValueError for an r₀ that is not finite.
+    is little left to win by exploiting the reward model. float64. Raises ValueError where r₀ is not finite.
     """
     if not math.isfinite(initial):
         raise ValueError(f"the initial policy's mean reward is {initial}")
-    return torch.sigmoid(reward_N - initial)
+    # In float32 σ is 1 from 17 on, and the best of a group would equal the rest.
+    return torch.sigmoid(reward_N.double() - initial)
 
 
 def unshaped(reward_N: Tensor, initial: float) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from r2m_ray.config import Config, TaskName
-from r2m_ray.errors import InputError
+from r2m_ray.stages.copied_policy import copied_policy, require_same_trunk
 from r2m_ray.stages.materials import Materials, materials
 from r2m_ray.stages.measurement import demonstrated, policy_gold, reward_accuracy, seeded
 from r2m_ray.stages.reward_auxiliary import learn_counts
@@ -49,13 +49,9 @@ def build(config: Config, directory: Path) -> dict[str, Any]:
 
 def _policy(config: Config, supplies: Materials) -> tuple[PreTrainedModel, dict[str, Any]]:
     make, tokenizer = config.prepare, supplies.policy_tokenizer
+    positions = config.task.max_prompt_tokens + config.task.max_new_tokens
     if make.policy:
-        copied = LlamaForCausalLM.from_pretrained(make.policy)
-        if copied.config.vocab_size != len(tokenizer):
-            raise InputError(
-                f"prepare.policy={make.policy}: it knows {copied.config.vocab_size} tokens, and the task's "
-                f"tokenizer {len(tokenizer)}; name a policy that was prepared for this task"
-            )
+        copied = copied_policy(Path(make.policy), tokenizer, positions=positions)
         return copied, _facts(copied, UNTRAINED)
     with seeded(config.run.seed):
         model = LlamaForCausalLM(
@@ -64,7 +60,7 @@ def _policy(config: Config, supplies: Materials) -> tuple[PreTrainedModel, dict[
                 layers=make.policy_layers,
                 width=make.policy_width,
                 heads=make.policy_heads,
-                positions=config.task.max_prompt_tokens + config.task.max_new_tokens,
+                positions=positions,
             )
         )
         training = Training(
@@ -92,6 +88,7 @@ def _reward(
         architecture.num_labels = 1
         model = LlamaForSequenceClassification(architecture)
         if make.reward_from_policy:
+            require_same_trunk(policy.config, architecture)
             model.base_model.load_state_dict(policy.base_model.state_dict(), strict=False)
         training = Training(
             steps=make.reward_steps,

@@ -22,7 +22,6 @@ from typing import Any
 
 from r2m_ray.config import Config, TaskName
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.model_files import WEIGHTS
 
 FORMAT = 1
 """Part of the digest; a change of what preparation does must raise it."""
@@ -129,7 +128,10 @@ def _settings(config: Config) -> dict[str, Any]:
     del prepare["root"]
     copied = prepare.pop("policy")
     if copied:
-        prepare["policy"] = _policy_digest(Path(copied))
+        # transformers takes seconds to import, and only a copy needs it here.
+        from r2m_ray.stages.copied_policy import policy_digest
+
+        prepare["policy"] = policy_digest(Path(copied))
     return {
         "format": FORMAT,
         "seed": config.run.seed,
@@ -137,15 +139,6 @@ def _settings(config: Config) -> dict[str, Any]:
         "task": settings,
         "prepare": prepare,
     }
-
-
-def _policy_digest(directory: Path) -> str:
-    weights = directory / WEIGHTS
-    if not weights.is_file():
-        raise InputError(
-            f"prepare.policy={directory}: there is no {WEIGHTS}; name the `policy` folder of prepared models"
-        )
-    return source_digest(str(weights))
 
 
 def _directory(config: Config) -> Path:
