@@ -85,8 +85,9 @@ def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undistur
 
 
 def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturbed: Any, same: Any) -> None:
-    running = lab.start("killed")
-    running.until(lambda: running.finished_steps() >= 3)
+    # Stopped, so that it still writes when the other one asks.
+    running = lab.start("killed", faults=["driver@4:annotate:stop"])
+    running.until(lambda: list(running.faults.iterdir()))
     locked = lab.run("killed", again=True)
     assert locked.code == 2
     assert "is writing this run" in locked.text
