@@ -7,6 +7,7 @@ Axes: N responses, L layers, S tokens of one row, P policy width, D reward width
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 import torch
@@ -26,6 +27,7 @@ from benchmarks.overoptimization.samples import (
 from r2m_ray.analysis.precheck import Information, information
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config
+from r2m_ray.models.reward import gaussian_feedback
 from r2m_ray.stages.measurement import seeded
 from r2m_ray.stages.prepare import Prepared, prepare
 
@@ -47,27 +49,33 @@ def precheck(config: Config, prepared: Prepared, prompts: int, responses_per_pro
     rte_ND, _ = load_trunk(config, prepared).read(samples.prompts, samples.responses)
     return information(
         rte_ND.double().numpy(),
-        pooled(policy, tokenizer, samples, query_QP).double().numpy(),
+        pooled(head_rows(config, policy, tokenizer, samples), query_QP).double().numpy(),
         samples.gold_N,
         samples.prompt_N,
         seed=config.run.seed,
     )
 
 
-def pooled(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples, query_QP: Tensor
-) -> Tensor:
+def pooled(rows: Iterable[tuple[int, Tensor]], query_QP: Tensor) -> Tensor:
     """h of each row in one vector, [N, F]: its mean, its maximum, and its mean under each query's attention.
 
-    h is the last layer after the final norm, at input tokens only. Each pooling is taken over the states that
-    predict the response, and over the whole row.
+    rows: of each, the first state that predicts the response, and all states [S, P]. Each pooling is taken
+    over the states that predict the response, and over the whole row.
     """
+    return torch.stack(
+        [torch.cat([_pooled(row_SP[first:], query_QP), _pooled(row_SP, query_QP)]) for first, row_SP in rows]
+    )
+
+
+def head_rows(
+    config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Samples
+) -> Iterator[tuple[int, Tensor]]:
+    """What a run's head would read: the last layer after the final norm, with noise by ``feedback.noise``."""
     rows, firsts = policy_rows(tokenizer, samples)
-    features = []
-    for first, states_LSP in zip(firsts, hidden_states(policy, rows), strict=True):
-        row_SP = states_LSP[-1]
-        features.append(torch.cat([_pooled(row_SP[first:], query_QP), _pooled(row_SP, query_QP)]))
-    return torch.stack(features)
+    last_TP = torch.cat([states_LSP[-1] for states_LSP in hidden_states(policy, rows)])
+    if config.feedback.noise:
+        last_TP = gaussian_feedback(last_TP, config.feedback.noise, config.run.seed)
+    yield from zip(firsts, last_TP.split([len(row) for row in rows]), strict=True)
 
 
 def _pooled(hidden_SP: Tensor, query_QP: Tensor) -> Tensor:

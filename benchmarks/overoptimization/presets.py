@@ -30,8 +30,9 @@ INFORMATIVE = World(name="informative", regime=Regime.informative, overrides=("e
 UNINFORMATIVE = World(
     name="uninformative",
     regime=Regime.uninformative,
-    overrides=("experiment=overoptimization_uninformative",),
+    overrides=("experiment=overoptimization", "feedback.noise=1.0"),
 )
+"""The same models, but h is noise of h's own mean and spread: what an arm gains here it gains without h."""
 TOY = World(
     name="toy",
     regime=Regime.informative,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.overoptimization.arms import ARMS, BASELINE, arms_named
+from benchmarks.overoptimization.lab import Lab, check
 from benchmarks.overoptimization.presets import (
     INFORMATIVE,
     PRESETS,
@@ -16,6 +17,7 @@ from benchmarks.overoptimization.presets import (
     chosen,
 )
 from benchmarks.overoptimization.runs import Run
+from r2m_ray.analysis.precheck import Information
 from r2m_ray.compose import load_config
 from r2m_ray.config import Advantage, Config
 from r2m_ray.errors import InputError
@@ -101,6 +103,14 @@ def test_full_is_six_arms_by_six_seeds_the_others_by_two_and_a_control_world() -
     assert full.worlds == (INFORMATIVE, UNINFORMATIVE)
     at_seed_1 = [informative.index(f"{name} 1") for name in ARMS if name != BASELINE]
     assert max(informative.index(f"{name} 0") for name in ARMS) < min(at_seed_1)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_run_of_every_preset_composes(name: str, tmp_path: Path) -> None:
+    def never(*asked: object) -> Information:
+        raise AssertionError(asked)
+
+    check(Lab(preset=chosen(name, seeds=[0]), root=tmp_path, jobs=1, precheck=never))
 
 
 def test_gates_look_at_three_seeds_at_least() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +33,12 @@ from benchmarks.overoptimization.layers import (
     reward_states,
     trained_policy,
 )
-from benchmarks.overoptimization.precheck import pooled
+from benchmarks.overoptimization.precheck import head_rows, pooled
 from benchmarks.overoptimization.samples import Samples, load_policy, load_trunk, sample
 from r2m_ray import commit
 from r2m_ray.analysis.similarity import Similarity, halves, similarity
 from r2m_ray.compose import load_config
-from r2m_ray.config import Config
+from r2m_ray.config import Config, FeedbackConfig
 from r2m_ray.errors import InputError
 from r2m_ray.models.text import conversation_ids, policy_prompt_ids, policy_response_ids
 from r2m_ray.stages.measurement import seeded
@@ -120,9 +120,18 @@ def test_the_last_layer_is_the_mean_of_the_policys_last_hidden_state(
 
 def test_the_precheck_pools_the_same_states(world: TinyWorld, drawn: Samples) -> None:
     policy, tokenizer = load_policy(world.prepared.policy_dir)
-    feature_NF = pooled(policy, tokenizer, drawn, torch.randn(1, 32)).double().numpy()
+    rows = [*head_rows(world.config, policy, tokenizer, drawn)]
+    feature_NF = pooled(rows, torch.randn(1, 32)).double().numpy()
     last_NP = policy_states(policy, tokenizer, drawn)[-1]
     assert feature_NF[:, :32] == pytest.approx(last_NP, abs=1e-6)
+
+    blind = replace(world.config, feedback=FeedbackConfig(noise=1.0))
+    noised = torch.cat([row for _, row in head_rows(blind, policy, tokenizer, drawn)])
+    states = torch.cat([row for _, row in rows])
+    # Of h it keeps the mean and the spread of each of its dimensions, and nothing of any token.
+    assert float((noised.mean(0) - states.mean(0)).abs().max()) < 0.3 * float(states.std())
+    correlation = torch.corrcoef(torch.stack([noised.flatten(), (states - states.mean(0)).flatten()]))[0, 1]
+    assert abs(float(correlation)) < 0.02
 
 
 def test_the_reward_models_last_layer_is_what_its_score_is_read_from(
