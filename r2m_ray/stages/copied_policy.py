@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -50,10 +51,10 @@ def copied_policy(directory: Path, tokenizer: PreTrainedTokenizerBase, *, positi
             f"{FIELD}={directory}: reads {opened.positions} tokens, and task.max_prompt_tokens and "
             f"task.max_new_tokens are {positions} together; {HELP}, or lower one of them"
         )
-    own = AutoTokenizer.from_pretrained(directory)
+    own = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if _spelled(own) != _spelled(tokenizer):
         raise InputError(f"{FIELD}={directory}: its tokenizer is not this task's; {HELP}")
-    model: PreTrainedModel = LlamaForCausalLM.from_pretrained(directory)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
     return model
 
 
