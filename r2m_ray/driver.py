@@ -47,6 +47,7 @@ async def train(
     if start == 0:
         await human.warm_up()
         await evaluator.evaluate(0)
+    r0 = record.initial_reward  # for reward.shape alone
 
     for t in range(start + 1, algo.steps + 1):
         stop.check()
@@ -62,7 +63,6 @@ async def train(
                 reward.annotate(trajectories, hidden, omega=w, step=t),
                 roles.reference.logprobs(trajectories),
             )
-            r0 = record.initial_reward
             advantage = await advantages(config, trajectories, annotation, reference, r0)  # Eq. 1
             await record.look(t, trajectories, hidden, annotation)  # refuses rows of stale weights
 

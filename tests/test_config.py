@@ -33,7 +33,7 @@ from r2m_ray.errors import InputError
 
 PACKAGE = Path(r2m_ray.__file__).parent
 FILES = ("task.train_file=org/pairs", "task.eval_file=org/pairs")
-NOTE2ANSWER = ("demo", "overoptimization", "overoptimization_uninformative")
+NOTE2ANSWER = ("demo", "overoptimization")
 """Experiments that need no data."""
 LARGE_BATCH = ("algo.prompts_per_step=64", "algo.minibatch_prompts=32")
 EXPERIMENTS = groups()["experiment"]

@@ -33,7 +33,6 @@ from benchmarks.overoptimization.samples import (
     Samples,
     hidden_states,
     load_policy,
-    load_trunk,
     parser,
     policy_rows,
     sample,
@@ -51,7 +50,7 @@ from r2m_ray.models.text import conversation_ids
 from r2m_ray.pretrained import Models
 from r2m_ray.report_plots import FROZEN, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish
 from r2m_ray.run_files import CONFIG_FILE
-from r2m_ray.stages.measurement import seeded
+from r2m_ray.stages.measurement import prepared_trunk, seeded
 from r2m_ray.stages.prepare import Prepared, prepare
 
 INITIAL, TRAINED = "initial policy", "after training"
@@ -103,7 +102,7 @@ def layers(
     samples = distinct(drawn)
     label_N = halves(samples.gold_N, samples.prompt_N)
     policy_LNP = policy_states(policy, tokenizer, samples)
-    reward_LND = reward_states(load_trunk(config, prepared), samples)
+    reward_LND = reward_states(prepared_trunk(config, prepared.reward_dir), samples)
     try:
         return Layers(
             gold=float(drawn.gold_N.mean()),

@@ -19,7 +19,6 @@ from benchmarks.overoptimization.samples import (
     Samples,
     hidden_states,
     load_policy,
-    load_trunk,
     parser,
     policy_rows,
     sample,
@@ -28,7 +27,7 @@ from r2m_ray.analysis.precheck import Information, information
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config
 from r2m_ray.models.reward import gaussian_feedback
-from r2m_ray.stages.measurement import seeded
+from r2m_ray.stages.measurement import prepared_trunk, seeded
 from r2m_ray.stages.prepare import Prepared, prepare
 
 QUERIES = 4
@@ -46,7 +45,7 @@ def precheck(config: Config, prepared: Prepared, prompts: int, responses_per_pro
     with seeded(config.run.seed):
         query_QP = torch.randn(QUERIES, policy.config.hidden_size)
         samples = sample(config, policy, tokenizer, "precheck", prompts, responses_per_prompt)
-    rte_ND, _ = load_trunk(config, prepared).read(samples.prompts, samples.responses)
+    rte_ND, _ = prepared_trunk(config, prepared.reward_dir).read(samples.prompts, samples.responses)
     return information(
         rte_ND.double().numpy(),
         pooled(head_rows(config, policy, tokenizer, samples), query_QP).double().numpy(),

@@ -20,10 +20,8 @@ from r2m_ray.analysis.curves import Series
 from r2m_ray.config import Config, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.models.causal import load_causal
-from r2m_ray.models.reward_trunk import RewardTrunk
 from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.stages.measurement import sampled
-from r2m_ray.stages.prepare import Prepared
 from r2m_ray.tasks import note2answer
 from r2m_ray.tasks.note2answer_gold import gold
 
@@ -63,20 +61,7 @@ def load_policy(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         attention="sdpa",
         device=torch.device("cpu"),
     )
-    return policy.eval(), AutoTokenizer.from_pretrained(directory)
-
-
-def load_trunk(config: Config, prepared: Prepared) -> RewardTrunk:
-    """The world's reward model in float32 on the processor."""
-    return RewardTrunk(
-        model_dir=str(prepared.reward_dir),
-        dtype=torch.float32,
-        attention=config.model.attention,
-        score_layer=config.model.score_layer,
-        max_length=config.reward.max_length,
-        tokens_per_microbatch=config.reward.tokens_per_microbatch,
-        device=torch.device("cpu"),
-    )
+    return policy.eval(), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
 
 
 def sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from transformers import (
@@ -15,24 +14,12 @@ from transformers import (
 )
 
 from r2m_ray.errors import InputError
-from r2m_ray.model_files import WEIGHTS, ModelFiles, open_model
+from r2m_ray.model_files import ModelFiles, open_model
 from r2m_ray.problems import Problem, refuse
 
 FIELD = "prepare.policy"
 ARCHITECTURE = LlamaForCausalLM.__name__
 HELP = "name the `policy` folder of models prepared for this task"
-
-
-def policy_digest(directory: Path) -> str:
-    """sha256 over architecture and weights; InputError where either file is missing."""
-    digest = hashlib.sha256()
-    for name in ("config.json", WEIGHTS):
-        file = directory / name
-        if not file.is_file():
-            raise InputError(f"{FIELD}={directory}: there is no {name}; {HELP}")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def copied_policy(directory: Path, tokenizer: PreTrainedTokenizerBase, *, positions: int) -> PreTrainedModel:

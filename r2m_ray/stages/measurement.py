@@ -82,9 +82,9 @@ def correction_rate(scores: Sequence[GoldScore]) -> float:
     return corrected / (corrected + wrong) if corrected else 0.0
 
 
-def reward_accuracy(config: Config, directory: Path, pairs: Sequence[PreferencePair]) -> float:
-    """Share of pairs whose chosen response a saved reward model scores higher, read as annotation will."""
-    trunk = RewardTrunk(
+def prepared_trunk(config: Config, directory: Path) -> RewardTrunk:
+    """The trunk of a prepared reward model, in float32 on the processor."""
+    return RewardTrunk(
         model_dir=str(directory),
         dtype=torch.float32,
         attention=config.model.attention,
@@ -93,6 +93,11 @@ def reward_accuracy(config: Config, directory: Path, pairs: Sequence[PreferenceP
         tokens_per_microbatch=config.reward.tokens_per_microbatch,
         device=torch.device("cpu"),
     )
+
+
+def reward_accuracy(config: Config, directory: Path, pairs: Sequence[PreferencePair]) -> float:
+    """Share of pairs whose chosen response a saved reward model scores higher, read as annotation will."""
+    trunk = prepared_trunk(config, directory)
     prompts = [pair.prompt for pair in pairs]
     _, chosen_N = trunk.read(prompts, [pair.chosen for pair in pairs])
     _, rejected_N = trunk.read(prompts, [pair.rejected for pair in pairs])

@@ -22,6 +22,7 @@ from typing import Any
 
 from r2m_ray.config import Config, TaskName
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.model_files import WEIGHTS
 
 FORMAT = 1
 """Part of the digest; a change of what preparation does must raise it."""
@@ -128,10 +129,7 @@ def _settings(config: Config) -> dict[str, Any]:
     del prepare["root"]
     copied = prepare.pop("policy")
     if copied:
-        # transformers takes seconds to import, and only a copy needs it here.
-        from r2m_ray.stages.copied_policy import policy_digest
-
-        prepare["policy"] = policy_digest(Path(copied))
+        prepare["policy"] = _policy_digests(Path(copied))
     return {
         "format": FORMAT,
         "seed": config.run.seed,
@@ -139,6 +137,18 @@ def _settings(config: Config) -> dict[str, Any]:
         "task": settings,
         "prepare": prepare,
     }
+
+
+def _policy_digests(directory: Path) -> dict[str, str]:
+    """Digests of a policy to copy, by file; what else it needs is asked when it is copied."""
+    files = [directory / name for name in ("config.json", WEIGHTS)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"prepare.policy={directory}: there is no {file.name}; name the `policy` folder of prepared "
+                "models"
+            )
+    return {file.name: source_digest(str(file)) for file in files}
 
 
 def _directory(config: Config) -> Path:

@@ -34,14 +34,14 @@ from benchmarks.overoptimization.layers import (
     trained_policy,
 )
 from benchmarks.overoptimization.precheck import head_rows, pooled
-from benchmarks.overoptimization.samples import Samples, load_policy, load_trunk, sample
+from benchmarks.overoptimization.samples import Samples, load_policy, sample
 from r2m_ray import commit
 from r2m_ray.analysis.similarity import Similarity, halves, similarity
 from r2m_ray.compose import load_config
 from r2m_ray.config import Config, FeedbackConfig
 from r2m_ray.errors import InputError
 from r2m_ray.models.text import conversation_ids, policy_prompt_ids, policy_response_ids
-from r2m_ray.stages.measurement import seeded
+from r2m_ray.stages.measurement import prepared_trunk, seeded
 from r2m_ray.stages.prepare import Prepared
 from r2m_ray.tasks import note2answer
 
@@ -137,7 +137,7 @@ def test_the_precheck_pools_the_same_states(world: TinyWorld, drawn: Samples) ->
 def test_the_reward_models_last_layer_is_what_its_score_is_read_from(
     world: TinyWorld, drawn: Samples
 ) -> None:
-    trunk = load_trunk(world.config, world.prepared)
+    trunk = prepared_trunk(world.config, world.prepared.reward_dir)
     states_LNP = reward_states(trunk, drawn)
     rte_ND, score_N = trunk.read(drawn.prompts, drawn.responses)
     assert states_LNP.shape == (3, 24, 24)
