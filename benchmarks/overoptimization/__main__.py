@@ -2,6 +2,8 @@
 
     python -m benchmarks.overoptimization smoke                   every part once, in minutes
     python -m benchmarks.overoptimization quick                   six arms, two seeds
+    python -m benchmarks.overoptimization control                 five arms whose h is noise
+    python -m benchmarks.overoptimization doses                   more or less bias, and of what h knows
     python -m benchmarks.overoptimization full --jobs 2           every arm, both worlds
     python -m benchmarks.overoptimization quick --arms static_h refit --seeds 0 1 2
     python -m benchmarks.overoptimization quick --root runs/longer -- algo.steps=120
@@ -70,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         jobs=parsed.jobs,
         precheck=precheck,
         extra=tuple(extra),
-        despite_gates=parsed.despite_gates or preset.despite_gates,
+        despite_gates=parsed.despite_gates,
     )
     done, told = Conducted(shut=(), failed=()), None
     if not parsed.report_only:

@@ -28,6 +28,18 @@ class Arm:
 
 CLEAN_LABELS = ("task.annotator_bias=0.0", "task.label_temperature=0.05")
 """Pairs labelled by gold alone, and hardly ever against it."""
+GOOD_REWARD = (
+    *CLEAN_LABELS,
+    "task.reward_reads_prompt=true",
+    "prepare.reward_from_policy=true",
+    "prepare.reward_width=96",
+    "prepare.reward_heads=3",
+    "prepare.reward_layers=4",
+    "prepare.reward_auxiliary_truth=true",
+    "prepare.reward_auxiliary_steps=2000",
+    "prepare.reward_steps=1000",
+)
+"""The negative control's: it starts as the policy, reads the note, counts wrong facts, and sees no bias."""
 
 ANCHOR_RATE = "reward.learning_rate=1e-3"
 FITTED = ("reward.warmup_pairs=8192", "reward.warmup_learning_rate=3e-4")
@@ -55,6 +67,9 @@ _TABLE = (
         paper="Pretrained RM",
         reward_world=CLEAN_LABELS,
     ),
+    Arm(name="good_reward", overrides=("reward=vanilla",), reward_world=GOOD_REWARD),
+    Arm(name="rloo_bias_0", overrides=("reward=vanilla",), reward_world=("task.annotator_bias=0.0",)),
+    Arm(name="rloo_bias_0.5", overrides=("reward=vanilla",), reward_world=("task.annotator_bias=0.5",)),
     Arm(name="rm_head", overrides=("reward=rm_head",), paper="Iterative RMHead"),
     Arm(name="gold", overrides=("reward=gold",)),
     Arm(name="r2m_oracle", overrides=("reward=r2m_oracle",)),

@@ -61,6 +61,10 @@ class Lab:
     extra: tuple[str, ...] = ()
     despite_gates: bool = False
 
+    def goes_on(self, world: World) -> bool:
+        """Whether arms are run in a world that fails a gate."""
+        return self.despite_gates or world.despite_gates
+
     def runs(self, world: World) -> list[Run]:
         """Every run of a world, in order."""
         return [
@@ -84,6 +88,7 @@ def check(lab: Lab) -> None:
         for run in lab.runs(world):
             try:
                 composed(run.overrides())
+                composed(run.reward_overrides)
             except InputError as error:
                 problems |= dict.fromkeys(
                     f"{run.name}: {line.strip()}" for line in str(error).splitlines()[1:]
@@ -196,7 +201,7 @@ def _early_gates(lab: Lab, world: World, prepared: Mapping[int, Prepared]) -> li
     """Gates 1 to 3, which need no run, asked of the prepared models of each seed."""
     facts = {seed: one.facts for seed, one in prepared.items()}
     verdicts = [_told(policy_gate(facts)), _told(reward_gate(facts))]
-    if not (lab.despite_gates or all(verdict.passed for verdict in verdicts)):
+    if not (lab.goes_on(world) or all(verdict.passed for verdict in verdicts)):
         return verdicts
     found, failures = {}, []
     for seed, one in prepared.items():
@@ -234,7 +239,7 @@ def _closed(lab: Lab, world: World, verdicts: Sequence[Verdict]) -> bool:
     content = [verdict.record() for verdict in verdicts]
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     failed = [verdict for verdict in verdicts if not verdict.passed]
-    if not failed or lab.despite_gates:
+    if not failed or lab.goes_on(world):
         return False
     print(f"{world.name}: shut by gate {failed[0].gate}; --despite-gates goes on, and labels every result")
     return True
@@ -250,7 +255,7 @@ def _reward(lab: Lab, run: Run) -> Path | None:
     if not run.arm.reward_world:
         return None
     (own,) = prepare(lab, run.world, {f"seed-{run.seed}": run.world_overrides}).values()
-    words = (*run.world_overrides, *run.arm.reward_world, f"prepare.policy='{own.policy_dir}'")
+    words = (*run.reward_overrides, f"prepare.policy='{own.policy_dir}'")
     (made,) = prepare(lab, run.world, {f"{run.name}-reward": words}).values()
     return made.reward_dir
 

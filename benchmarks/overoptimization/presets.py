@@ -17,6 +17,8 @@ class World:
     """Where arms meet. regime: what it claims about h. overrides: what makes it, seeds aside.
 
     precheck_prompts, precheck_responses: how many prompts, and responses to each, its pre-check samples.
+    least_gate_seeds: how many seeds' models the gates before any run look at, at least. despite_gates:
+    whether arms are run though a gate fails; all its results then say so.
     """
 
     name: str
@@ -24,6 +26,8 @@ class World:
     overrides: tuple[str, ...]
     precheck_prompts: int = 512
     precheck_responses: int = 8
+    least_gate_seeds: int = LEAST_SEEDS
+    despite_gates: bool = False
 
 
 INFORMATIVE = World(name="informative", regime=Regime.informative, overrides=("experiment=overoptimization",))
@@ -33,6 +37,17 @@ UNINFORMATIVE = World(
     overrides=("experiment=overoptimization", "feedback.noise=1.0"),
 )
 """The same models, but h is noise of h's own mean and spread: what an arm gains here it gains without h."""
+SELF_CORRECT = {
+    rate: World(
+        name=f"self_correct_{rate:g}",
+        regime=Regime.informative,
+        overrides=("experiment=overoptimization", f"task.self_correct_prob={rate}"),
+        least_gate_seeds=2,
+        despite_gates=True,
+    )
+    for rate in (0.0, 0.3)
+}
+"""Less for h to know, by how often the demonstrator corrects itself: the gates say how much less."""
 TOY = World(
     name="toy",
     regime=Regime.informative,
@@ -50,6 +65,8 @@ TOY = World(
     ),
     precheck_prompts=40,
     precheck_responses=2,
+    least_gate_seeds=1,
+    despite_gates=True,
 )
 """Too small to say anything: it shows within minutes that every part works."""
 
@@ -65,15 +82,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A schedule. least_gate_seeds: how many seeds' worlds the gates before any run look at, at least.
-
-    despite_gates: whether arms are run in a world that fails a gate; all its results then say so.
-    """
+    """A schedule."""
 
     name: str
     parts: tuple[Part, ...]
-    least_gate_seeds: int = LEAST_SEEDS
-    despite_gates: bool = False
 
     @property
     def worlds(self) -> tuple[World, ...]:
@@ -93,7 +105,7 @@ class Preset:
         """The seeds of a world that the gates before any run look at: its own, and others up to the least."""
         own = self.seeds(world)
         more = (seed for seed in count() if seed not in own)
-        return (*own, *islice(more, max(0, self.least_gate_seeds - len(own))))
+        return (*own, *islice(more, max(0, world.least_gate_seeds - len(own))))
 
     def runs(self, world: World) -> Iterator[tuple[Arm, int]]:
         """Arm and seed of each run of a world: the baseline's first, then all arms of a seed before the next.
@@ -116,22 +128,33 @@ def _rank(arm: Arm) -> int:
 
 MAIN = arms_named(["rloo", "rloo_r2m", "r2m_anchor", "static_h", "refit", "gold"])
 OTHERS = tuple(arm for arm in ARMS.values() if arm not in MAIN)
-CONTROL = arms_named(["rloo", "rloo_r2m", "r2m_anchor", "refit"])
+SEEDS = (0, 1, 2, 3, 4)
+"""The worlds of seeds 5 and 6 fail gates 3 and 4, and take no part."""
+DOSES = (
+    Part(world=INFORMATIVE, arms=arms_named(["rloo_bias_0", "rloo_bias_0.5", "static_h"]), seeds=(0, 1)),
+    *(Part(world=world, arms=arms_named(["static_h"]), seeds=(0, 1)) for world in SELF_CORRECT.values()),
+)
+IN_CONTROL = Part(
+    world=UNINFORMATIVE,
+    arms=arms_named(["rloo", "rloo_r2m", "r2m_anchor", "static_h", "refit"]),
+    seeds=tuple(range(3)),
+)
 
 _PRESETS = (
     Preset(
         name="smoke",
         parts=(Part(world=TOY, arms=arms_named(["rloo", "rloo_r2m"]), seeds=(0,)),),
-        least_gate_seeds=1,
-        despite_gates=True,
     ),
     Preset(name="quick", parts=(Part(world=INFORMATIVE, arms=MAIN, seeds=(0, 1)),)),
+    Preset(name="control", parts=(IN_CONTROL,)),
+    Preset(name="doses", parts=DOSES),
     Preset(
         name="full",
         parts=(
-            Part(world=INFORMATIVE, arms=MAIN, seeds=tuple(range(6))),
+            Part(world=INFORMATIVE, arms=MAIN, seeds=SEEDS),
             Part(world=INFORMATIVE, arms=OTHERS, seeds=(0, 1)),
-            Part(world=UNINFORMATIVE, arms=CONTROL, seeds=tuple(range(3))),
+            IN_CONTROL,
+            *DOSES,
         ),
     ),
 )

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.measure import machine
 from benchmarks.overoptimization.arms import BASELINE
+from benchmarks.overoptimization.doses import dose_sections
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
 from benchmarks.overoptimization.runs import Run, State, read_ticket, standing
@@ -118,8 +119,9 @@ def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]
     """
     sections: list[Section] = []
     runs: dict[str, Any] = {}
+    every = {world.name: find(preset, world, root) for world in preset.worlds}
     for world in preset.worlds:
-        found = find(preset, world, root)
+        found = every[world.name]
         directory = out / world.name
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -131,6 +133,7 @@ def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]
                          if name not in dict(found.missing)},
             "missing": dict(found.missing),
         }  # fmt: skip
+    sections += dose_sections({name: found.curves for name, found in every.items()}, out)
     _write_json(out / "record.json", {**made, "preset": preset.name, "runs": runs})
     title = f"Over-optimization: {preset.name}"
     text = page(title, kind="r2m_ray lab", facts=_facts(made), sections=sections)

@@ -74,6 +74,11 @@ class Run:
         """What prepares its models."""
         return world_overrides(self.world, self.seed, self.extra)
 
+    @property
+    def reward_overrides(self) -> tuple[str, ...]:
+        """What prepares the reward model that its arm scores with, the policy apart."""
+        return (*self.world_overrides, *self.arm.reward_world)
+
     def overrides(self, reward: Path | None = None) -> tuple[str, ...]:
         """What `r2m-ray train` is told. reward: the model of an arm with a reward world of its own."""
         place = (f"run.root='{self.directory.parent}'", f"run.name={self.name}")

@@ -11,6 +11,7 @@ from benchmarks.overoptimization.lab import Lab, check
 from benchmarks.overoptimization.presets import (
     INFORMATIVE,
     PRESETS,
+    SELF_CORRECT,
     TOY,
     UNINFORMATIVE,
     Preset,
@@ -81,6 +82,31 @@ def test_the_command_line_cannot_change_what_an_arm_is(tmp_path: Path) -> None:
     assert config.model.reward == str(tmp_path / "reward")
 
 
+def test_the_good_reward_model_reads_the_note_and_sees_no_bias() -> None:
+    run = Run(world=INFORMATIVE, arm=ARMS["good_reward"], seed=0, root=Path("root"))
+    own, scored = load_config(run.world_overrides), load_config(run.reward_overrides)
+    assert (own.task.reward_reads_prompt, own.task.annotator_bias) == (False, 0.2)
+    assert (scored.task.reward_reads_prompt, scored.task.annotator_bias) == (True, 0.0)
+    assert (scored.prepare.reward_from_policy, scored.prepare.reward_auxiliary_truth) == (True, True)
+    trained = load_config(run.overrides(reward=Path("elsewhere")))
+    assert trained.task == own.task
+
+
+def test_a_reward_world_that_cannot_be_is_told_before_anything_starts(tmp_path: Path) -> None:
+    def never(*asked: object) -> Information:
+        raise AssertionError(asked)
+
+    lab = Lab(
+        preset=chosen("quick", ["good_reward"], [0]),
+        root=tmp_path,
+        jobs=1,
+        precheck=never,
+        extra=("prepare.policy_layers=5",),
+    )
+    with pytest.raises(InputError, match=r"good_reward-seed-0: prepare\.reward_layers: 4.*use 5"):
+        check(lab)
+
+
 def names(preset: Preset, world: object) -> list[str]:
     return [
         f"{arm.name} {seed}" for found in preset.worlds if found is world for arm, seed in preset.runs(found)
@@ -95,12 +121,12 @@ def test_the_baseline_comes_first_and_then_whole_seeds() -> None:
     ]  # fmt: skip
 
 
-def test_full_is_six_arms_by_six_seeds_the_others_by_two_and_a_control_world() -> None:
+def test_full_is_six_arms_by_five_seeds_the_others_by_two_a_control_world_and_doses() -> None:
     full = PRESETS["full"]
     informative, control = names(full, INFORMATIVE), names(full, UNINFORMATIVE)
-    assert len(informative) == len({*informative}) == 6 * 6 + (len(ARMS) - 6) * 2
-    assert len(control) == 4 * 3
-    assert full.worlds == (INFORMATIVE, UNINFORMATIVE)
+    assert len(informative) == len({*informative}) == 6 * 5 + (len(ARMS) - 6) * 2
+    assert len(control) == 5 * 3
+    assert full.worlds == (INFORMATIVE, UNINFORMATIVE, *SELF_CORRECT.values())
     at_seed_1 = [informative.index(f"{name} 1") for name in ARMS if name != BASELINE]
     assert max(informative.index(f"{name} 0") for name in ARMS) < min(at_seed_1)
 
@@ -115,7 +141,7 @@ def test_every_run_of_every_preset_composes(name: str, tmp_path: Path) -> None:
 
 def test_gates_look_at_three_seeds_at_least() -> None:
     assert PRESETS["quick"].gate_seeds(INFORMATIVE) == (0, 1, 2)
-    assert PRESETS["full"].gate_seeds(INFORMATIVE) == (0, 1, 2, 3, 4, 5)
+    assert PRESETS["full"].gate_seeds(INFORMATIVE) == (0, 1, 2, 3, 4)
     assert PRESETS["smoke"].gate_seeds(TOY) == (0,)
     assert chosen("quick", seeds=[4]).gate_seeds(INFORMATIVE) == (4, 0, 1)
 
@@ -129,7 +155,7 @@ def test_arms_and_seeds_can_be_replaced_and_the_baseline_stays() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("quik",), "no preset 'quik'; there are smoke, quick, full. Did you mean quick?"),
+        (("quik",), "no preset 'quik'; there are smoke, quick, control, doses, full. Did you mean quick?"),
         (("quick", ["r2m_ancor"]), "no arm 'r2m_ancor'; .* Did you mean r2m_anchor"),
         (("quick", [], [1, 1]), "--seeds 1 1: give different numbers"),
         (("quick", [], [-1]), "--seeds -1: give different numbers from 0 on"),
