@@ -1,7 +1,7 @@
 """The over-optimization lab, one command from nothing to tables, pictures and a page.
 
     python -m benchmarks.overoptimization smoke                   every part once, in minutes
-    python -m benchmarks.overoptimization quick                   six arms, two seeds
+    python -m benchmarks.overoptimization quick                   eight arms, two seeds
     python -m benchmarks.overoptimization control                 five arms whose h is noise
     python -m benchmarks.overoptimization doses                   more or less bias, and of what h knows
     python -m benchmarks.overoptimization full --jobs 2           every arm, both worlds
@@ -27,7 +27,6 @@ from r2m_ray.escape import printable, redacted, redacted_command
 from r2m_ray.run_lock import run_lock
 
 PROGRAM = "python -m benchmarks.overoptimization"
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "overoptimization"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     arg.add_argument("--seeds", nargs="+", default=[], type=int, metavar="N", help="in place of the preset's")
     arg.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2)")
     arg.add_argument("--root", type=Path, default=Path("runs/overoptimization"), help="where runs lie")
-    arg.add_argument("--out", type=Path, help="where results go (benchmarks/results/overoptimization/PRESET)")
+    arg.add_argument("--out", type=Path, help="where results go (ROOT/results/PRESET)")
     arg.add_argument("--despite-gates", action="store_true", help="go on in a world that fails a gate")
     arg.add_argument("--report-only", action="store_true", help="start nothing, write what lies there")
     return arg
@@ -59,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     if parsed.jobs < 1:
         raise InputError(f"--jobs {parsed.jobs}: give one or more")
     preset = chosen(parsed.preset, parsed.arms, parsed.seeds)
-    out = parsed.out or RESULTS / preset.name
+    out = parsed.out or parsed.root / "results" / preset.name
 
     # torch takes seconds to import, and a mistake above is told without it.
     from benchmarks.overoptimization.lab import Conducted, Lab, check, conduct, summary

@@ -93,8 +93,11 @@ def _accuracy(curves: Sequence[Curve]) -> Table:
 
 
 def _cost(trainings: Trainings) -> Table:
+    shared = set.intersection(*({one.seed for one in trainings.get(arm, ())} for arm in HOURS))
+
     def seconds(arm: str, key: str) -> float | None:
-        medians = [float(np.nanmedian(one.series(key))) for one in trainings.get(arm, ()) if len(one.steps)]
+        runs = [one for one in trainings.get(arm, ()) if len(one.steps) and one.seed in shared]
+        medians = [float(np.nanmedian(one.series(key))) for one in runs]
         return statistics.mean(medians) if medians else None
 
     step = {arm: seconds(arm, "time/step") for arm in HOURS}

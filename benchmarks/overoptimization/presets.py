@@ -42,7 +42,6 @@ SELF_CORRECT = {
         name=f"self_correct_{rate:g}",
         regime=Regime.informative,
         overrides=("experiment=overoptimization", f"task.self_correct_prob={rate}"),
-        least_gate_seeds=2,
         despite_gates=True,
     )
     for rate in (0.0, 0.3)
@@ -126,13 +125,16 @@ def _rank(arm: Arm) -> int:
     return [*ARMS].index(arm.name)
 
 
-MAIN = arms_named(["rloo", "rloo_r2m", "r2m_anchor", "static_h", "refit", "gold"])
+MAIN = arms_named(
+    ["rloo", "rloo_r2m", "r2m_constant", "r2m_anchor", "r2m_anchor_constant", "static_h", "refit", "gold"]
+)
+"""R2M and R2M-anchor with ω constant too: where gold peaks, the cosine is still near 1."""
 OTHERS = tuple(arm for arm in ARMS.values() if arm not in MAIN)
 SEEDS = (0, 1, 2, 3, 4)
 """The worlds of seeds 5 and 6 fail gates 3 and 4, and take no part."""
 DOSES = (
-    Part(world=INFORMATIVE, arms=arms_named(["rloo_bias_0", "rloo_bias_0.5", "static_h"]), seeds=(0, 1)),
-    *(Part(world=world, arms=arms_named(["static_h"]), seeds=(0, 1)) for world in SELF_CORRECT.values()),
+    Part(world=INFORMATIVE, arms=arms_named(["rloo_bias_0", "rloo_bias_0.5", "static_h"]), seeds=(0, 1, 2)),
+    *(Part(world=world, arms=arms_named(["static_h"]), seeds=(0, 1, 2)) for world in SELF_CORRECT.values()),
 )
 IN_CONTROL = Part(
     world=UNINFORMATIVE,

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.measure import machine
-from benchmarks.overoptimization.arms import BASELINE
+from benchmarks.overoptimization.arms import ARMS, BASELINE
+from benchmarks.overoptimization.curves_record import curves_record
 from benchmarks.overoptimization.doses import dose_sections
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
 from benchmarks.overoptimization.runs import Run, State, read_ticket, standing
 from r2m_ray.analysis.comparison import comparison
-from r2m_ray.analysis.curves import Curve, Series, read_curve
+from r2m_ray.analysis.curves import Curve, read_curve
 from r2m_ray.analysis.matched import Peak
 from r2m_ray.analysis.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
 from r2m_ray.analysis.page import Section, page
@@ -35,17 +34,6 @@ from r2m_ray.run_files import replace_file
 
 GATES_FILE = "gates.json"
 PAGE_FILE = "report.html"
-KEPT = (
-    "length", "rm_accuracy", "rm_accuracy_frozen", "rm_accuracy_on_policy", "rm_accuracy_on_policy_frozen",
-    "gold_correlation", "gold_correlation_frozen", "pseudo_label_precision", "scale_ratio", "pair_flip_rate",
-    "group_std", "group_entropy", "group_skew", "calibration_error", "calibration_error_frozen",
-    "rm_accuracy_style", "rm_accuracy_style_frozen", "rm_accuracy_value", "rm_accuracy_value_frozen",
-    "gold/correct", "gold/wrong", "gold/corrected", "gold/courtesy", "gold/intensifiers",
-    "gold/excess_tokens",
-)  # fmt: skip
-"""Measures of each evaluation that curves.json holds, where the run has them."""
-DIGITS = 5
-"""Significant digits of numbers in curves.json."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +99,21 @@ def studies(found: Found) -> tuple[Peak | None, list[Study]]:
     return top, done
 
 
+def against_controls(found: Found, top: Peak | None) -> list[Study]:
+    """Each arm that reads h held against the one that learns the same without it, under all seeds of both.
+
+    top: the baseline's KL*, so that these differences are at the KLs of all others.
+    """
+    done = []
+    for arm in (arm for arm in ARMS.values() if arm.without_h in found.curves and arm.name in found.curves):
+        both = [found.curves[name] for name in (arm.without_h, arm.name) if name]
+        seeds = set.intersection(*({curve.seed for curve in curves} for curves in both))
+        members = [curve for curves in both for curve in curves if curve.seed in seeds]
+        if members:
+            done.append(best_study(comparison(members, str(arm.without_h)), top))
+    return done
+
+
 def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]) -> Path:
     """Write everything that the finished runs say below ``out``; return the page's path.
 
@@ -162,6 +165,11 @@ def warnings(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, 
     undecided = [gate for gate in range(1, 5) if gate not in {verdict["gate"] for verdict in verdicts}]
     if undecided:
         said.append(f"Not decided yet: gate {', '.join(map(str, undecided))}.")
+    seeds = {curve.seed for curves in found.curves.values() for curve in curves}
+    for verdict in verdicts:
+        unasked = sorted(seeds - {int(seed) for seed in verdict["values"]})
+        if verdict["passed"] and unasked:
+            said.append(f"Gate {verdict['gate']} was not asked of seed {', '.join(map(str, unasked))}.")
     codes = {ticket["code"] for ticket in found.tickets.values()}
     if len(codes) > 1:
         commits = sorted({str(ticket["commit"]) for ticket in found.tickets.values()})
@@ -179,11 +187,12 @@ def _world_sections(preset: Preset, found: Found, root: Path, directory: Path) -
             figures[f"effects-seeds-{'-'.join(map(str, study.seeds))}"] = bars
     paper = paper_tables(found.curves, found.trainings, top)
     said = warnings(found, verdicts)
-    titles = [f"{', '.join(s.challengers)} under seeds {', '.join(map(str, s.seeds))}" for s in compared]
+    compared += against_controls(found, top)
+    titles = [_title(one) for one in compared]
     write_pictures(figures, directory)
-    _write_json(directory / "curves.json", _compact(found.curves))
+    _write_json(directory / "curves.json", curves_record(found.curves, found.trainings))
     _write_json(directory / GATES_FILE, verdicts)
-    _write_json(directory / "comparison.json", {"warnings": said, "families": [record(s) for s in compared]})
+    _write_json(directory / "comparison.json", {"warnings": said, "families": [*map(record, compared)]})
     texts = [f"# {title}\n\n{markdown(study)}" for title, study in zip(titles, compared, strict=True)]
     texts += [f"# {table.heading}\n\n{table.note}\n\n{table.markdown()}\n" for table in paper]
     texts += [f"# {table.heading}\n\n{table.markdown()}\n" for table in _state_tables(found, verdicts)]
@@ -201,6 +210,11 @@ def _world_sections(preset: Preset, found: Found, root: Path, directory: Path) -
     ]
     beside = Section(heading=f"The paper's tables in miniature, {found.world.name}", tables=paper)
     return [overview, *families, beside]
+
+
+def _title(study: Study) -> str:
+    against = f" against {study.baseline}" if study.baseline != BASELINE else ""
+    return f"{', '.join(study.challengers)}{against} under seeds {', '.join(map(str, study.seeds))}"
 
 
 def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[Table, ...]:
@@ -251,27 +265,6 @@ def _facts(made: Mapping[str, Any]) -> dict[str, str]:
         "Libraries": listed(made["packages"]),
         "Commit": made["commit"] or "not in a git checkout",
     }
-
-
-def _compact(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-    return {
-        arm: {
-            str(curve.seed): {
-                "steps": curve.steps.tolist(),
-                "kl": _rounded(curve.kl),
-                "gold": _rounded(curve.gold),
-                "frozen": _rounded(curve.frozen),
-                "own": _rounded(curve.own),
-                **{key: _rounded(curve.metrics[key]) for key in KEPT if key in curve.metrics},
-            }
-            for curve in several
-        }
-        for arm, several in curves.items()
-    }
-
-
-def _rounded(values: Series) -> list[float | None]:
-    return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values]
 
 
 def _cost(ticket: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,12 @@ class Passage:
 class Peak:
     """Where the mean curve of several seeds is highest in gold.
 
-    kl: KL*, its mean KL there, nats per response. gold: its mean gold there. step: the training step.
-    share: ``step`` over the run's last step; 1 means that the runs ended before they over-optimized.
+    arm: whose curve. kl: KL*, its mean KL there, nats per response. gold: its mean gold there. step: the
+    training step. share: ``step`` over the run's last step; 1 means that the runs ended before they
+    over-optimized.
     """
 
+    arm: str
     kl: float
     gold: float
     step: int
@@ -121,6 +123,7 @@ def highest_of_mean(curves: Sequence[Curve]) -> Peak:
     kl = np.mean([curve.kl for curve in curves], axis=0)
     best = int(np.argmax(gold))
     return Peak(
+        arm=curves[0].arm,
         kl=float(kl[best]),
         gold=float(gold[best]),
         step=int(steps[best]),

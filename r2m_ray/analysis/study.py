@@ -1,7 +1,8 @@
 """The comparison that was decided on before the runs: endpoints, and each arm against the baseline.
 
 Primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the baseline's
-and counts as fixed: the intervals do not hold its own uncertainty.
+and counts as fixed: the intervals do not hold its own uncertainty. Gold at KLs between them tells whether
+much hangs on it, where the baseline's peak is flat.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from r2m_ray.errors import InputError
 
 MULTIPLES = (1, 2, 4)
 """Of KL*, where gold is matched; the area reaches to the last."""
+BETWEEN = (0.5, 1.5, 3)
+"""Of KL*, where gold is told beside the primary endpoints."""
 FALL = 0.5
 """The fall of gold whose KL is told: what over-optimization must at least cost here."""
 SHARED_NAME = "shared_mean_gold"
@@ -127,16 +130,19 @@ def contrasted(
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
     """The endpoints of a comparison whose baseline peaks at KL* nats per response, the primary ones first."""
-    matched = [
-        Endpoint(
-            name=f"gold_at_{n}_kl_star",
-            label=f"Gold at {f'{n} ' if n > 1 else ''}KL* = {n * kl_star:.3g} nats",
-            primary=True,
-            value=partial(gold_at, kl=n * kl_star),
-            kl=n * kl_star,
-        )
-        for n in MULTIPLES
-    ]
+    matched, between = (
+        [
+            Endpoint(
+                name=f"gold_at_{n:g}_kl_star",
+                label=f"Gold at {'' if n == 1 else f'{n:g} '}KL* = {n * kl_star:.3g} nats",
+                primary=multiples is MULTIPLES,
+                value=partial(gold_at, kl=n * kl_star),
+                kl=n * kl_star,
+            )
+            for n in multiples
+        ]
+        for multiples in (MULTIPLES, BETWEEN)
+    )
     widest = MULTIPLES[-1] * kl_star
     under = Endpoint(
         name="area",
@@ -145,7 +151,7 @@ def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
         value=partial(area, kl=widest),
         kl=widest,
     )
-    return (*matched, under, *UNMATCHED)
+    return (*matched, under, *between, *UNMATCHED)
 
 
 def _fall_kl(curve: Curve) -> float | None:

@@ -75,8 +75,8 @@ def preface(study: Study) -> list[str]:
     else:
         ended = " The runs end at this peak: KL* is a lower bound." if top.share == 1 else ""
         matched = (
-            f"KL* = {top.kl:.4g} nats per response: there the mean curve of {baseline} is highest in gold "
-            f"({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}"
+            f"KL* = {top.kl:.4g} nats per response: there the mean curve of {printable(top.arm)} is highest "
+            f"in gold ({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}"
         )
     held = " with KL* held fixed" if top else ""
     return [

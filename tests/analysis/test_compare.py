@@ -70,7 +70,7 @@ def test_arms_with_gold_are_compared_at_matched_kl(
         "scale_ratio.png",
     }  # fmt: skip
     data = json.loads((out / "comparison.json").read_text())
-    assert data["kl_star"] == {"kl": 3.0, "gold": 2.0, "step": 5, "share": 0.5}
+    assert data["kl_star"] == {"arm": "vanilla", "kl": 3.0, "gold": 2.0, "step": 5, "share": 0.5}
     assert data["contrasts"]["gold_at_1_kl_star"]["r2m"]["differences"] == pytest.approx([0.5, 0.7])
     page = Page(out / "comparison.html")
     assert ["r2m", "2.500", "2.700", "2.600", "+0.600", "[+0.500, +0.700]", "0.5", "0.5"] in page.rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.overoptimization.arms import ARMS, BASELINE, arms_named
+from benchmarks.overoptimization.arms import ARMS, BASELINE, Arm, arms_named
 from benchmarks.overoptimization.lab import Lab, check
 from benchmarks.overoptimization.presets import (
     INFORMATIVE,
@@ -15,6 +15,7 @@ from benchmarks.overoptimization.presets import (
     TOY,
     UNINFORMATIVE,
     Preset,
+    World,
     chosen,
 )
 from benchmarks.overoptimization.runs import Run
@@ -27,13 +28,17 @@ from r2m_ray.resume import flat_config
 METHOD = ("algo.", "reward.", "feedback.", "policy.")
 
 
-def config_of(name: str, root: Path = Path("root")) -> Config:
-    return load_config(Run(world=TOY, arm=ARMS[name], seed=3, root=root).overrides())
+def config_of(name: str, world: World = TOY, root: Path = Path("root")) -> Config:
+    return load_config(Run(world=world, arm=ARMS[name], seed=3, root=root).overrides())
 
 
 def method(name: str) -> dict[str, object]:
-    """The settings that an arm is made of, and the reward model's own world."""
-    flat = {path: value for path, value in flat_config(config_of(name)).items() if path.startswith(METHOD)}
+    """The settings that an arm is made of in the informative world, and the reward model's own world."""
+    flat = {
+        path: value
+        for path, value in flat_config(config_of(name, INFORMATIVE)).items()
+        if path.startswith(METHOD)
+    }
     return flat | {"world": ARMS[name].reward_world}
 
 
@@ -59,7 +64,7 @@ def test_the_papers_arms_are_its_numbers() -> None:
     assert config_of("r2m_frozen").reward.update_steps == 0
     assert config_of("r2m_no_bt").reward.entropy_weight == 1.0
     assert config_of("r2m_noise").feedback.noise == 1.0
-    assert [config_of(f"rloo_beta_{b}").algo.kl_weight for b in ("0", "0.02", "0.1")] == [0.0, 0.02, 0.1]
+    assert [config_of(f"rloo_beta_{b}").algo.kl_weight for b in (0.02, 0.1)] == [0.02, 0.1]
     assert config_of("r2m_lr_1e-3").reward.learning_rate == 1e-3
     assert config_of("r2m_paper_init").reward.init_std == 0.02
     papers = {arm.paper for arm in ARMS.values() if arm.paper}
@@ -67,6 +72,14 @@ def test_the_papers_arms_are_its_numbers() -> None:
         "RLOO", "GRPO", "ReMax", "REINFORCE++", "RLOO+R2M", "GRPO+R2M", "R2M w/o Train", "R2M w/ Noise",
         "R2M w/o BT", "R2M w/o GRE", "Pretrained RM", "Iterative RMHead",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.without_h], ids=lambda arm: arm.name)
+def test_an_arm_and_its_control_learn_the_same_and_differ_in_h(arm: Arm) -> None:
+    ours, theirs = config_of(arm.name, INFORMATIVE), config_of(str(arm.without_h), INFORMATIVE)
+    assert (ours.uses_feedback, theirs.uses_feedback) == (True, False)
+    for name in ("warmup_pairs", "warmup_learning_rate", "anchor_fraction", "update_steps", "learning_rate"):
+        assert getattr(ours.reward, name) == getattr(theirs.reward, name), name
 
 
 def test_the_command_line_cannot_change_what_an_arm_is(tmp_path: Path) -> None:
@@ -116,15 +129,18 @@ def names(preset: Preset, world: object) -> list[str]:
 def test_the_baseline_comes_first_and_then_whole_seeds() -> None:
     assert names(PRESETS["quick"], INFORMATIVE) == [
         "rloo 0", "rloo 1",
-        "rloo_r2m 0", "gold 0", "refit 0", "static_h 0", "r2m_anchor 0",
-        "rloo_r2m 1", "gold 1", "refit 1", "static_h 1", "r2m_anchor 1",
+        "rloo_r2m 0", "gold 0", "refit 0", "static_h 0", "r2m_anchor 0", "r2m_anchor_constant 0",
+        "r2m_constant 0",
+        "rloo_r2m 1", "gold 1", "refit 1", "static_h 1", "r2m_anchor 1", "r2m_anchor_constant 1",
+        "r2m_constant 1",
     ]  # fmt: skip
 
 
-def test_full_is_six_arms_by_five_seeds_the_others_by_two_a_control_world_and_doses() -> None:
+def test_full_is_eight_arms_by_five_seeds_the_others_by_two_a_control_world_and_doses() -> None:
     full = PRESETS["full"]
     informative, control = names(full, INFORMATIVE), names(full, UNINFORMATIVE)
-    assert len(informative) == len({*informative}) == 6 * 5 + (len(ARMS) - 6) * 2
+    third_dose = 2
+    assert len(informative) == len({*informative}) == 8 * 5 + (len(ARMS) - 8) * 2 + third_dose
     assert len(control) == 5 * 3
     assert full.worlds == (INFORMATIVE, UNINFORMATIVE, *SELF_CORRECT.values())
     at_seed_1 = [informative.index(f"{name} 1") for name in ARMS if name != BASELINE]

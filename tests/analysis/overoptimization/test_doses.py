@@ -14,7 +14,7 @@ from r2m_ray.analysis.curves import Curve
 from r2m_ray.analysis.matched import Peak
 
 MakeCurve = Callable[..., Curve]
-TOP = Peak(kl=2.0, gold=1.0, step=5, share=0.1)
+TOP = Peak(arm="rloo", kl=2.0, gold=1.0, step=5, share=0.1)
 
 
 def straight(make_curve: MakeCurve, arm: str, seed: int, slope: float, end: float = 8.0) -> Curve:

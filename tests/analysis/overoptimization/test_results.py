@@ -14,10 +14,19 @@ import pytest
 from benchmarks.overoptimization.lab import Lab, conduct
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import World
-from benchmarks.overoptimization.results import Found, find, made_with, studies, warnings, write_results
+from benchmarks.overoptimization.results import (
+    Found,
+    against_controls,
+    find,
+    made_with,
+    studies,
+    warnings,
+    write_results,
+)
 from r2m_ray.analysis.curves import Curve
 from r2m_ray.analysis.matched import Peak
 from r2m_ray.analysis.precheck import Regime
+from r2m_ray.analysis.table import markdown
 from r2m_ray.analysis.training import Training
 
 MakeLab = Callable[..., Lab]
@@ -50,7 +59,7 @@ def test_arms_are_compared_under_all_seeds_that_they_share_with_the_baseline(mak
         ((0, 1), ("grpo",)),
         ((1,), ("remax",)),
     ]
-    assert top == Peak(kl=2.0, gold=2.0, step=5, share=1 / 3)
+    assert top == Peak(arm="rloo", kl=2.0, gold=2.0, step=5, share=1 / 3)
     for study, extra in zip(found, (0.1, 0.2, 0.3), strict=True):
         (contrast,) = study.contrasts["gold_at_1_kl_star"].values()
         assert contrast.differences == pytest.approx([extra] * len(study.seeds))
@@ -107,8 +116,8 @@ def test_alarms_are_counted_by_arm(make_lab: MakeLab, tmp_path: Path) -> None:
 
 
 def test_warnings_come_from_gates_and_from_mixed_code() -> None:
-    shut = {"gate": 2, "question": "is it good?", "failures": ["seed 0: no."], "passed": False}
-    passed = {"gate": 1, "question": "?", "failures": [], "passed": True}
+    shut = {"gate": 2, "question": "is it good?", "failures": ["seed 0: no."], "passed": False, "values": {}}
+    passed = {"gate": 1, "question": "?", "failures": [], "passed": True, "values": {}}
     tickets = {"a": {"code": "1", "commit": "x"}, "b": {"code": "2", "commit": "y"}}
     found = Found(world=WORLD, curves={}, trainings={}, missing=[], tickets=tickets)
     said = warnings(found, [passed, shut])
@@ -119,6 +128,32 @@ def test_warnings_come_from_gates_and_from_mixed_code() -> None:
     )
     everything = [passed | {"gate": gate} for gate in range(1, 5)]
     assert warnings(found_of([]), everything) == ()
+
+
+def test_a_gate_says_of_which_seeds_it_was_not_asked(make_curve: MakeCurve) -> None:
+    gate = {"question": "?", "failures": [], "passed": True, "values": {"0": 0.7, "2": 0.7}}
+    verdicts = [gate | {"gate": number} for number in range(1, 4)]
+    verdicts.append(gate | {"gate": 4, "values": {str(seed): {} for seed in range(4)}})
+    found = found_of([curve(make_curve, "rloo", seed) for seed in range(4)])
+    assert warnings(found, verdicts) == tuple(f"Gate {n} was not asked of seed 1, 3." for n in (1, 2, 3))
+
+
+def test_an_arm_is_held_against_the_same_without_h_at_the_baselines_kl_star(make_curve: MakeCurve) -> None:
+    curves = [curve(make_curve, "rloo", seed) for seed in range(3)]
+    curves += [curve(make_curve, "refit", seed, 0.1 * seed, peak=2) for seed in range(3)]
+    curves += [curve(make_curve, "static_h", seed, 0.4) for seed in (0, 2, 7)]
+    curves += [curve(make_curve, "r2m_anchor", seed) for seed in range(3)]
+    found = found_of(curves)
+    top, _ = studies(found)
+    (study,) = against_controls(found, top)
+    assert (study.baseline, study.challengers, study.seeds) == ("refit", ("static_h",), (0, 2))
+    assert study.peak == top
+    assert top is not None
+    assert top.kl == 2.0, "where refit's own mean is highest at 4"
+    # At KL 2 static_h has 1 + 1 + .4, refit 1 + .1 for each seed.
+    contrast = study.contrasts["gold_at_1_kl_star"]["static_h"]
+    assert contrast.differences == pytest.approx([1.4, 1.2])
+    assert "the mean curve of rloo is highest in gold" in markdown(study)
 
 
 def read(path: Path) -> Any:
@@ -196,7 +231,7 @@ def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve
         ]
         for arm, times in (("rloo", [1.0, 2.0, 50.0]), ("rloo_r2m", [2.0, 2.5, 60.0]))
     }
-    arms, accuracy, cost = paper_tables(curves, steps, Peak(kl=2.0, gold=2.0, step=5, share=0.3))
+    arms, accuracy, cost = paper_tables(curves, steps, Peak(arm="rloo", kl=2.0, gold=2.0, step=5, share=0.3))
     rows = {row[0]: row[1:] for row in arms.rows}
     assert all(head.startswith(("paper: ", "here: ")) for head in arms.head[1:])
     assert rows["RLOO"] == ("28.4", "30.2", "2.000", "0.500", "0.000", "2")

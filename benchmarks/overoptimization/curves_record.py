@@ -1,0 +1,69 @@
+"""Every seed's curve in JSON: what each evaluation measured, and the training steps before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from r2m_ray.analysis.curves import Curve, Series
+from r2m_ray.analysis.training import Training
+
+EVALUATED = (
+    "length", "rm_accuracy", "rm_accuracy_frozen", "calibration_error", "calibration_error_frozen",
+    "rm_accuracy_style", "rm_accuracy_style_frozen", "rm_accuracy_value", "rm_accuracy_value_frozen",
+    "gold/correct", "gold/wrong", "gold/corrected", "gold/courtesy", "gold/intensifiers",
+    "gold/excess_tokens",
+)  # fmt: skip
+"""Of each evaluation, on its fixed prompts and held-out pairs."""
+TRAINED = (
+    "gold/correlation", "gold/frozen_correlation", "gold/pair_precision", "omega", "reward/group_entropy",
+    "reward/group_std", "reward/pair_flip_rate", "reward/scale_ratio", "rm/attention_entropy",
+    "rm/feedback_ratio", "rm/flip_rate", "rm/gradient_norm_bradley_terry", "rm/gradient_norm_entropy",
+    "rm/group_std",
+)  # fmt: skip
+"""What needs groups of responses: mean over the training steps since the evaluation before, on their fresh
+prompts; null at the first one."""
+DIGITS = 5
+"""Significant digits."""
+
+
+def curves_record(
+    curves: Mapping[str, Sequence[Curve]], trainings: Mapping[str, Sequence[Training]]
+) -> dict[str, dict[str, Any]]:
+    """By arm and seed; measures that a run lacks are left out, and those that are not finite are null."""
+    steps = {(run.arm, run.seed): run for runs in trainings.values() for run in runs}
+    return {
+        arm: {str(curve.seed): _record(curve, steps.get((arm, curve.seed))) for curve in several}
+        for arm, several in curves.items()
+    }
+
+
+def _record(curve: Curve, training: Training | None) -> dict[str, Any]:
+    trained = {} if training is None else {key: _between(curve, training, key) for key in TRAINED}
+    return {
+        "steps": curve.steps.tolist(),
+        "kl": _rounded(curve.kl),
+        "gold": _rounded(curve.gold),
+        "frozen": _rounded(curve.frozen),
+        "own": _rounded(curve.own),
+        **{key: _rounded(curve.metrics[key]) for key in EVALUATED if key in curve.metrics},
+        **{key: _rounded(values) for key, values in trained.items() if np.isfinite(values).any()},
+    }
+
+
+def _between(curve: Curve, training: Training, key: str) -> Series:
+    """Means over the training steps after each evaluation's predecessor, up to its own."""
+    values = training.series(key)
+    means = np.full(len(curve.steps), np.nan)
+    for i in range(1, len(curve.steps)):
+        inside = (training.steps > curve.steps[i - 1]) & (training.steps <= curve.steps[i])
+        known = values[inside & np.isfinite(values)]
+        if len(known):
+            means[i] = known.mean()
+    return means
+
+
+def _rounded(values: Series) -> list[float | None]:
+    return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values]
