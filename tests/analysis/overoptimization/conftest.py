@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.overoptimization import lab as lab_module
 from benchmarks.overoptimization.arms import arms_named
@@ -19,6 +21,7 @@ from r2m_ray.analysis.precheck import Explained, Information, Regime
 from r2m_ray.config import Config
 from r2m_ray.resume import flat_config
 from r2m_ray.stages.prepare import Prepared
+from r2m_ray.tasks import note2answer
 
 WORLD = World(name="toy", regime=Regime.informative, overrides=("experiment=demo", "algo.steps=10"))
 GOOD = [1.0, 1.3, 1.5, 1.4, 1.2, 1.0, 0.9, 0.8, 0.8, 0.7, 0.6]
@@ -134,3 +137,39 @@ def order(tmp_path: Path) -> Callable[[], list[str]]:
         return names
 
     return told
+
+
+@pytest.fixture(scope="package")
+def tiny_prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Random models of two layers that read and write the words of note2answer; no test may write there."""
+    directory = tmp_path_factory.mktemp("world")
+    tokenizer = note2answer.tokenizer()
+    torch.manual_seed(0)
+    for name, width, kind in (
+        ("policy", 32, LlamaForCausalLM),
+        ("reward", 24, LlamaForSequenceClassification),
+    ):
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            num_labels=1,
+            initializer_range=0.3,
+        )
+        kind(shape).save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    return Prepared(directory=directory, facts={})
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    """What those models are read by; a test may change it."""
+    config = Config()
+    config.task.max_new_tokens = 12
+    return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,6 @@ import torch
 from omegaconf import OmegaConf
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
 )
 
 from benchmarks.overoptimization import layers as layers_module
@@ -48,64 +45,22 @@ from r2m_ray.tasks import note2answer
 GOOD, BAD = "the fox is red .", "the fox is blue ."
 
 
-@dataclass(frozen=True)
-class TinyWorld:
-    config: Config
-    prepared: Prepared
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random models of two layers that read and write the words of note2answer."""
-    directory = tmp_path_factory.mktemp("world")
-    tokenizer = note2answer.tokenizer()
-    torch.manual_seed(0)
-    for name, width, kind in (
-        ("policy", 32, LlamaForCausalLM),
-        ("reward", 24, LlamaForSequenceClassification),
-    ):
-        shape = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            num_labels=1,
-            initializer_range=0.3,
-        )
-        kind(shape).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
-    return directory
-
-
 @pytest.fixture
-def world(models: Path) -> TinyWorld:
-    """A world of those models, and a configuration that a test may change."""
-    config = Config()
-    config.task.max_new_tokens = 12
-    return TinyWorld(config=config, prepared=Prepared(directory=models, facts={}))
-
-
-@pytest.fixture
-def drawn(world: TinyWorld) -> Samples:
+def drawn(tiny_config: Config, tiny_prepared: Prepared) -> Samples:
     """Responses of different lengths, so that padding is there to be read by mistake."""
-    policy, tokenizer = load_policy(world.prepared.policy_dir)
+    policy, tokenizer = load_policy(tiny_prepared.policy_dir)
     with seeded(0):
-        samples = sample(world.config, policy, tokenizer, "test", 6, 4)
+        samples = sample(tiny_config, policy, tokenizer, "test", 6, 4)
     assert len({len(response.split()) for response in samples.responses}) > 1
     return samples
 
 
 def test_the_last_layer_is_the_mean_of_the_policys_last_hidden_state(
-    world: TinyWorld, drawn: Samples
+    tiny_config: Config, tiny_prepared: Prepared, drawn: Samples
 ) -> None:
-    policy, tokenizer = load_policy(world.prepared.policy_dir)
+    policy, tokenizer = load_policy(tiny_prepared.policy_dir)
     states_LNP = policy_states(policy, tokenizer, drawn)
-    own = AutoModelForCausalLM.from_pretrained(world.prepared.policy_dir)
+    own = AutoModelForCausalLM.from_pretrained(tiny_prepared.policy_dir)
     assert states_LNP.shape == (3, 24, 32)
     for n, (prompt, response) in enumerate(zip(drawn.prompts, drawn.responses, strict=True)):
         start, end = policy_prompt_ids(tokenizer, prompt), policy_response_ids(tokenizer, response)
@@ -118,14 +73,16 @@ def test_the_last_layer_is_the_mean_of_the_policys_last_hidden_state(
         assert states_LNP[0, n] == pytest.approx(word_SP[-len(end) :].mean(0), abs=1e-6)
 
 
-def test_the_precheck_pools_the_same_states(world: TinyWorld, drawn: Samples) -> None:
-    policy, tokenizer = load_policy(world.prepared.policy_dir)
-    rows = [*head_rows(world.config, policy, tokenizer, drawn)]
+def test_the_precheck_pools_the_same_states(
+    tiny_config: Config, tiny_prepared: Prepared, drawn: Samples
+) -> None:
+    policy, tokenizer = load_policy(tiny_prepared.policy_dir)
+    rows = [*head_rows(tiny_config, policy, tokenizer, drawn)]
     feature_NF = pooled(rows, torch.randn(1, 32)).double().numpy()
     last_NP = policy_states(policy, tokenizer, drawn)[-1]
     assert feature_NF[:, :32] == pytest.approx(last_NP, abs=1e-6)
 
-    blind = replace(world.config, feedback=FeedbackConfig(noise=1.0))
+    blind = replace(tiny_config, feedback=FeedbackConfig(noise=1.0))
     noised = torch.cat([row for _, row in head_rows(blind, policy, tokenizer, drawn)])
     states = torch.cat([row for _, row in rows])
     # Of h it keeps the mean and the spread of each of its dimensions, and nothing of any token.
@@ -135,9 +92,9 @@ def test_the_precheck_pools_the_same_states(world: TinyWorld, drawn: Samples) ->
 
 
 def test_the_reward_models_last_layer_is_what_its_score_is_read_from(
-    world: TinyWorld, drawn: Samples
+    tiny_config: Config, tiny_prepared: Prepared, drawn: Samples
 ) -> None:
-    trunk = prepared_trunk(world.config, world.prepared.reward_dir)
+    trunk = prepared_trunk(tiny_config, tiny_prepared.reward_dir)
     states_LNP = reward_states(trunk, drawn)
     rte_ND, score_N = trunk.read(drawn.prompts, drawn.responses)
     assert states_LNP.shape == (3, 24, 24)
@@ -153,9 +110,9 @@ def test_the_reward_models_last_layer_is_what_its_score_is_read_from(
     assert states_LNP[0].std(0) == pytest.approx(0, abs=1e-12)
 
 
-def test_a_layer_that_is_made_to_know_gold_shows_it(world: TinyWorld) -> None:
+def test_a_layer_that_is_made_to_know_gold_shows_it(tiny_config: Config, tiny_prepared: Prepared) -> None:
     """Answers differ in one word, and that word in one small number that the last layer makes a large one."""
-    policy, tokenizer = load_policy(world.prepared.policy_dir)
+    policy, tokenizer = load_policy(tiny_prepared.policy_dir)
     prompts = note2answer.prompts(0, "test", 8, 6)
     tails = ["", " really", " hope", " sorry"]
     rows = [(prompt, answer + tail) for prompt in prompts for answer in (GOOD, BAD) for tail in tails]
@@ -204,14 +161,14 @@ def test_a_repeated_response_counts_once() -> None:
     assert kept.prompt_N.tolist() == [0, 0, 1]
 
 
-def test_the_same_seed_finds_the_same(world: TinyWorld) -> None:
-    first, again = (layers(world.config, world.prepared, world.prepared.policy_dir, 32, 8) for _ in range(2))
+def test_the_same_seed_finds_the_same(tiny_config: Config, tiny_prepared: Prepared) -> None:
+    first, again = (layers(tiny_config, tiny_prepared, tiny_prepared.policy_dir, 32, 8) for _ in range(2))
     for _, read in PANELS:
         assert read(first).same_L.tolist() == read(again).same_L.tolist()
         assert len(read(first).same_L) == 3
     assert first.gold == again.gold
     with pytest.raises(InputError, match="0 pairs of the same label"):
-        layers(world.config, world.prepared, world.prepared.policy_dir, 1, 2)
+        layers(tiny_config, tiny_prepared, tiny_prepared.policy_dir, 1, 2)
 
 
 def reading(*difference: float) -> Reading:
@@ -242,14 +199,14 @@ def test_the_picture_has_every_seed_and_the_mean() -> None:
 
 
 @pytest.fixture
-def run(world: TinyWorld, tmp_path: Path) -> Path:
+def run(tiny_config: Config, tiny_prepared: Prepared, tmp_path: Path) -> Path:
     """A run of seed 1 in that world: a checkpoint of step 7, whose policy has other embeddings."""
     config = Config()
     config.run.seed = 1
-    config.model.policy = str(world.prepared.policy_dir)
-    config.model.reward = str(world.prepared.reward_dir)
+    config.model.policy = str(tiny_prepared.policy_dir)
+    config.model.reward = str(tiny_prepared.reward_dir)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000007"
-    policy, tokenizer = load_policy(world.prepared.policy_dir)
+    policy, tokenizer = load_policy(tiny_prepared.policy_dir)
     with torch.no_grad():
         policy.get_input_embeddings().weight.mul_(2.0)
     policy.save_pretrained(checkpoint / "policy")
@@ -263,13 +220,15 @@ def run(world: TinyWorld, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prepared_worlds(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+def prepared_worlds(tiny_config: Config, tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every seed's world is the tiny one, and none is trained."""
-    monkeypatch.setattr(layers_module, "prepare", lambda config: world.prepared)
+    monkeypatch.setattr(layers_module, "prepare", lambda config: tiny_prepared)
 
 
 @pytest.mark.usefixtures("prepared_worlds")
-def test_the_command_writes_numbers_and_a_picture(world: TinyWorld, run: Path, tmp_path: Path) -> None:
+def test_the_command_writes_numbers_and_a_picture(
+    tiny_config: Config, tiny_prepared: Prepared, run: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "found" / "layers.json"
     words = ["experiment=demo", "task.max_new_tokens=12", "--seeds", "0", "1", "--prompts", "32"]
     assert main([*words, "--responses", "8", "--run", str(run), "--out", str(out)]) == 0
@@ -282,7 +241,7 @@ def test_the_command_writes_numbers_and_a_picture(world: TinyWorld, run: Path, t
     trained = written["seeds"]["1"][TRAINED]
     assert trained["source"] == str(run / "checkpoints" / "step-000007" / "policy")
     config = load_config([*words[:2], "run.seed=1"])
-    own = layers(config, world.prepared, Path(trained["source"]), 32, 8)
+    own = layers(config, tiny_prepared, Path(trained["source"]), 32, 8)
     within = trained["policy"]["within"]
     assert within["difference"] == pytest.approx(own.policy.within.difference_L)
     assert within["same_pairs"] == own.policy.within.same_pairs
@@ -319,7 +278,9 @@ def test_a_run_that_does_not_belong_is_refused(
     assert not Path(out).exists()
 
 
-def test_a_run_without_a_checkpoint_is_refused(world: TinyWorld, run: Path) -> None:
+def test_a_run_without_a_checkpoint_is_refused(
+    tiny_config: Config, tiny_prepared: Prepared, run: Path
+) -> None:
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(InputError, match="has no checkpoint"):
-        trained_policy(run, world.config, world.prepared)
+        trained_policy(run, tiny_config, tiny_prepared)
