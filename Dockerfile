@@ -12,18 +12,19 @@ RUN apt-get update \
 WORKDIR /opt/r2m-ray
 
 # Dependencies change less often than the code, so they are a layer of their own. The constraints pin the CPU
-# builds; GPU builds follow the ranges of pyproject.toml.
+# builds; GPU builds follow the ranges of pyproject.toml. Bytecode is made here, because no run may write it:
+# without it every process of every run compiles all that it imports.
 COPY pyproject.toml constraints.txt ./
 RUN if [ "$DEVICE" = gpu ]; \
-    then uv pip install --system --no-cache --requirements pyproject.toml --extra gpu; \
-    else uv pip install --system --no-cache --requirements pyproject.toml --extra cpu \
+    then uv pip install --system --no-cache --compile-bytecode --requirements pyproject.toml --extra gpu; \
+    else uv pip install --system --no-cache --compile-bytecode --requirements pyproject.toml --extra cpu \
            --torch-backend=cpu --constraint constraints.txt; \
     fi
 
 COPY README.md LICENSE ./
 COPY conf conf
 COPY r2m_ray r2m_ray
-RUN uv pip install --system --no-cache --no-deps .
+RUN uv pip install --system --no-cache --compile-bytecode --no-deps .
 
 # Runs, prepared models and caches are written below the working directory, which is meant to be a volume.
 RUN useradd --create-home r2m && mkdir /work && chown r2m /work

@@ -75,6 +75,20 @@ def test_seed_step_and_row_each_change_the_sample(engine: RolloutEngine, make_pl
     assert len({rows.responses[n] for n in range(4)}) == 4
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="on an accelerator what vLLM compiles pays")
+@pytest.mark.usefixtures("engine")
+def test_beside_an_eager_engine_on_a_cpu_nothing_is_compiled() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    plus_one = torch.compile(lambda x: x + 1, backend=backend)
+    assert plus_one(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert compiled == []
+
+
 def test_row_seeds_are_pinned_and_distinct() -> None:
     assert row_seed(0, 1, 2, 3) == 8479124504904169328
     seeds = {row_seed(s, t, p, j) for s in range(3) for t in range(3) for p in range(10) for j in range(8)}
