@@ -45,7 +45,7 @@ GOOD_REWARD = (
 
 ANCHOR_RATE = "reward.learning_rate=1e-3"
 FITTED = ("reward.warmup_pairs=8192", "reward.warmup_learning_rate=3e-4")
-"""Both chosen without a run and without gold, in a world that no arm is run in: see rates.py."""
+"""Both chosen without a run, by held-out pairs; rates.py asks them of a world that no arm is run in."""
 
 _TABLE = (
     Arm(name="rloo", overrides=("reward=vanilla",), paper="RLOO"),
