@@ -130,7 +130,7 @@ MAIN = arms_named(
 )
 """R2M and R2M-anchor with ω constant too: where gold peaks, the cosine is still near 1."""
 OTHERS = tuple(arm for arm in ARMS.values() if arm not in MAIN)
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2, 3, 4, 7)
 """The worlds of seeds 5 and 6 fail gates 3 and 4, and take no part."""
 DOSES = (
     Part(world=INFORMATIVE, arms=arms_named(["rloo_bias_0", "rloo_bias_0.5", "static_h"]), seeds=(0, 1, 2)),

@@ -136,11 +136,11 @@ def test_the_baseline_comes_first_and_then_whole_seeds() -> None:
     ]  # fmt: skip
 
 
-def test_full_is_eight_arms_by_five_seeds_the_others_by_two_a_control_world_and_doses() -> None:
+def test_full_is_eight_arms_by_six_seeds_the_others_by_two_a_control_world_and_doses() -> None:
     full = PRESETS["full"]
     informative, control = names(full, INFORMATIVE), names(full, UNINFORMATIVE)
     third_dose = 2
-    assert len(informative) == len({*informative}) == 8 * 5 + (len(ARMS) - 8) * 2 + third_dose
+    assert len(informative) == len({*informative}) == 8 * 6 + (len(ARMS) - 8) * 2 + third_dose
     assert len(control) == 5 * 3
     assert full.worlds == (INFORMATIVE, UNINFORMATIVE, *SELF_CORRECT.values())
     at_seed_1 = [informative.index(f"{name} 1") for name in ARMS if name != BASELINE]
@@ -157,7 +157,7 @@ def test_every_run_of_every_preset_composes(name: str, tmp_path: Path) -> None:
 
 def test_gates_look_at_three_seeds_at_least() -> None:
     assert PRESETS["quick"].gate_seeds(INFORMATIVE) == (0, 1, 2)
-    assert PRESETS["full"].gate_seeds(INFORMATIVE) == (0, 1, 2, 3, 4)
+    assert PRESETS["full"].gate_seeds(INFORMATIVE) == (0, 1, 2, 3, 4, 7)
     assert PRESETS["smoke"].gate_seeds(TOY) == (0,)
     assert chosen("quick", seeds=[4]).gate_seeds(INFORMATIVE) == (4, 0, 1)
 
