@@ -21,14 +21,12 @@ from r2m_ray.analysis.matched import Peak, gold_at
 from r2m_ray.analysis.outcome import kl_star, write_pictures
 from r2m_ray.analysis.page import Section
 from r2m_ray.analysis.pictures import png
-from r2m_ray.analysis.study import Values
+from r2m_ray.analysis.study import MULTIPLES, Values, of_kl_star
 from r2m_ray.analysis.table import Table, mean, number
 from r2m_ray.report_page import Figure
 from r2m_ray.report_plots import GOLD, HEIGHT, OWN, STYLE, WIDTH, cell, finish
 from r2m_ray.run_files import replace_file
 
-MULTIPLES = (1, 2, 4)
-"""Of KL*: where gold is read."""
 COLOURS = (OWN, GOLD)
 
 Curves = Mapping[str, Mapping[str, Sequence[Curve]]]
@@ -110,7 +108,7 @@ def table(response: Response) -> Table:
         heading=f"Doses of {response.knob.setting}",
         note=f"{response.knob.meaning} Mean gold at matched KL over seeds "
         f"{', '.join(map(str, response.seeds))}, and each seed's; KL* is {response.kl_star:.2f} nats.",
-        head=("arm", "dose", *(f"gold at {_named(multiple)}" for multiple in MULTIPLES)),
+        head=("arm", "dose", *(f"gold at {of_kl_star(multiple)}" for multiple in MULTIPLES)),
         rows=tuple(
             (line, f"{dose:g}", *map(told, gold))
             for line, doses in response.gold.items()
@@ -132,7 +130,7 @@ def figure(response: Response) -> Figure:
                 axes.plot([*means], [*means.values()], "-", color=colour, label=line)
                 for dose, known in seen.items():
                     axes.plot([dose] * len(known), known, "o", color=colour, markersize=3, alpha=0.6)
-            label = f"gold at {_named(multiple)}"
+            label = f"gold at {of_kl_star(multiple)}"
             finish(axes, label, response.knob.setting, "gold" if place == 0 else "")
     heading = f"Doses of {response.knob.setting}"
     return Figure(heading, f"{response.knob.meaning} Dots are seeds, lines their means.", png(drawing))
@@ -160,7 +158,3 @@ def _response(knob: Knob, curves: Curves, kl_star: float) -> Response:
         if doses and seeds
     }
     return Response(knob=knob, kl_star=kl_star, seeds=seeds, gold=gold)
-
-
-def _named(multiple: int) -> str:
-    return "KL*" if multiple == 1 else f"{multiple} KL*"

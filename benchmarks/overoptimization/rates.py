@@ -22,6 +22,7 @@ from r2m_ray.compose import load_config
 from r2m_ray.config import Config
 from r2m_ray.data import PreferencePair
 from r2m_ray.human_pairs import drawn, packed_pairs
+from r2m_ray.measures import pair_accuracy
 from r2m_ray.models.reward import RewardEngine
 from r2m_ray.stages.prepare import Prepared, prepare
 from r2m_ray.tasks.note2answer_samples import preference_pairs
@@ -103,15 +104,12 @@ def _engine(config: Config, prepared: Prepared, policy_width: int) -> RewardEngi
 
 @torch.no_grad()
 def _accuracy(engine: RewardEngine, omega: float, batches: Sequence[RewardBatch]) -> float:
-    """Share of pairs whose preferred response, the first of the two, has the higher reward."""
-    right = total = 0
+    rewards = []
     for batch in batches:
         note, hidden = batch.annotation, batch.hidden
         reward_N = engine.head(note.rte_ND, hidden.hidden_TP, note.layout.offsets, omega)
-        chosen_M, rejected_M = reward_N.view(-1, 2).unbind(1)
-        right += int((chosen_M > rejected_M).sum())
-        total += len(chosen_M)
-    return right / total
+        rewards.append(reward_N.view(-1, 2))
+    return pair_accuracy(torch.cat(rewards))
 
 
 def main() -> None:

@@ -105,12 +105,14 @@ def against_controls(found: Found, top: Peak | None) -> list[Study]:
     top: the baseline's KL*, so that these differences are at the KLs of all others.
     """
     done = []
-    for arm in (arm for arm in ARMS.values() if arm.without_h in found.curves and arm.name in found.curves):
-        both = [found.curves[name] for name in (arm.without_h, arm.name) if name]
+    for arm in ARMS.values():
+        if arm.without_h is None or not {arm.without_h, arm.name} <= found.curves.keys():
+            continue
+        both = [found.curves[name] for name in (arm.without_h, arm.name)]
         seeds = set.intersection(*({curve.seed for curve in curves} for curves in both))
         members = [curve for curves in both for curve in curves if curve.seed in seeds]
         if members:
-            done.append(best_study(comparison(members, str(arm.without_h)), top))
+            done.append(best_study(comparison(members, arm.without_h), top))
     return done
 
 

@@ -130,19 +130,6 @@ def contrasted(
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
     """The endpoints of a comparison whose baseline peaks at KL* nats per response, the primary ones first."""
-    matched, between = (
-        [
-            Endpoint(
-                name=f"gold_at_{n:g}_kl_star",
-                label=f"Gold at {'' if n == 1 else f'{n:g} '}KL* = {n * kl_star:.3g} nats",
-                primary=multiples is MULTIPLES,
-                value=partial(gold_at, kl=n * kl_star),
-                kl=n * kl_star,
-            )
-            for n in multiples
-        ]
-        for multiples in (MULTIPLES, BETWEEN)
-    )
     widest = MULTIPLES[-1] * kl_star
     under = Endpoint(
         name="area",
@@ -151,7 +138,25 @@ def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
         value=partial(area, kl=widest),
         kl=widest,
     )
+    matched = [_at(n, kl_star, primary=True) for n in MULTIPLES]
+    between = [_at(n, kl_star, primary=False) for n in BETWEEN]
     return (*matched, under, *between, *UNMATCHED)
+
+
+def of_kl_star(multiple: float) -> str:
+    """How a multiple of KL* is called."""
+    return "KL*" if multiple == 1 else f"{multiple:g} KL*"
+
+
+def _at(multiple: float, kl_star: float, *, primary: bool) -> Endpoint:
+    kl = multiple * kl_star
+    return Endpoint(
+        name=f"gold_at_{multiple:g}_kl_star",
+        label=f"Gold at {of_kl_star(multiple)} = {kl:.3g} nats",
+        primary=primary,
+        value=partial(gold_at, kl=kl),
+        kl=kl,
+    )
 
 
 def _fall_kl(curve: Curve) -> float | None:
