@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +11,9 @@ import pytest
 
 import r2m_ray
 from benchmarks.overoptimization import lab as lab_module
-from benchmarks.overoptimization.execute import Job, execute
-from benchmarks.overoptimization.gates import baseline_gate, policy_gate, reward_gate
 from benchmarks.overoptimization.lab import Lab, check, conduct
 from benchmarks.overoptimization.presets import World
 from benchmarks.overoptimization.runs import Run, State, code_digest, read_ticket, standing
-from r2m_ray.analysis.curves import Curve
 from r2m_ray.config import Config
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.stages.prepare import Prepared
@@ -235,96 +227,3 @@ def test_the_digest_is_of_code_that_decides_numbers(tmp_path: Path, monkeypatch:
     assert onlookers == [driver] * 3, "reports, studies and texts decide no number"
     (tmp_path / "core" / "head.py").rename(tmp_path / "core" / "tail.py")
     assert code_digest() != driver
-
-
-def fact(gold: float, rate: float, *, shown: float = 0.6, accuracy: float = 0.7) -> dict[str, Any]:
-    return {
-        "policy": {"gold": gold, "correction_rate": rate},
-        "reward": {"accuracy": accuracy},
-        "demonstrator": {"correction_rate": shown},
-    }
-
-
-def test_the_gate_of_the_policy() -> None:
-    assert policy_gate({0: fact(0.8, 0.3), 1: fact(1.2, 0.6)}).passed
-    assert policy_gate({0: fact(0.9, 0.0, shown=0.0)}).passed, "who is shown no correction need make none"
-    failed = policy_gate({0: fact(0.79, 0.5), 1: fact(0.9, 0.29)})
-    assert failed.failures == (
-        "seed 0: the policy's gold is 0.79, below 0.8.",
-        "seed 1: 29% of wrong facts are corrected, below 30%.",
-    )
-
-
-def test_what_is_no_number_passes_no_gate() -> None:
-    nan = float("nan")
-    assert len(policy_gate({0: fact(nan, nan)}).failures) == 2
-    assert len(reward_gate({0: fact(1, 1, accuracy=nan)}).failures) == 1
-
-
-def test_the_gate_of_the_reward_model() -> None:
-    assert reward_gate({seed: fact(1, 1, accuracy=a) for seed, a in enumerate((0.64, 0.75))}).passed
-    failed = reward_gate({seed: fact(1, 1, accuracy=a) for seed, a in enumerate((0.639, 0.7, 0.76))})
-    assert [text[:6] for text in failed.failures] == ["seed 0", "seed 2"]
-    assert failed.record()["passed"] is False
-
-
-def test_the_gate_of_the_baseline_waits_for_every_seed(make_curve: Callable[..., Curve]) -> None:
-    gold = [1.0, 1.3, 1.5, 1.4, 1.2, 1.0, 0.9, 0.8, 0.8, 0.7, 0.6]
-    verdict = baseline_gate([make_curve(range(11), gold)], (0, 1))
-    assert verdict.failures == ("seed 1: the baseline has not finished.",)
-    assert verdict.values["0"]["fall"] == pytest.approx(0.9)
-
-
-def job(name: str, code: str, root: Path) -> Job:
-    return Job(name=name, command=[sys.executable, "-S", "-c", code], log=root / f"{name}.log")
-
-
-def test_as_many_run_at_a_time_as_are_allowed(tmp_path: Path) -> None:
-    # Both ends of a pipe open only together, so the first two must run side by side; the third is then free.
-    meeting = tmp_path / "meeting"
-    os.mkfifo(meeting)
-    jobs = [
-        job("writes", f"open({str(meeting)!r}, 'w').close()", tmp_path),
-        job("reads", f"open({str(meeting)!r}).close()", tmp_path),
-        job("fails", "raise SystemExit(3)", tmp_path),
-    ]
-    running = most = 0
-
-    def started() -> None:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-
-    def ended(code: int, seconds: float) -> None:
-        nonlocal running
-        running -= 1
-
-    outcome = execute([replace(job, started=started, ended=ended) for job in jobs], 2)
-    assert outcome.codes == {"writes": 0, "reads": 0, "fails": 3}
-    assert outcome.failed == ["fails"]
-    assert (most, running) == (2, 0)
-
-
-def test_a_signal_ends_what_runs_in_order_and_starts_nothing_more(tmp_path: Path) -> None:
-    ready = tmp_path / "ready"
-    os.mkfifo(ready)
-    waits = (
-        "import signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        f"open({str(ready)!r}, 'w').close()\n"
-        "signal.pause()\n"
-    )
-
-    def tell() -> None:
-        ready.open().close()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    teller = threading.Thread(target=tell)
-    teller.start()
-    before = signal.getsignal(signal.SIGTERM)
-    outcome = execute([job("first", waits, tmp_path), job("second", "", tmp_path)], 1)
-    teller.join()
-    assert outcome.stopped
-    assert outcome.codes == {"first": 75}
-    assert outcome.failed == [], "who was told to stop has not failed"
-    assert signal.getsignal(signal.SIGTERM) == before
