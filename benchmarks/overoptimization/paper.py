@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.overoptimization.arms import ARMS
+from benchmarks.overoptimization.arms import ARMS, BASELINE
 from r2m_ray.analysis.curves import Curve
 from r2m_ray.analysis.matched import Peak, gold_at
 from r2m_ray.analysis.measures import final
@@ -36,6 +36,7 @@ HOURS = {"rloo": "4.4 h, 57 GB per GPU", "rloo_r2m": "4.5 h, 58 GB per GPU"}
 UPDATE = "7 s, 10 GB (13 s, 65 GB for the whole model)"
 """One update of its reward model: cross-attention and head."""
 
+Read = Callable[[Curve], float | None]
 Curves = Mapping[str, Sequence[Curve]]
 Trainings = Mapping[str, Sequence[Training]]
 
@@ -50,21 +51,23 @@ def paper_tables(curves: Curves, trainings: Trainings, top: Peak | None) -> tupl
 
 def _arms(curves: Curves, top: Peak | None) -> Table:
     rows = []
+    baseline = curves.get(BASELINE, ())
     for arm in ARMS.values():
         if arm.paper is None:
             continue
         ours = curves.get(arm.name, ())
         cells = [
-            NONE if top is None else _mean(ours, partial(gold_at, kl=top.kl)),
-            NONE if top is None else _mean(ours, partial(gold_at, kl=2 * top.kl)),
-            _mean(ours, lambda curve: final(curve).gold),
+            NONE if top is None else _against(ours, baseline, partial(gold_at, kl=top.kl)),
+            NONE if top is None else _against(ours, baseline, partial(gold_at, kl=2 * top.kl)),
+            _against(ours, baseline, lambda curve: final(curve).gold),
         ]
         rows.append((arm.paper, *ALPACA_EVAL.get(arm.paper, (NONE, NONE)), *cells, str(len(ours))))
     return Table(
         heading="The paper's arms and ablations",
-        note="The paper: AlpacaEval with LLaMA3-8B, percent. Here: mean gold over the seeds, 3.4 at most. "
-        "The two are different measures of different models; only the order of rows can be held against "
-        "each other.",
+        note="The paper: AlpacaEval with LLaMA3-8B, percent. Here: mean gold over the seeds, 3.4 at most, "
+        "and in brackets the difference from RLOO under the same seeds: rows of other seeds have other "
+        "means. The two are different measures of different models; only the order of rows can be held "
+        "against each other.",
         head=(
             "arm", "paper: LC win rate", "paper: win rate", "here: gold at KL*", "here: gold at 2 KL*",
             "here: final gold", "here: seeds",
@@ -118,8 +121,15 @@ def _cost(trainings: Trainings) -> Table:
     )
 
 
-def _mean(curves: Sequence[Curve], read: Callable[[Curve], float | None]) -> str:
-    return mean(tuple(map(read, curves))) if curves else NONE
+def _against(ours: Sequence[Curve], baseline: Sequence[Curve], read: Read) -> str:
+    """Their mean, and in brackets its difference from the baseline under the seeds of both."""
+    if not ours:
+        return NONE
+    theirs = {curve.seed: read(curve) for curve in baseline}
+    pairs = [(read(curve), theirs.get(curve.seed)) for curve in ours if curve.arm != BASELINE]
+    differences = [own - other for own, other in pairs if own is not None and other is not None]
+    told = f" [{statistics.mean(differences):+.3f}]" if differences else ""
+    return f"{mean(tuple(map(read, ours)))}{told}"
 
 
 def _seconds(value: float | None) -> str:

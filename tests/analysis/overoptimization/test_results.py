@@ -217,6 +217,7 @@ def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve
     curves = {
         "rloo": [curve(make_curve, "rloo", 0), curve(make_curve, "rloo", 1)],
         "rloo_r2m": [with_accuracy(curve(make_curve, "rloo_r2m", 0, 0.5), 0.64, 0.66)],
+        "grpo": [curve(make_curve, "grpo", 7, 0.5)],
     }
     steps = {
         arm: [
@@ -235,9 +236,10 @@ def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve
     rows = {row[0]: row[1:] for row in arms.rows}
     assert all(head.startswith(("paper: ", "here: ")) for head in arms.head[1:])
     assert rows["RLOO"] == ("28.4", "30.2", "2.000", "0.500", "0.000", "2")
-    assert rows["RLOO+R2M"] == ("34.5", "38.2", "2.500", "1.000", "0.500", "1")
+    assert rows["RLOO+R2M"] == ("34.5", "38.2", "2.500 [+0.500]", "1.000 [+0.500]", "0.500 [+0.500]", "1")
     assert rows["R2M w/ Noise"] == ("25.4", "–", "–", "–", "–", "0")
-    assert rows["GRPO"] == ("–", "–", "–", "–", "–", "0")
+    assert rows["GRPO"] == ("–", "–", "2.500", "1.000", "0.500", "1"), "no baseline has its seed"
+    assert rows["ReMax"] == ("–", "–", "–", "–", "–", "0")
     assert [row[1:] for row in accuracy.rows] == [("72.3", "70.0"), ("69.2", "64.0"), ("78.6", "66.0")]
     assert [row[2] for row in cost.rows] == ["2.00", "2.50", "1.25", "0.20"]
     unmatched, *_ = paper_tables(curves, {}, None)
