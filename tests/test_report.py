@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
-import math
 import random
 import re
 import subprocess
@@ -15,147 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
-from rich.console import Console
+from synthetic_run import evaluation_row, step_row, write_run
 
 import r2m_ray
-from r2m_ray.config import Config, WandbMode
 from r2m_ray.errors import InputError
 from r2m_ray.report import HEADLINES, alarms, headlines, reading, span_of, write_report
 from r2m_ray.report_data import read_run
 from r2m_ray.report_figures import OVERVIEW, PLOTS
 from r2m_ray.report_plots import moving_average
-from r2m_ray.runlog import RunLog
-
-HOSTILE = "<script>alert(1)</script> \x1b[2J\u202e & <img src=https://example.org/x>"
-
-
-def write_run(
-    directory: Path, *, planned: int, done: int, gold: bool = True, evaluations: bool = True, every: int = 5
-) -> Path:
-    """A run that over-optimizes: the proxy keeps rising, gold peaks at a third of the run and falls."""
-    config = Config()
-    config.run.name, config.algo.steps, config.logging.wandb = "synthetic", planned, WandbMode.disabled
-    noise = random.Random(0)
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    with RunLog(directory, config=config, resolved_yaml=text, console=Console(file=io.StringIO())) as log:
-        if evaluations:
-            log.evaluation(0, evaluation_row(0.0, gold=gold))
-        for t in range(1, done + 1):
-            progress = t / planned
-            log.step(t, step_row(progress, noise, gold=gold), rollout_rows(t, progress, gold=gold))
-            if evaluations and t % every == 0:
-                log.evaluation(t, evaluation_row(progress, gold=gold))
-    return directory
-
-
-def gold_at(progress: float) -> float:
-    return 1.2 + 2.4 * progress - 3.6 * progress**2
-
-
-def evaluation_row(progress: float, *, gold: bool) -> dict[str, float]:
-    row = {
-        "reward": 0.4 + 2.1 * progress,
-        "frozen_reward": 0.4 + 1.5 * progress,
-        "kl_sequence": 12 * progress**1.3,
-        "kl_token": 0.5 * progress**1.3,
-        "length": 22 + 9 * progress,
-        "truncated_fraction": 0.1 * progress,
-        "rm_accuracy": 0.70 + 0.02 * math.sin(6 * progress),
-        "rm_accuracy_frozen": 0.70,
-        "calibration_error": 0.05 + 0.1 * progress,
-        "calibration_error_frozen": 0.05,
-        "time/evaluate": 1.3,
-    }
-    return row | (gold_measures(progress) if gold else {})
-
-
-def gold_measures(progress: float) -> dict[str, float]:
-    row = {"gold": gold_at(progress), "gold/correct": 1.4, "pseudo_label_precision": 0.7 - 0.2 * progress}
-    for name in ("rm_accuracy_on_policy", "rm_accuracy_style", "rm_accuracy_value", "gold_correlation"):
-        row |= {name: 0.6 - 0.3 * progress, f"{name}_frozen": 0.6 - 0.2 * progress}
-    return row
-
-
-def step_row(progress: float, noise: random.Random, *, gold: bool) -> dict[str, float]:
-    def noisy(value: float, scale: float = 0.05) -> float:
-        return value * (1 + scale * noise.gauss(0, 1))
-
-    omega = max((math.cos(math.pi * progress) + 1) / 2, 0.6)
-    times = {"sample": 0.55, "annotate": 0.11, "policy": 0.48, "reward": 0.07}
-    seconds = {f"time/{phase}": noisy(value) for phase, value in times.items()}
-    row = {
-        "omega": omega,
-        "tokens": 7000.0,
-        "response/tokens": 128 * (22 + 9 * progress),
-        "response/length_mean": noisy(22 + 9 * progress, 0.02),
-        "response/length_max": noisy(40 + 8 * progress, 0.05),
-        "response/truncated_fraction": abs(noisy(0.1 * progress, 0.3)),
-        "advantage/std": noisy(0.9),
-        "reward/mean": noisy(0.4 + 2.1 * progress),
-        "reward/frozen_mean": noisy(0.4 + 1.5 * progress),
-        "reward/group_std": noisy(0.6 * (1 + progress)),
-        "reward/frozen_group_std": noisy(0.6),
-        "reward/scale_ratio": noisy(1 + progress),
-        "reward/frozen_correlation": 1 - 0.3 * progress,
-        "reward/group_entropy": noisy(1.5, 0.01),
-        "reward/pair_flip_rate": 0.2 * progress,
-        "reward/zero_std_groups": 0.0,
-        "policy/kl_token": 0.5 * progress**1.3,
-        "policy/kl_sequence": 12 * progress**1.3,
-        "policy/entropy": noisy(1.6 - 0.7 * progress, 0.02),
-        "policy/clip_fraction_high": abs(noisy(0.06, 0.3)),
-        "policy/clip_fraction_low": abs(noisy(0.05, 0.3)),
-        "policy/ratio_mean": noisy(1.0, 0.01),
-        "policy/ratio_max": abs(noisy(2.0, 0.2)),
-        "policy/grad_norm": abs(noisy(0.8, 0.2)),
-        "policy/mismatch_mean": 2e-7,
-        "policy/mismatch_max": 4e-6,
-        "rm/bradley_terry": noisy(0.3 - 0.1 * progress),
-        "rm/entropy": noisy(1.5, 0.01),
-        "rm/margin": noisy(1.7 + 1.5 * progress),
-        "rm/flip_rate": abs(noisy(0.01, 0.5)),
-        "rm/feedback_ratio": noisy(1.0, 0.02),
-        "rm/attention_entropy": noisy(3.2, 0.02),
-        "rm/gradient_norm": abs(noisy(0.4, 0.3)),
-        "rm/gradient_norm_bradley_terry": abs(noisy(0.5, 0.3)),
-        "rm/gradient_norm_entropy": abs(noisy(0.2, 0.3)),
-        **seconds,
-        "time/step": sum(seconds.values()) + 0.06,
-    }
-    if gold:
-        row |= {
-            "gold/mean": noisy(gold_at(progress), 0.1),
-            "gold/correlation": 0.6 - 0.5 * progress,
-            "gold/frozen_correlation": 0.6 - 0.3 * progress,
-            "gold/pair_precision": 0.7 - 0.2 * progress,
-        }
-    return row
-
-
-def rollout_rows(step: int, progress: float, *, gold: bool) -> list[dict[str, object]]:
-    prompt, response = "the fox is red . tell me about the fox :", "the fox is red . hope this helps !"
-    words = [*prompt.split(), *response.split()]
-    return [
-        {
-            "step": step,
-            "group": 0,
-            "row": row,
-            "prompt": prompt,
-            "response": f"{response} {HOSTILE}",
-            "role": role,
-            "reward": 1.5 + progress,
-            "frozen_reward": 1.2,
-            "omega": 0.8,
-            "advantage": 0.3 - row,
-            "truncated": row == 2,
-            "tokens": 10,
-            "gold": 1.4 if gold else None,
-            "gold_parts": {"correct": 1.0, "courtesy": 0.4, "wrong": 0.0} if gold else None,
-            "attention": [[word, (i % 5) / 36] for i, word in enumerate(words)] if row != 1 else None,
-        }
-        for row, role in enumerate(("winner", "none", "loser"))
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -2,82 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from resumable import commit, log_steps, refusals, resumable, warnings
 
-from r2m_ray import resume
-from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints, driver_state
+from r2m_ray.checkpoint import CHECKPOINTS
 from r2m_ray.compose import load_config
-from r2m_ray.config import Config, KLEstimator, OnAlarm, TaskName
-from r2m_ray.data import PromptStream
+from r2m_ray.config import Config, KLEstimator, OnAlarm
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.preflight import preflight
-from r2m_ray.problems import Problem
-from r2m_ray.resume import FREE, RESHARD, flat_config, model_digests, run_identity
+from r2m_ray.resume import FREE, RESHARD, flat_config, run_identity
 
 Change = Callable[[Config], None]
 
 
-class Part:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    async def save(self, directory: Path) -> None:
-        (directory / self.name).mkdir()
-        (directory / self.name / "state.json").write_text("1")
-
-
-def commit(directory: Path, step: int, identity: dict[str, Any]) -> None:
-    parts: Any = SimpleNamespace(policy=Part("policy"), reward=Part("reward_head"))
-    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=2, identity=identity)
-    asyncio.run(checkpoints.save(step, parts, PromptStream(["a"], seed=0)))
-
-
-def log_steps(directory: Path, last: int) -> None:
-    rows = [{"step": step, "kind": "step"} for step in range(1, last + 1)]
-    (directory / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
 @pytest.fixture
 def config(tmp_path: Path, tiny_policy_dir: Path, tiny_reward_dir: Path) -> Config:
-    """A run on preference files whose checkpoint of step 2 lies in its directory, about to be resumed."""
-    config = Config()
-    config.run.root = str(tmp_path / "runs")
-    config.model.policy = str(shutil.copytree(tiny_policy_dir, tmp_path / "policy"))
-    config.model.reward = str(shutil.copytree(tiny_reward_dir, tmp_path / "reward"))
-    config.task.name = TaskName.preferences
-    for name in ("train", "eval"):
-        pair = {"prompt": name, "chosen": "w1", "rejected": "w2"}
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(pair) + "\n")
-    config.task.train_file, config.task.eval_file = (
-        str(tmp_path / "train.jsonl"),
-        str(tmp_path / "eval.jsonl"),
-    )
-    directory = tmp_path / "runs" / "run"
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    commit(directory, 2, run_identity(config))
-    log_steps(directory, 2)
-    config.run.resume = True
-    return config
-
-
-def refusals(config: Config) -> list[str]:
-    return [str(problem) for problem in preflight(config) if not problem.warning]
-
-
-def warnings(problems: list[Problem]) -> list[str]:
-    return [str(problem) for problem in problems if problem.warning]
+    return resumable(tmp_path, tiny_policy_dir, tiny_reward_dir)
 
 
 def set_field(path: str, value: Any) -> Change:
@@ -184,118 +131,6 @@ def test_the_allow_list_is_short_and_names_fields_that_exist() -> None:
     # Rows that are skipped or not are the data's content, which is compared.
     sections = {path.partition(".")[0] for path in free - {"task.skip_bad_rows"}}
     assert sections.isdisjoint({"algo", "model", "task", "reward", "feedback", "policy"})
-
-
-# Models, tokenizers and data count by content
-
-
-def test_models_and_data_may_move(config: Config, tmp_path: Path) -> None:
-    for name in ("policy", "reward", "train.jsonl", "eval.jsonl"):
-        (tmp_path / name).rename(tmp_path / f"moved-{name}")
-    config.model.policy, config.model.reward = str(tmp_path / "moved-policy"), str(tmp_path / "moved-reward")
-    config.task.train_file = str(tmp_path / "moved-train.jsonl")
-    config.task.eval_file = str(tmp_path / "moved-eval.jsonl")
-    (tmp_path / "moved-policy" / "README.md").write_text("a note")
-    (tmp_path / "moved-policy" / ".cache").touch()
-    assert preflight(config) == []
-
-
-def flip_last_byte(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-
-
-def test_another_policy_is_refused_by_its_digest(config: Config, tmp_path: Path) -> None:
-    weights = tmp_path / "policy" / "model.safetensors"
-    before = model_digests(str(tmp_path / "policy"))["model.safetensors"]
-    flip_last_byte(weights)
-    after = model_digests(str(tmp_path / "policy"))["model.safetensors"]
-    texts = refusals(config)
-    assert texts[0].startswith(f"model.policy: model.safetensors: {before} -> {after}; ")
-    # π_ref is the initial policy, so it is another one too.
-    assert texts[1].startswith("model.reference: model.safetensors: ")
-    assert len(texts) == 2
-
-
-def test_another_reward_model_is_refused(config: Config, tmp_path: Path) -> None:
-    flip_last_byte(tmp_path / "reward" / "model.safetensors")
-    (text,) = refusals(config)
-    assert text.startswith("model.reward: model.safetensors: sha256 ")
-
-
-def test_another_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
-    file = tmp_path / "policy" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{{ messages }}"}))
-    assert [text.partition(": sha256")[0] for text in refusals(config)] == [
-        "model.policy: tokenizer_config.json",
-        "model.reference: tokenizer_config.json",
-    ]
-
-
-def test_a_file_more_or_less_is_another_model(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "reward" / "chat_template.jinja").write_text("{{ messages }}")
-    (text,) = refusals(config)
-    assert text.startswith("model.reward: chat_template.jinja: (absent) -> sha256 ")
-
-
-def test_a_hub_id_counts_by_its_name(config: Config) -> None:
-    config.model.reward = "org/reward"
-    assert "model.reward: hub: (absent) -> org/reward; " in " ".join(refusals(config))
-
-
-@pytest.mark.parametrize("name", ["train", "eval"])
-def test_other_data_is_refused(config: Config, tmp_path: Path, name: str) -> None:
-    with (tmp_path / f"{name}.jsonl").open("a") as stream:
-        stream.write(json.dumps({"prompt": "w3", "chosen": "w1", "rejected": "w2"}) + "\n")
-    (text,) = refusals(config)
-    assert text.startswith(f"task.{name}_file: data: sha256 ")
-
-
-def test_the_ends_of_a_large_file_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "WHOLE_BYTES", 100)
-    monkeypatch.setattr(resume, "EDGE_BYTES", 10)
-    file = tmp_path / "model.safetensors"
-
-    def digest(content: bytes) -> str:
-        file.write_bytes(content)
-        return model_digests(str(tmp_path))["model.safetensors"]
-
-    whole = digest(b"h" * 10 + b"m" * 100 + b"t" * 10)
-    assert whole.startswith("120 bytes, ")
-    assert digest(b"x" + b"h" * 9 + b"m" * 100 + b"t" * 10) != whole
-    assert digest(b"h" * 10 + b"m" * 100 + b"t" * 9 + b"x") != whole
-    assert digest(b"h" * 10 + b"m" * 101 + b"t" * 10) != whole
-    # Up to WHOLE_BYTES, every byte counts.
-    assert digest(b"m" * 50) != digest(b"m" * 25 + b"x" + b"m" * 24)
-
-
-def test_other_library_versions_are_a_warning(config: Config, tmp_path: Path) -> None:
-    identity = run_identity(config)
-    identity["versions"]["torch"] = "1.0"
-    commit(tmp_path / "runs" / "run", 3, identity)
-    problems = preflight(config)
-    assert len(problems) == 1
-    (text,) = warnings(problems)
-    assert text.startswith("torch: 1.0 -> ")
-
-
-def test_a_field_that_was_added_since_counts_as_its_default(config: Config, tmp_path: Path) -> None:
-    identity = run_identity(config)
-    del identity["config"]["algo.importance_cap"]
-    commit(tmp_path / "runs" / "run", 3, identity)
-    assert preflight(config) == []
-    config.algo.importance_cap = 3.0
-    assert refusals(config)[0].startswith("algo.importance_cap: 2.0 -> 3.0; ")
-
-
-def test_an_identity_holds_no_secret(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_API_KEY", "canary-0123456789")
-    config.rollout.engine_args = {"hf_token": "hf_canary987654", "seed_file": "canary-0123456789"}
-    commit(tmp_path / "runs" / "run", 3, run_identity(config))
-    directory = tmp_path / "runs" / "run" / CHECKPOINTS / "step-000003"
-    assert driver_state(directory).identity["config"]["rollout.engine_args.hf_token"] == "<hidden>"
-    assert not any(b"canary" in file.read_bytes() for file in directory.rglob("*.json"))
 
 
 # What there is to resume from
