@@ -2,8 +2,8 @@
 
     python launch/submit.py --address http://head:8265 -- train experiment=tldr_pythia_2_8b cluster=gpu_node
 
-The working tree is uploaded without data, runs, checkpoints, virtual environments and caches, after
-its size was checked. A runtime_env of your own (``--runtime-env env.yaml``) is merged: its entries
+The working tree is uploaded without data, runs, results, checkpoints, virtual environments and caches,
+after its size was checked. A runtime_env of your own (``--runtime-env env.yaml``) is merged: its entries
 win, its excludes are added to ours. Secrets do not belong into it, because a cluster shows and stores
 it; set them on the nodes. A configuration that is wrong is refused here, before anything is uploaded.
 """
@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXCLUDES = (
     ".git", ".venv", "venv", "build", "dist", "__pycache__", "*.egg-info", ".env",
     ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis",
-    "runs", "prepared", "wandb", "*.safetensors", "*.parquet", "*.jsonl", "*.jsonl.gz",
+    "runs", "prepared", "wandb", "benchmarks/results", "*.safetensors", "*.parquet", "*.jsonl", "*.jsonl.gz",
 )  # fmt: skip
-"""Names that are not uploaded, wherever they lie; patterns as in .gitignore."""
+"""What is not uploaded: names wherever they lie, and paths from the top; patterns as in .gitignore."""
 LARGEST = 8
 
 

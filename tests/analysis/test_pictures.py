@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from types import MappingProxyType
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from r2m_ray.analysis.comparison import Comparison, comparison
 from r2m_ray.analysis.curves import Curve
@@ -149,6 +151,19 @@ def test_the_gallery_leaves_out_what_would_be_empty(make_curve: MakeCurve) -> No
     again = frontiers(paired.arms, "vanilla")
     assert again is not None
     assert png(again) == figures["frontier"].png, "a picture repeats to the byte"
+
+
+def test_a_picture_keeps_its_colours_with_a_palette(make_curve: MakeCurve) -> None:
+    """No line changes its colour by more than a reader could see, at half the size or less."""
+    figure = frontiers(arms(make_curve).arms, "vanilla")
+    assert figure is not None
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png")
+    small = png(figure)
+    assert len(small) < len(whole.getvalue()) / 2
+    pixels, kept = (np.asarray(Image.open(each).convert("RGB"), int) for each in (whole, io.BytesIO(small)))
+    assert pixels.shape == kept.shape
+    assert np.abs(pixels - kept).max() <= 16, "of 255"
 
 
 def test_without_a_primary_endpoint_there_are_no_bars(make_curve: MakeCurve) -> None:

@@ -64,6 +64,14 @@ def test_a_large_upload_is_refused_by_its_largest_files(submit: ModuleType, tree
         submit.check_size(tree / "none", submit.EXCLUDES, 1)
 
 
+def test_published_results_stay_at_home(submit: ModuleType) -> None:
+    """They grow with every study, and would one day be over the limit of an upload that needs none."""
+    paths = submit.uploaded(submit.ROOT, submit.EXCLUDES)
+    files = {path.relative_to(submit.ROOT).parts[:2] for path in paths}
+    assert ("benchmarks", "results") not in files
+    assert {("r2m_ray", "driver.py"), ("conf", "experiment"), ("benchmarks", "overoptimization")} <= files
+
+
 def test_a_runtime_env_is_merged_and_wins(submit: ModuleType) -> None:
     own = {"env_vars": {"NCCL_DEBUG": "INFO"}, "excludes": ["notes", "runs"], "pip": ["einops"]}
     merged = submit.merged(own)
