@@ -30,7 +30,7 @@ class Arm:
 
 CLEAN_LABELS = ("task.annotator_bias=0.0", "task.label_temperature=0.05")
 """Pairs labelled by gold alone, and hardly ever against it."""
-GOOD_REWARD = (
+_READS_NOTE = (
     *CLEAN_LABELS,
     "task.reward_reads_prompt=true",
     "prepare.reward_from_policy=true",
@@ -38,10 +38,16 @@ GOOD_REWARD = (
     "prepare.reward_heads=3",
     "prepare.reward_layers=4",
     "prepare.reward_auxiliary_truth=true",
-    "prepare.reward_auxiliary_steps=2000",
-    "prepare.reward_steps=1000",
 )
+GOOD_REWARD = (*_READS_NOTE, "prepare.reward_auxiliary_steps=2000", "prepare.reward_steps=1000")
 """The negative control's: it starts as the policy, reads the note, counts wrong facts, and sees no bias."""
+BETTER_REWARD = (
+    *_READS_NOTE,
+    "prepare.pair_rows=60000",
+    "prepare.reward_auxiliary_steps=5000",
+    "prepare.reward_steps=2500",
+)
+"""The same from three times as many pairs, in two and a half times as many steps."""
 
 ANCHOR_RATE = "reward.learning_rate=1e-3"
 FITTED = ("reward.warmup_pairs=8192", "reward.warmup_learning_rate=3e-4")
@@ -69,6 +75,7 @@ _TABLE = (
         reward_world=CLEAN_LABELS,
     ),
     Arm(name="good_reward", overrides=("reward=vanilla",), reward_world=GOOD_REWARD),
+    Arm(name="better_reward", overrides=("reward=vanilla",), reward_world=BETTER_REWARD),
     Arm(name="rloo_bias_0", overrides=("reward=vanilla",), reward_world=("task.annotator_bias=0.0",)),
     Arm(name="rloo_bias_0.5", overrides=("reward=vanilla",), reward_world=("task.annotator_bias=0.5",)),
     Arm(name="rm_head", overrides=("reward=rm_head",), paper="Iterative RMHead"),

@@ -95,8 +95,9 @@ def test_the_command_line_cannot_change_what_an_arm_is(tmp_path: Path) -> None:
     assert config.model.reward == str(tmp_path / "reward")
 
 
-def test_the_good_reward_model_reads_the_note_and_sees_no_bias() -> None:
-    run = Run(world=INFORMATIVE, arm=ARMS["good_reward"], seed=0, root=Path("root"))
+@pytest.mark.parametrize("arm", ["good_reward", "better_reward"])
+def test_a_good_reward_model_reads_the_note_and_sees_no_bias(arm: str) -> None:
+    run = Run(world=INFORMATIVE, arm=ARMS[arm], seed=0, root=Path("root"))
     own, scored = load_config(run.world_overrides), load_config(run.reward_overrides)
     assert (own.task.reward_reads_prompt, own.task.annotator_bias) == (False, 0.2)
     assert (scored.task.reward_reads_prompt, scored.task.annotator_bias) == (True, 0.0)
