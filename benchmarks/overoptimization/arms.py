@@ -110,6 +110,7 @@ _TABLE = (
     Arm(name="r2m_par", overrides=("reward=r2m_constant", "reward.shape=par")),
     Arm(name="rloo_beta_0.02", overrides=("reward=vanilla", "algo.kl_weight=0.02")),
     Arm(name="rloo_beta_0.1", overrides=("reward=vanilla", "algo.kl_weight=0.1")),
+    Arm(name="r2m_beta_0.1", overrides=("reward=r2m", "algo.kl_weight=0.1")),
     Arm(name="refit_beta_0.1", overrides=("reward=refit", *FITTED, "algo.kl_weight=0.1")),
     Arm(
         name="static_h_beta_0.1",

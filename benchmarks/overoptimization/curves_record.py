@@ -9,12 +9,13 @@ import numpy as np
 
 from r2m_ray.analysis.curves import Curve, Series
 from r2m_ray.analysis.training import Training
+from r2m_ray.monitor import ALARMS
 
 EVALUATED = (
     "length", "rm_accuracy", "rm_accuracy_frozen", "calibration_error", "calibration_error_frozen",
     "rm_accuracy_style", "rm_accuracy_style_frozen", "rm_accuracy_value", "rm_accuracy_value_frozen",
     "gold/correct", "gold/wrong", "gold/corrected", "gold/courtesy", "gold/intensifiers",
-    "gold/excess_tokens",
+    "gold/repeats", "gold/excess_tokens",
 )  # fmt: skip
 """Of each evaluation, on its fixed prompts and held-out pairs."""
 TRAINED = (
@@ -32,12 +33,21 @@ DIGITS = 5
 def curves_record(
     curves: Mapping[str, Sequence[Curve]], trainings: Mapping[str, Sequence[Training]]
 ) -> dict[str, dict[str, Any]]:
-    """By arm and seed; measures that a run lacks are left out, and those that are not finite are null."""
+    """By arm and seed; measures that a run lacks are left out, and those that are not finite are null.
+
+    ``alarms`` has the first step of each alarm that was ever on.
+    """
     steps = {(run.arm, run.seed): run for runs in trainings.values() for run in runs}
     return {
         arm: {str(curve.seed): _record(curve, steps.get((arm, curve.seed))) for curve in several}
         for arm, several in curves.items()
     }
+
+
+def first_alarms(training: Training) -> dict[str, int]:
+    """The first step at which each alarm of a run was on, of those that ever were."""
+    raised = {name: training.steps[training.series(f"alarm/{name}") > 0] for name in ALARMS}
+    return {name: int(steps[0]) for name, steps in raised.items() if len(steps)}
 
 
 def _record(curve: Curve, training: Training | None) -> dict[str, Any]:
@@ -50,6 +60,7 @@ def _record(curve: Curve, training: Training | None) -> dict[str, Any]:
         "own": _rounded(curve.own),
         **{key: _rounded(curve.metrics[key]) for key in EVALUATED if key in curve.metrics},
         **{key: _rounded(values) for key, values in trained.items() if np.isfinite(values).any()},
+        **({} if training is None else {"alarms": first_alarms(training)}),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.measure import machine
 from benchmarks.overoptimization.arms import ARMS, BASELINE
-from benchmarks.overoptimization.curves_record import curves_record
+from benchmarks.overoptimization.curves_record import curves_record, first_alarms
 from benchmarks.overoptimization.doses import dose_sections
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
@@ -240,8 +240,7 @@ def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[
 
 def _alarms(found: Found) -> Table:
     def told(runs: Sequence[Training], name: str) -> str:
-        raised = [one.steps[one.series(f"alarm/{name}") > 0] for one in runs]
-        first = [int(steps[0]) for steps in raised if len(steps)]
+        first = [alarms[name] for alarms in map(first_alarms, runs) if name in alarms]
         return f"{len(first)} of {len(runs)}" + (f", from step {min(first)}" if first else "")
 
     return Table(
@@ -274,6 +273,7 @@ def _cost(ticket: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": round(sum(attempt["seconds"] or 0.0 for attempt in ticket["attempts"]), 1),
         "attempts": len(ticket["attempts"]),
         "commit": ticket["commit"],
+        "code": ticket["code"],
         "command": shlex.join(["r2m-ray", "train", *ticket["overrides"]]),
     }
 

@@ -64,7 +64,10 @@ def test_the_papers_arms_are_its_numbers() -> None:
     assert config_of("r2m_frozen").reward.update_steps == 0
     assert config_of("r2m_no_bt").reward.entropy_weight == 1.0
     assert config_of("r2m_noise").feedback.noise == 1.0
-    assert [config_of(f"rloo_beta_{b}").algo.kl_weight for b in (0.02, 0.1)] == [0.02, 0.1]
+    penalised = [
+        config_of(name).algo.kl_weight for name in ("rloo_beta_0.02", "rloo_beta_0.1", "r2m_beta_0.1")
+    ]
+    assert penalised == [0.02, 0.1, 0.1]
     assert config_of("r2m_lr_1e-3").reward.learning_rate == 1e-3
     assert config_of("r2m_paper_init").reward.init_std == 0.02
     papers = {arm.paper for arm in ARMS.values() if arm.paper}

@@ -25,6 +25,8 @@ def test_training_steps_are_averaged_since_the_evaluation_before(make_curve: Mak
         "gold/pair_precision": np.where(steps == 4, np.nan, steps / 10),
         "reward/scale_ratio": np.full(10, np.nan),
         "time/step": np.ones(10),
+        "alarm/kl": (steps > 6).astype(float),
+        "alarm/flip_rate": np.zeros(10),
     }
     training = Training(arm="rloo_r2m", seed=3, steps=steps, metrics=MappingProxyType(values))
     other = Training(arm="rloo_r2m", seed=4, steps=steps, metrics=MappingProxyType({}))
@@ -39,6 +41,7 @@ def test_training_steps_are_averaged_since_the_evaluation_before(make_curve: Mak
                 "own": [0.0, 1.2346, 4.0],
                 "rm_accuracy": [0.7, 0.6, None],
                 "gold/pair_precision": [None, 0.275, 0.8],
+                "alarms": {"kl": 7},
             }
         }
     }

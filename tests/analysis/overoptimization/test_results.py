@@ -23,6 +23,7 @@ from benchmarks.overoptimization.results import (
     warnings,
     write_results,
 )
+from benchmarks.overoptimization.runs import code_digest
 from r2m_ray.analysis.curves import Curve
 from r2m_ray.analysis.matched import Peak
 from r2m_ray.analysis.precheck import Regime
@@ -181,6 +182,7 @@ def test_a_part_of_a_schedule_is_compared_and_the_rest_is_listed(make_lab: MakeL
     assert runs["finished"]["rloo-seed-0"]["command"].startswith(
         "r2m-ray train experiment=demo algo.steps=10"
     )
+    assert runs["finished"]["rloo-seed-0"]["code"] == code_digest()
     curves = read(world / "curves.json")
     assert curves["rloo"]["0"]["gold"][:3] == [1.0, 1.3, 1.5]
     assert curves["rloo_r2m"]["0"]["rm_accuracy"][-1] == 0.7
