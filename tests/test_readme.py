@@ -70,6 +70,10 @@ def test_a_documented_command_parses(line: str) -> None:
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
+    elif words[0] == ".":
+        made = re.search(r"^VENV := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert made is not None
+        assert words[1] == f"{made[1]}/bin/activate"
     elif words[:2] == ["r2m-ray", "compare"]:
         arms = words[2 : words.index("--baseline")]
         assert words[words.index("--baseline") + 1] in {arm.partition("=")[0] for arm in arms}
