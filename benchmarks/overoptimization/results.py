@@ -172,10 +172,14 @@ def warnings(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, 
         unasked = sorted(seeds - {int(seed) for seed in verdict["values"]})
         if verdict["passed"] and unasked:
             said.append(f"Gate {verdict['gate']} was not asked of seed {', '.join(map(str, unasked))}.")
-    codes = {ticket["code"] for ticket in found.tickets.values()}
-    if len(codes) > 1:
-        commits = sorted({str(ticket["commit"]) for ticket in found.tickets.values()})
-        said.append(f"These runs were made by different code of r2m_ray: {', '.join(commits)}.")
+    commits: dict[str, set[str]] = {}
+    for ticket in found.tickets.values():
+        commits.setdefault(ticket["code"], set()).add(str(ticket["commit"]))
+    if len(commits) > 1:
+        told = sorted(" or ".join(sorted(same)) for same in commits.values())
+        said.append(
+            f"These runs were made by {len(commits)} versions of r2m_ray, by commit: {'; '.join(told)}."
+        )
     return tuple(said)
 
 

@@ -119,13 +119,14 @@ def test_alarms_are_counted_by_arm(make_lab: MakeLab, tmp_path: Path) -> None:
 def test_warnings_come_from_gates_and_from_mixed_code() -> None:
     shut = {"gate": 2, "question": "is it good?", "failures": ["seed 0: no."], "passed": False, "values": {}}
     passed = {"gate": 1, "question": "?", "failures": [], "passed": True, "values": {}}
-    tickets = {"a": {"code": "1", "commit": "x"}, "b": {"code": "2", "commit": "y"}}
+    made = {"a": ("1", "x"), "b": ("2", "y"), "c": ("1", "w")}
+    tickets = {name: {"code": code, "commit": commit} for name, (code, commit) in made.items()}
     found = Found(world=WORLD, curves={}, trainings={}, missing=[], tickets=tickets)
     said = warnings(found, [passed, shut])
     assert said[0].startswith("This world failed gate 2 (is it good?): seed 0: no.")
     assert said[1:] == (
         "Not decided yet: gate 3, 4.",
-        "These runs were made by different code of r2m_ray: x, y.",
+        "These runs were made by 2 versions of r2m_ray, by commit: w or x; y.",
     )
     everything = [passed | {"gate": gate} for gate in range(1, 5)]
     assert warnings(found_of([]), everything) == ()
