@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from told import complaint
 
 import r2m_ray
 from r2m_ray.choices import GOLD_TASKS
@@ -44,16 +45,6 @@ ARMS = groups()["reward"]
 def experiment(name: str, *overrides: str) -> Config:
     files = () if name in NOTE2ANSWER else FILES
     return load_config([f"experiment={name}", *files, *overrides])
-
-
-def complaint(*overrides: str) -> str:
-    with pytest.raises(InputError) as caught:
-        load_config(overrides)
-    return str(caught.value)
-
-
-def lines_about(text: str, path: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip().startswith(f"{path}:")]
 
 
 # conf/
