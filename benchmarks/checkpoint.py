@@ -30,16 +30,16 @@ from measure import machine, summary, write
 from transformers import AutoConfig
 from weight_sync import policy_of_width
 
-from r2m_ray import commit
-from r2m_ray.checkpoint import Checkpoints
-from r2m_ray.compose import load_config
-from r2m_ray.config import Config
-from r2m_ray.data import PromptStream
-from r2m_ray.models.learner import PolicyLearner
-from r2m_ray.models.reward import RewardEngine
-from r2m_ray.pretrained import Models
-from r2m_ray.roles import Roles
-from r2m_ray.run_files import METRICS_FILE, read_steps
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import Config
+from r2m_ray.core.roles import Roles
+from r2m_ray.engines.policy.learner import PolicyLearner
+from r2m_ray.engines.reward.engine import RewardEngine
+from r2m_ray.run import commit
+from r2m_ray.run.checkpoint import Checkpoints
+from r2m_ray.run.files import METRICS_FILE, read_steps
+from r2m_ray.tasks.data import PromptStream
+from r2m_ray.tasks.models import Models
 
 PARTS = ("write", "hash", "fsync", "verify")
 

@@ -5,7 +5,8 @@
 Random models are saved and trained for two steps by `r2m-ray train`, in processes of their own; this one
 reads the memory of each actor every third of a second and keeps the largest. An actor's memory is its USS:
 what would be freed if it ended, so neither the object store nor libraries that several actors share.
-`--case tiny` is what PROCESS_BYTES of r2m_ray/plan_memory.py was set from, so it is no check of the plan.
+`--case tiny` is what PROCESS_BYTES of r2m_ray/cli/checks/plan_memory.py was set from, so it is no check
+of the plan.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import torch
 from measure import machine, write
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from r2m_ray.compose import load_config
-from r2m_ray.plan import Plan, plan
-from r2m_ray.stages.materials import RESPONSE_ONLY
-from r2m_ray.tasks import note2answer
+from r2m_ray.cli.checks.plan import Plan, plan
+from r2m_ray.config.compose import load_config
+from r2m_ray.tasks.note2answer import world as note2answer
+from r2m_ray.tasks.prepare.materials import RESPONSE_ONLY
 
 INTERVAL_S = 0.3
 RAY = "ray"

@@ -21,19 +21,19 @@ from typing import Any
 from measure import machine, summary, write
 from transformers import AutoTokenizer
 
-from r2m_ray.compose import load_config
-from r2m_ray.config import Config
-from r2m_ray.data import PromptStream
-from r2m_ray.driver import train
-from r2m_ray.human_pairs import HumanPairs
-from r2m_ray.pretrained import Models
-from r2m_ray.progress import PhaseClock
-from r2m_ray.roles import Roles
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import Config
+from r2m_ray.core.roles import Roles
+from r2m_ray.driver.human_pairs import HumanPairs
+from r2m_ray.driver.loop import train
+from r2m_ray.run.progress import PhaseClock
+from r2m_ray.run.stop import StopRequest
 from r2m_ray.runtime.cluster import cluster
-from r2m_ray.runtime.crew import Crew
 from r2m_ray.runtime.placement import Placement
-from r2m_ray.stop import StopRequest
-from r2m_ray.tasks import load_task
+from r2m_ray.runtime.start import Crew
+from r2m_ray.tasks.data import PromptStream
+from r2m_ray.tasks.models import Models
+from r2m_ray.tasks.task import load_task
 
 WARM_UP_STEPS = 2
 

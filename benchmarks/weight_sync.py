@@ -21,12 +21,12 @@ from typing import Any
 from measure import machine, summary, write
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from r2m_ray.compose import load_config
-from r2m_ray.config import Config
-from r2m_ray.pretrained import Models
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import Config
 from r2m_ray.runtime.cluster import cluster
-from r2m_ray.runtime.crew import Crew
 from r2m_ray.runtime.placement import Placement
+from r2m_ray.runtime.start import Crew
+from r2m_ray.tasks.models import Models
 
 LAYERS = 4
 

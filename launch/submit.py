@@ -24,10 +24,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from r2m_ray.compose import load_config
-from r2m_ray.errors import InputError
-from r2m_ray.escape import names_secret, printable, redacted, redacted_command
-from r2m_ray.sweep import sweep
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.sweep import sweep
+from r2m_ray.errors import InputError, names_secret, printable, redacted, redacted_command
 
 ROOT = Path(__file__).resolve().parents[1]
 EXCLUDES = (

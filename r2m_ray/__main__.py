@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 
 from r2m_ray import __version__
 from r2m_ray.cli import checkpoint, compare, doctor, evaluate, plan, prepare, report, train
-from r2m_ray.errors import InputError, Preempted, RunError
-from r2m_ray.escape import printable, redacted
-from r2m_ray.faults import refuse_faults
-from r2m_ray.problems import hint
+from r2m_ray.engines.faults import refuse_faults
+from r2m_ray.errors import InputError, Preempted, RunError, hint, printable, redacted
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "prepare": (prepare.SUMMARY, prepare.run),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from r2m_ray.errors import InputError
-from r2m_ray.problems import hint
+from r2m_ray.errors import InputError, hint
 
 BASELINE = "rloo"
 """The arm that every other one is held against, and the gates are asked of."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from r2m_ray.analysis.curves import Curve, Series
-from r2m_ray.analysis.training import Training
-from r2m_ray.monitor import ALARMS
+from r2m_ray.driver.monitor import ALARMS
+from r2m_ray.report.compare.curves import Curve, Series
+from r2m_ray.report.compare.training import Training
 
 EVALUATED = (
     "length", "rm_accuracy", "rm_accuracy_frozen", "calibration_error", "calibration_error_frozen",

@@ -16,16 +16,16 @@ from matplotlib.figure import Figure as Drawing
 
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.presets import INFORMATIVE, SELF_CORRECT
-from r2m_ray.analysis.curves import Curve
-from r2m_ray.analysis.matched import Peak, gold_at
-from r2m_ray.analysis.outcome import kl_star, write_pictures
-from r2m_ray.analysis.page import Section
-from r2m_ray.analysis.pictures import png
-from r2m_ray.analysis.study import MULTIPLES, Values, of_kl_star
-from r2m_ray.analysis.table import Table, mean, number
-from r2m_ray.report_page import Figure
-from r2m_ray.report_plots import GOLD, HEIGHT, OWN, STYLE, WIDTH, cell, finish
-from r2m_ray.run_files import replace_file
+from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.compare.matched import Peak, gold_at
+from r2m_ray.report.compare.outcome import kl_star, write_pictures
+from r2m_ray.report.compare.page import Section
+from r2m_ray.report.compare.pictures import png
+from r2m_ray.report.compare.study import MULTIPLES, Values, of_kl_star
+from r2m_ray.report.compare.tables import Table, mean, number
+from r2m_ray.report.html import Figure
+from r2m_ray.report.plots import GOLD, HEIGHT, OWN, STYLE, WIDTH, cell, finish
+from r2m_ray.run.files import replace_file
 
 COLOURS = (OWN, GOLD)
 

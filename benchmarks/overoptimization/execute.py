@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r2m_ray.escape import printable, redacted
-from r2m_ray.stop import SIGNALS
-from r2m_ray.sweep import STOPPED
+from r2m_ray.config.sweep import STOPPED
+from r2m_ray.errors import printable, redacted
+from r2m_ray.run.stop import SIGNALS
 
 SHOWN_BYTES = 2000
 """Of the end of a failed job's log."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from r2m_ray.analysis.curves import Curve
-from r2m_ray.analysis.gates import baseline_gates
-from r2m_ray.analysis.precheck import Information, Regime, precheck_failures
+from benchmarks.overoptimization.gate_rules import baseline_gates
+from benchmarks.overoptimization.information import Information, Regime, precheck_failures
+from r2m_ray.report.compare.curves import Curve
 
 LEAST_GOLD = 0.8
 CORRECTION_SHARE = 0.5

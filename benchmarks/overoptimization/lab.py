@@ -22,6 +22,7 @@ from benchmarks.overoptimization.gates import (
     policy_gate,
     reward_gate,
 )
+from benchmarks.overoptimization.information import Explained, Information
 from benchmarks.overoptimization.presets import Preset, World
 from benchmarks.overoptimization.results import GATES_FILE, find
 from benchmarks.overoptimization.runs import (
@@ -35,15 +36,13 @@ from benchmarks.overoptimization.runs import (
     used,
     world_overrides,
 )
-from r2m_ray.analysis.precheck import Explained, Information
-from r2m_ray.compose import load_config
-from r2m_ray.config import Config
-from r2m_ray.environment import environment
-from r2m_ray.errors import InputError, Preempted, RunError
-from r2m_ray.problems import refuse
-from r2m_ray.resume import run_identity
-from r2m_ray.run_files import replace_file
-from r2m_ray.stages.prepare import Prepared, locate
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import Config
+from r2m_ray.errors import InputError, Preempted, RunError, refuse
+from r2m_ray.run.environment import environment
+from r2m_ray.run.files import replace_file
+from r2m_ray.run.resume import run_identity
+from r2m_ray.tasks.prepare.store import Prepared, locate
 
 R2M_RAY = (sys.executable, "-m", "r2m_ray")
 Precheck = Callable[[Config, Prepared, int, int], Information]

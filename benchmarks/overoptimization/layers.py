@@ -37,21 +37,20 @@ from benchmarks.overoptimization.samples import (
     policy_rows,
     sample,
 )
-from r2m_ray.analysis.curves import Series
-from r2m_ray.analysis.pictures import SEED, mean_line, png
-from r2m_ray.analysis.similarity import Labels, Similarity, halves, similarity
-from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints
-from r2m_ray.compose import load_config, load_saved
-from r2m_ray.config import Config
-from r2m_ray.errors import InputError, RunError
-from r2m_ray.escape import printable, redacted
-from r2m_ray.models.reward_trunk import RewardTrunk
-from r2m_ray.models.text import conversation_ids
-from r2m_ray.pretrained import Models
-from r2m_ray.report_plots import FROZEN, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish
-from r2m_ray.run_files import CONFIG_FILE
-from r2m_ray.stages.measurement import prepared_trunk, seeded
-from r2m_ray.stages.prepare import Prepared, prepare
+from benchmarks.overoptimization.similarity import Labels, Similarity, halves, similarity
+from r2m_ray.config.compose import load_config, load_saved
+from r2m_ray.config.schema import Config
+from r2m_ray.engines.reward.trunk import RewardTrunk
+from r2m_ray.engines.text import conversation_ids
+from r2m_ray.errors import InputError, RunError, printable, redacted
+from r2m_ray.report.compare.curves import Series
+from r2m_ray.report.compare.pictures import SEED, mean_line, png
+from r2m_ray.report.plots import FROZEN, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish
+from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
+from r2m_ray.run.files import CONFIG_FILE
+from r2m_ray.tasks.models import Models
+from r2m_ray.tasks.prepare.measurement import prepared_trunk, seeded
+from r2m_ray.tasks.prepare.store import Prepared, prepare
 
 INITIAL, TRAINED = "initial policy", "after training"
 COLOURS = {INITIAL: OWN, TRAINED: FROZEN}

@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 
 from benchmarks.overoptimization.arms import ARMS, BASELINE
-from r2m_ray.analysis.curves import Curve
-from r2m_ray.analysis.matched import Peak, gold_at
-from r2m_ray.analysis.measures import final
-from r2m_ray.analysis.table import Table, mean
-from r2m_ray.analysis.training import Training
+from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.compare.matched import Peak, gold_at
+from r2m_ray.report.compare.measures import final
+from r2m_ray.report.compare.tables import Table, mean
+from r2m_ray.report.compare.training import Training
 
 NONE = "–"
 ALPACA_EVAL = {

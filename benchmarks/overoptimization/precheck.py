@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.measure import write
+from benchmarks.overoptimization.information import Information, information
 from benchmarks.overoptimization.samples import (
     Samples,
     hidden_states,
@@ -23,12 +24,11 @@ from benchmarks.overoptimization.samples import (
     policy_rows,
     sample,
 )
-from r2m_ray.analysis.precheck import Information, information
-from r2m_ray.compose import load_config
-from r2m_ray.config import Config
-from r2m_ray.models.reward import gaussian_feedback
-from r2m_ray.stages.measurement import prepared_trunk, seeded
-from r2m_ray.stages.prepare import Prepared, prepare
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import Config
+from r2m_ray.engines.reward.engine import gaussian_feedback
+from r2m_ray.tasks.prepare.measurement import prepared_trunk, seeded
+from r2m_ray.tasks.prepare.store import Prepared, prepare
 
 QUERIES = 4
 """Random queries that pool h by attention, the same ones for every response of a seed."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 
 from benchmarks.overoptimization.arms import ARMS, BASELINE, Arm, arms_named
-from r2m_ray.analysis.precheck import LEAST_SEEDS, Regime
-from r2m_ray.errors import InputError
-from r2m_ray.problems import hint
+from benchmarks.overoptimization.information import LEAST_SEEDS, Regime
+from r2m_ray.errors import InputError, hint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

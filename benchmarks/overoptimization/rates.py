@@ -17,15 +17,15 @@ import torch
 
 from benchmarks.measure import write
 from benchmarks.overoptimization.samples import hidden_states, load_policy
-from r2m_ray.batch import Hidden, RewardBatch
-from r2m_ray.compose import load_config
-from r2m_ray.config import Config
-from r2m_ray.data import PreferencePair
-from r2m_ray.human_pairs import drawn, packed_pairs
-from r2m_ray.measures import pair_accuracy
-from r2m_ray.models.reward import RewardEngine
-from r2m_ray.stages.prepare import Prepared, prepare
-from r2m_ray.tasks.note2answer_samples import preference_pairs
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import Config
+from r2m_ray.core.batch import Hidden, RewardBatch
+from r2m_ray.driver.human_pairs import drawn
+from r2m_ray.driver.measures import pair_accuracy
+from r2m_ray.engines.reward.engine import RewardEngine
+from r2m_ray.tasks.data import PreferencePair, packed_pairs
+from r2m_ray.tasks.note2answer.samples import preference_pairs
+from r2m_ray.tasks.prepare.store import Prepared, prepare
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MARKS = (1280, 4096, 8192)

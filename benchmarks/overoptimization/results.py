@@ -19,18 +19,18 @@ from benchmarks.overoptimization.doses import dose_sections
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
 from benchmarks.overoptimization.runs import Run, State, read_ticket, standing
-from r2m_ray.analysis.comparison import comparison
-from r2m_ray.analysis.curves import Curve, read_curve
-from r2m_ray.analysis.matched import Peak
-from r2m_ray.analysis.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
-from r2m_ray.analysis.page import Section, page
-from r2m_ray.analysis.study import Study
-from r2m_ray.analysis.table import Table, markdown, preface, record, tables
-from r2m_ray.analysis.training import Training, read_training
-from r2m_ray.environment import environment, versions
+from r2m_ray.driver.monitor import ALARMS
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.monitor import ALARMS
-from r2m_ray.run_files import replace_file
+from r2m_ray.report.compare.comparison import comparison
+from r2m_ray.report.compare.curves import Curve, read_curve
+from r2m_ray.report.compare.matched import Peak
+from r2m_ray.report.compare.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
+from r2m_ray.report.compare.page import Section, page
+from r2m_ray.report.compare.study import Study
+from r2m_ray.report.compare.tables import Table, markdown, preface, record, tables
+from r2m_ray.report.compare.training import Training, read_training
+from r2m_ray.run.environment import environment, versions
+from r2m_ray.run.files import replace_file
 
 GATES_FILE = "gates.json"
 PAGE_FILE = "report.html"

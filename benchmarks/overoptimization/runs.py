@@ -19,15 +19,14 @@ from typing import Any
 import r2m_ray
 from benchmarks.overoptimization.arms import Arm
 from benchmarks.overoptimization.presets import World
-from r2m_ray.errors import InputError
-from r2m_ray.problems import Problem
-from r2m_ray.resume import Identity, differences
-from r2m_ray.run_files import METRICS_FILE, read_steps, replace_file
-from r2m_ray.run_lock import LOCK_FILE
+from r2m_ray.errors import InputError, Problem
+from r2m_ray.run.files import METRICS_FILE, read_steps, replace_file
+from r2m_ray.run.lock import LOCK_FILE
+from r2m_ray.run.resume import Identity, differences
 
 HOUSEKEEPING = ("checkpoint.every=5", "checkpoint.keep=1", "logging=disabled")
 """An interruption costs five steps at most; the lab reads the run's own files alone."""
-ONLOOKERS = ("analysis", "cli", "doctor", "plan", "report", "sweep")
+ONLOOKERS = ("cli", "config/sweep", "report")
 """How the names of modules begin that read runs and decide none of their numbers."""
 
 
@@ -132,7 +131,7 @@ def standing(run: Run) -> Standing:
 def conflicts(run: Run, identity: Identity, code: str) -> Iterator[Problem]:
     """Why what lies in a run's used directory is not the run that would be started now.
 
-    identity: of `r2m_ray.resume`; code: ``code_digest``. Other versions of libraries are warnings.
+    identity: of `r2m_ray.run.resume`; code: ``code_digest``. Other versions of libraries are warnings.
     """
     ticket = read_ticket(run)
     if ticket is None:

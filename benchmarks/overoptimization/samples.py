@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from r2m_ray.analysis.curves import Series
-from r2m_ray.config import Config, TaskName
+from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.engines.policy.causal import load_causal
+from r2m_ray.engines.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.errors import InputError
-from r2m_ray.models.causal import load_causal
-from r2m_ray.models.text import policy_prompt_ids, policy_response_ids
-from r2m_ray.stages.measurement import sampled
-from r2m_ray.tasks import note2answer
-from r2m_ray.tasks.note2answer_gold import gold
+from r2m_ray.report.compare.curves import Series
+from r2m_ray.tasks.note2answer import world as note2answer
+from r2m_ray.tasks.note2answer.gold import gold
+from r2m_ray.tasks.prepare.measurement import sampled
 
 ROWS_AT_ONCE = 64
 """Rows of one sampling and of one forward pass."""

@@ -7,19 +7,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from r2m_ray.compose import groups
-from r2m_ray.config import Config
-from r2m_ray.config_checks import validate
-from r2m_ray.errors import InputError, Preempted, RunError
-from r2m_ray.escape import printable
-from r2m_ray.problems import Problem, hint, refuse
-from r2m_ray.run_files import CONFIG_FILE
-from r2m_ray.sweep import STOPPED, Job, run_in_turn
+from r2m_ray.config.compose import groups
+from r2m_ray.config.rules import validate
+from r2m_ray.config.schema import Config
+from r2m_ray.config.sweep import STOPPED, Job, run_in_turn
+from r2m_ray.errors import InputError, Preempted, Problem, RunError, hint, printable, refuse
+from r2m_ray.run.files import CONFIG_FILE
 
 OVERRIDES = """\
 Overrides choose options and set fields, in hydra's grammar:
   experiment=demo                               an option of a group of conf/
-  algo.steps=200                                a field of r2m_ray/config.py
+  algo.steps=200                                a field of r2m_ray/config/schema.py
   +policy.deepspeed.wall_clock_breakdown=true   a key that DeepSpeed (or vLLM) knows
   hydra.searchpath=[file:///my/conf]            options of your own: /my/conf/experiment/mine.yaml
 """

@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from r2m_ray import commit
-from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints, fault, step_of
-from r2m_ray.checkpoint_export import export
 from r2m_ray.cli.arguments import parser, run_directory
-from r2m_ray.errors import InputError, RunError
-from r2m_ray.escape import printable
+from r2m_ray.errors import InputError, RunError, printable
+from r2m_ray.run import commit
+from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, fault, step_of
+from r2m_ray.run.checkpoint_export import export
 
 SUMMARY = "List and verify the checkpoints of a run, or export the models of one."
 EXAMPLES = """\

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r2m_ray.cli.arguments import parser, run_directory
-from r2m_ray.errors import InputError
-from r2m_ray.escape import printable
+from r2m_ray.errors import InputError, printable
 
 SUMMARY = "Compare finished runs of several arms: gold at matched KL, or what can be said without gold."
 EXAMPLES = """\
@@ -32,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     runs = arms_of(parsed.arms)
 
     # matplotlib takes seconds to import, and a mistake above is told without it.
-    from r2m_ray.analysis.report import write_comparison
+    from r2m_ray.report.compare.compare import write_comparison
 
     print(write_comparison(runs, parsed.baseline, Path(parsed.out)))
     return 0

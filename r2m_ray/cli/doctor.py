@@ -12,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from r2m_ray.cli.arguments import parser
-from r2m_ray.config import RunConfig
-from r2m_ray.doctor_check import Check, Outcome
-from r2m_ray.errors import InputError, RunError
-from r2m_ray.escape import printable, redacted
+from r2m_ray.cli.checks.doctor_check import Check, Outcome
+from r2m_ray.config.schema import RunConfig
+from r2m_ray.errors import InputError, RunError, printable, redacted
 
 SUMMARY = "Check this machine: packages, engines, cores, memory, disk, ports, GPUs, a 2-rank collective."
 EXAMPLES = """\
@@ -37,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
     root = _root(parsed.root)
 
     # torch takes seconds to import, and a mistake above is told without it.
-    from r2m_ray.doctor import examine
+    from r2m_ray.cli.checks.doctor import examine
 
     with Console(stderr=True).status("examining this machine …"):
         checks = [_clean(check) for check in examine(root)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from r2m_ray.cli.arguments import check, parser, run_directory
-from r2m_ray.compose import load_saved
-from r2m_ray.config import Config
-from r2m_ray.exposure import exposure_problems
-from r2m_ray.preflight import data_problems, model_problems
-from r2m_ray.problems import Problem
-from r2m_ray.run_files import CONFIG_FILE
+from r2m_ray.cli.checks.exposure import exposure_problems
+from r2m_ray.cli.checks.preflight import data_problems, model_problems
+from r2m_ray.config.compose import load_saved
+from r2m_ray.config.schema import Config
+from r2m_ray.errors import Problem
+from r2m_ray.run.files import CONFIG_FILE
 
 SUMMARY = "Evaluate the newest checkpoint of a run on the task's held-out prompts and pairs."
 EXAMPLES = """\

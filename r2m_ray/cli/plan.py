@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from r2m_ray.cli.arguments import OVERRIDES, options, parser
-from r2m_ray.compose import load_config
-from r2m_ray.escape import printable
+from r2m_ray.config.compose import load_config
+from r2m_ray.errors import printable
 
 SUMMARY = "Work out the batches of a run and the memory of each of its actors, without starting anything."
 EXAMPLES = """\
@@ -32,8 +32,8 @@ def run(arguments: Sequence[str]) -> int:
     config = load_config(parsed.overrides)
 
     # transformers takes seconds to import, and a mistake above is told without it.
-    from r2m_ray.plan import plan
-    from r2m_ray.plan_tables import batch_table, memory_table, memory_total, traffic_table
+    from r2m_ray.cli.checks.plan import plan
+    from r2m_ray.cli.checks.plan_tables import batch_table, memory_table, memory_total, traffic_table
 
     found = plan(config)
     if parsed.json:

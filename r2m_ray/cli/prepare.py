@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 
 from r2m_ray.cli.arguments import OVERRIDES, add_overrides, check, options, parser, run_jobs
-from r2m_ray.compose import load_config
-from r2m_ray.preflight import data_problems
-from r2m_ray.sweep import sweep
+from r2m_ray.cli.checks.preflight import data_problems
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.sweep import sweep
 
 SUMMARY = "Make the tokenizer, policy and reward model of a configuration whose models are `prepared`."
 EXAMPLES = """\
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
 
     # Threads that spin while they wait make training several times slower where another process is busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from r2m_ray.stages.prepare import prepare
+    from r2m_ray.tasks.prepare.store import prepare
 
     prepare(config)
     return 0

@@ -19,7 +19,7 @@ def run(arguments: Sequence[str]) -> int:
     arg.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run, such as runs/demo")
     directory = run_directory(arg.parse_args(arguments).run_dir)
 
-    from r2m_ray.report import write_report
+    from r2m_ray.report.run_page import write_report
 
     print(write_report(directory))
     return 0

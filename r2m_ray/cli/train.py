@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from r2m_ray.cli.arguments import OVERRIDES, add_overrides, check, options, parser, run_jobs
-from r2m_ray.compose import load_config
-from r2m_ray.preflight import preflight
-from r2m_ray.sweep import sweep
+from r2m_ray.cli.checks.preflight import preflight
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.sweep import sweep
 
 SUMMARY = "Train a policy with R2M (or a baseline), and write the run's report."
 EXAMPLES = """\

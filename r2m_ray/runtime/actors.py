@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 
-from r2m_ray.batch import Annotation, Hidden, PolicyBatch, ReferenceLogprobs, RewardBatch, Trajectories
-from r2m_ray.config import Config
-from r2m_ray.faults import reach
-from r2m_ray.models.weights import WeightBucket, WeightDigest
-from r2m_ray.roles import SamplePlan
+from r2m_ray.config.schema import Config
+from r2m_ray.core.batch import (
+    Annotation,
+    Hidden,
+    PolicyBatch,
+    ReferenceLogprobs,
+    RewardBatch,
+    SamplePlan,
+    Trajectories,
+)
+from r2m_ray.engines.faults import reach
+from r2m_ray.engines.weights import WeightBucket, WeightDigest
 from r2m_ray.runtime.device import device_of, free_address, join_environment
 from r2m_ray.runtime.direct_sync import EngineClient
 
@@ -25,7 +32,7 @@ class RolloutActor:
     """A vLLM engine."""
 
     def start(self, config: Config, model_dir: str, export_hidden: bool) -> None:
-        from r2m_ray.models.rollout import RolloutEngine
+        from r2m_ray.engines.rollout.engine import RolloutEngine
 
         self._engine = RolloutEngine(
             model_dir=model_dir,
@@ -72,7 +79,7 @@ class PolicyActor:
         return free_address()
 
     def start(self, config: Config, model_dir: str, rank: int, address: tuple[str, int], gpus: float) -> None:
-        from r2m_ray.models.learner import PolicyLearner
+        from r2m_ray.engines.policy.learner import PolicyLearner
 
         self._rank = rank
         join_environment(rank, config.policy.ranks, address)
@@ -121,7 +128,7 @@ class PolicyActor:
 
     def join_transfer(self, config: Config, engines: Sequence[Any], address: tuple[str, int]) -> None:
         """Open vLLM's own transfer to the rollout engines (``sync.backend`` nccl or ipc)."""
-        from r2m_ray.models.vllm_sender import weight_sender
+        from r2m_ray.engines.rollout.vllm_sender import weight_sender
 
         ranks = int(config.rollout.engine_args.get("tensor_parallel_size", 1))
         self._client = EngineClient(
@@ -154,7 +161,7 @@ class ReferenceActor:
 
     def start(self, config: Config, model_dir: str, gpus: float) -> str:
         """Load the model; returns the digest of its weights."""
-        from r2m_ray.models.reference import ReferencePolicy
+        from r2m_ray.engines.policy.reference import ReferencePolicy
 
         self._reference = ReferencePolicy(config=config, model_dir=model_dir, device=device_of(gpus))
         return self._reference.digest()
@@ -177,8 +184,8 @@ class RewardActor:
         gpus: float,
     ) -> str:
         """Load model and head; returns the digest of the frozen weights."""
-        from r2m_ray.models.reward import RewardEngine
-        from r2m_ray.tasks import gold_total
+        from r2m_ray.engines.reward.engine import RewardEngine
+        from r2m_ray.tasks.task import gold_total
 
         join_environment(rank, config.reward.replicas, address)
         self._rank = rank

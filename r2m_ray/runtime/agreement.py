@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from r2m_ray.errors import RunError
-from r2m_ray.runtime.group import Actors
+from r2m_ray.runtime.worker_group import Actors
 
 
 async def require_agreement(actors: Actors, phase: str, method: str) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import ray
 
-from r2m_ray.config import ClusterConfig
+from r2m_ray.config.schema import ClusterConfig
 from r2m_ray.errors import Preempted, RunError
-from r2m_ray.stop import StopRequest, leave
+from r2m_ray.run.stop import StopRequest, leave
 
 PREFIX = "r2m-"
 LOCK = ".r2m-lock"

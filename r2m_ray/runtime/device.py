@@ -8,7 +8,7 @@ import socket
 import ray
 import torch
 
-from r2m_ray.config import Config
+from r2m_ray.config.schema import Config
 
 Address = tuple[str, int]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import ray
 
-from r2m_ray.config import Config
-from r2m_ray.roles import Stats
+from r2m_ray.config.schema import Config
+from r2m_ray.core.roles import Stats
 from r2m_ray.runtime.agreement import require_agreement
-from r2m_ray.runtime.group import Actors
+from r2m_ray.runtime.worker_group import Actors
 
 PHASE = "weight sync"
 

@@ -11,28 +11,27 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints
-from r2m_ray.config import Config
-from r2m_ray.data import PromptStream
-from r2m_ray.driver import omega_at, train
-from r2m_ray.errors import ActorLost, InputError
-from r2m_ray.escape import printable, redacted
-from r2m_ray.evaluate import Evaluator
-from r2m_ray.human_pairs import HumanPairs
-from r2m_ray.pretrained import Models
-from r2m_ray.recorder import Log, Recorder, Unlogged
-from r2m_ray.report import write_report
-from r2m_ray.resume import run_identity
-from r2m_ray.roles import Roles
-from r2m_ray.run_files import replace_file
-from r2m_ray.run_lock import run_lock
-from r2m_ray.runlog import RunLog
+from r2m_ray.config.schema import Config
+from r2m_ray.core.roles import Roles
+from r2m_ray.driver.evaluate import Evaluator
+from r2m_ray.driver.human_pairs import HumanPairs
+from r2m_ray.driver.loop import omega_at, train
+from r2m_ray.driver.recorder import Log, Recorder, Unlogged
+from r2m_ray.errors import ActorLost, InputError, printable, redacted
+from r2m_ray.report.run_page import write_report
+from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
+from r2m_ray.run.files import replace_file
+from r2m_ray.run.lock import run_lock
+from r2m_ray.run.log import RunLog
+from r2m_ray.run.resume import run_identity
+from r2m_ray.run.stop import StopRequest
 from r2m_ray.runtime.cluster import cluster
-from r2m_ray.runtime.crew import Crew
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import rolled_back
-from r2m_ray.stop import StopRequest
-from r2m_ray.tasks import Task, load_task
+from r2m_ray.runtime.start import Crew
+from r2m_ray.tasks.data import PromptStream
+from r2m_ray.tasks.models import Models
+from r2m_ray.tasks.task import Task, load_task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from r2m_ray.config import Config
+from r2m_ray.config.schema import Config
+from r2m_ray.engines.faults import ACTOR, fault_environment
 from r2m_ray.errors import RunError
-from r2m_ray.faults import ACTOR, fault_environment
 from r2m_ray.runtime.device import actor_environment
 
 

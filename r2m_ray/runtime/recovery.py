@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from r2m_ray.core.roles import Stats, WeightSync
 from r2m_ray.errors import ActorLost, RunError
-from r2m_ray.roles import Stats, WeightSync
 from r2m_ray.runtime.team import Team
 
 FIRST_PAUSE_S = 0.5

@@ -1,4 +1,4 @@
-"""The roles of ``r2m_ray.roles`` played by Ray actors: shards out, references back."""
+"""The roles of ``r2m_ray.core.roles`` played by Ray actors: shards out, references back."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import ray
 from ray.exceptions import RayError
 from torch import Tensor
 
-from r2m_ray.batch import Annotation, Hidden, ReferenceLogprobs, Trajectories
-from r2m_ray.config import Config, FeedbackRefresh
+from r2m_ray.config.schema import Config, FeedbackRefresh
+from r2m_ray.core.batch import Annotation, Hidden, ReferenceLogprobs, SamplePlan, Trajectories
+from r2m_ray.core.roles import LabelledPairs, Ref, Shards, Stats
 from r2m_ray.errors import ActorLost
-from r2m_ray.roles import LabelledPairs, Ref, SamplePlan, Shards, Stats
 from r2m_ray.runtime.agreement import require_agreement
-from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.recovery import Job, Redo
+from r2m_ray.runtime.worker_group import Actors
 
 
 class Stored:

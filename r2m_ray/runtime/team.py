@@ -11,8 +11,8 @@ import ray
 
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.device import Address, free_address
-from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.placement import Placement
+from r2m_ray.runtime.worker_group import Actors
 
 Arguments = Callable[[int, Address], tuple[Any, ...]]
 

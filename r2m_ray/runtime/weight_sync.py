@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 
-from r2m_ray.config import Config, SyncBackend, SyncConfig
-from r2m_ray.roles import Stats, WeightSync
+from r2m_ray.config.schema import Config, SyncBackend, SyncConfig
+from r2m_ray.core.roles import Stats, WeightSync
 from r2m_ray.runtime.agreement import require_agreement
 from r2m_ray.runtime.direct_sync import DirectSync
-from r2m_ray.runtime.group import Actors
+from r2m_ray.runtime.worker_group import Actors
 
 PHASE = "weight sync"
 

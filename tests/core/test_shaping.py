@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2m_ray.config import RewardScale, RewardShape
+from r2m_ray.config.schema import RewardScale, RewardShape
 from r2m_ray.core.shaping import SCALES, SHAPES, gold_mixture, match_frozen, mean_group_std, par
 
 OWN = torch.tensor([1.0, 3.0, 5.0, 5.0, 0.0, 6.0])  # Groups of 2: deviations 1, 0 and 3.

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from r2m_ray.compose import load_config
-from r2m_ray.config import ClusterConfig
-from r2m_ray.metrics import MACHINE_PREFIXES
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import ClusterConfig
+from r2m_ray.driver.metrics import MACHINE_PREFIXES
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.launch import run_evaluation, run_training
-from r2m_ray.stages import measurement
-from r2m_ray.stages.prepare import prepare
+from r2m_ray.tasks.prepare import measurement
+from r2m_ray.tasks.prepare.store import prepare
 
 pytestmark = pytest.mark.e2e
 
@@ -191,7 +191,7 @@ def test_vanilla_trains_on_the_frozen_reward_and_shares_the_first_batch(r2m: Pat
 
 
 def test_evaluating_a_checkpoint_repeats_the_runs_last_evaluation(r2m: Path) -> None:
-    from r2m_ray.compose import load_saved
+    from r2m_ray.config.compose import load_saved
 
     path = run_evaluation(load_saved(r2m / "config.yaml", []), r2m)
     found = json.loads(path.read_text())

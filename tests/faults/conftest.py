@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
-from r2m_ray.compose import load_config
-from r2m_ray.metrics import MACHINE_PREFIXES
-from r2m_ray.stages.prepare import prepare
+from r2m_ray.config.compose import load_config
+from r2m_ray.driver.metrics import MACHINE_PREFIXES
+from r2m_ray.tasks.prepare.store import prepare
 
 SMALL = (
     "experiment=demo",
@@ -171,7 +171,7 @@ class Lab:
         prepare(load_config(self.common))
 
     def start(self, name: str, *overrides: str, faults: Sequence[str] = (), again: bool = False) -> Running:
-        """Start a run of this name; ``again`` continues it. Faults read as in ``r2m_ray.faults``."""
+        """Start a run of this name; ``again`` continues it. Faults read as in ``r2m_ray.engines.faults``."""
         self._count += 1
         evidence = self.root / f"evidence-{self._count}"
         evidence.mkdir()

@@ -11,9 +11,9 @@ import pytest
 import ray
 from ray._private.internal_api import memory_summary
 
-from r2m_ray.compose import load_config
-from r2m_ray.config import ClusterConfig
-from r2m_ray.run_files import read_steps
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import ClusterConfig
+from r2m_ray.run.files import read_steps
 from r2m_ray.runtime import launch
 from r2m_ray.runtime.cluster import cluster
 

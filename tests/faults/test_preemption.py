@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from r2m_ray.stop import REPEAT_S
+from r2m_ray.run.stop import REPEAT_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from r2m_ray.compose import load_config
-from r2m_ray.config import ClusterConfig
-from r2m_ray.exposure import exposure_problems
+from r2m_ray.cli.checks.exposure import exposure_problems
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import ClusterConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "launch" / "README.md").read_text()

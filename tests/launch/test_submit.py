@@ -69,7 +69,7 @@ def test_published_results_stay_at_home(submit: ModuleType) -> None:
     paths = submit.uploaded(submit.ROOT, submit.EXCLUDES)
     files = {path.relative_to(submit.ROOT).parts[:2] for path in paths}
     assert ("benchmarks", "results") not in files
-    assert {("r2m_ray", "driver.py"), ("conf", "experiment"), ("benchmarks", "overoptimization")} <= files
+    assert {("r2m_ray", "driver"), ("conf", "experiment"), ("benchmarks", "overoptimization")} <= files
 
 
 def test_a_runtime_env_is_merged_and_wins(submit: ModuleType) -> None:

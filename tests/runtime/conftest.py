@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from r2m_ray.config import ClusterConfig
+from r2m_ray.config.schema import ClusterConfig
 from r2m_ray.runtime.cluster import cluster
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from r2m_ray.config import ClusterConfig
+from r2m_ray.config.schema import ClusterConfig
 from r2m_ray.errors import Preempted, RunError
 from r2m_ray.runtime.cluster import PREFIX, cluster, remove_leftovers, temporary_directory
 
@@ -18,10 +18,10 @@ import asyncio, os, sys, psutil, ray
 from pathlib import Path
 import pytest
 
-from r2m_ray.config import ClusterConfig
+from r2m_ray.config.schema import ClusterConfig
 from r2m_ray.errors import ActorLost
 from r2m_ray.runtime.cluster import cluster
-from r2m_ray.runtime.group import Actors
+from r2m_ray.runtime.worker_group import Actors
 
 class Worker:
     async def never(self):

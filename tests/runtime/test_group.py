@@ -11,7 +11,7 @@ import ray
 
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.runtime.direct_sync import EngineClient
-from r2m_ray.runtime.group import Actors
+from r2m_ray.runtime.worker_group import Actors
 
 
 class Worker:

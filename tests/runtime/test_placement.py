@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from r2m_ray.config import Config
+from r2m_ray.config.schema import Config
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.placement import Demand, Placement, demands, shortage
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from r2m_ray.config import Config
+from r2m_ray.config.schema import Config
 from r2m_ray.errors import ActorLost, RunError
 from r2m_ray.runtime import recovery
 from r2m_ray.runtime.device import Address

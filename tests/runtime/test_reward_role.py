@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from r2m_ray.batch import RewardBatch
-from r2m_ray.roles import LabelledPairs
+from r2m_ray.core.batch import RewardBatch
+from r2m_ray.core.roles import LabelledPairs
 from r2m_ray.runtime.actors import RewardActor
-from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.roles import RewardRole, Stored
+from r2m_ray.runtime.worker_group import Actors
 
 
 class Engine:

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from r2m_ray.config import Config
+from r2m_ray.config.schema import Config
+from r2m_ray.engines.weights import WeightBucket, WeightDigest
 from r2m_ray.errors import RunError
-from r2m_ray.models.weights import WeightBucket, WeightDigest
 from r2m_ray.runtime.actors import PolicyActor, RewardActor
 from r2m_ray.runtime.agreement import first_difference, require_agreement
-from r2m_ray.runtime.group import Actors
 from r2m_ray.runtime.team import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
+from r2m_ray.runtime.worker_group import Actors
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 FLIPPED = "model.layers.1.mlp.down_proj.weight"

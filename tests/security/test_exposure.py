@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from r2m_ray.config import ClusterConfig, Config
-from r2m_ray.exposure import exposure_problems
-from r2m_ray.preflight import preflight
-from r2m_ray.problems import Problem
+from r2m_ray.cli.checks.exposure import exposure_problems
+from r2m_ray.cli.checks.preflight import preflight
+from r2m_ray.config.schema import ClusterConfig, Config
+from r2m_ray.errors import Problem
 
 PACKAGE = Path(__file__).resolve().parents[2] / "r2m_ray"
 SECRET = "canary-token-0123456789"
@@ -126,7 +126,7 @@ def test_every_local_cluster_is_started_without_dashboard() -> None:
 
 CLUSTER = """
 import json, os
-from r2m_ray.config import ClusterConfig, Config
+from r2m_ray.config.schema import ClusterConfig, Config
 from r2m_ray.runtime.cluster import cluster
 
 with cluster(ClusterConfig(object_store_gb=0.1, cpus=1)):

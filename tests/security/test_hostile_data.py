@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from r2m_ray import rows
 from r2m_ray.__main__ import COMMANDS, main
-from r2m_ray.config import TaskConfig
-from r2m_ray.data import PreferencePair, Preferences, load_preferences
+from r2m_ray.config.schema import TaskConfig
 from r2m_ray.errors import InputError
-from r2m_ray.rows import BadRow, read_rows
+from r2m_ray.tasks import reader as rows
+from r2m_ray.tasks.data import PreferencePair, Preferences, load_preferences
+from r2m_ray.tasks.reader import BadRow, read_rows
 
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 MIB = 2**20
@@ -202,7 +202,7 @@ def test_all_of_a_source_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 MEASURE = """
 import resource, sys, tracemalloc
-from r2m_ray.rows import BadRow, read_rows
+from r2m_ray.tasks.reader import BadRow, read_rows
 
 tracemalloc.start()
 found = [row for _, row in read_rows(sys.argv[1], "train")]

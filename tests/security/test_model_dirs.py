@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from r2m_ray import weight_files
-from r2m_ray.config import Config, TaskName
+from r2m_ray.cli.checks.preflight import model_problems
+from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.engines import weight_files
+from r2m_ray.engines.model_files import ModelFiles, chat_problems, open_model
+from r2m_ray.engines.policy.causal import load_causal
+from r2m_ray.engines.reward.trunk import RewardTrunk
 from r2m_ray.errors import InputError
-from r2m_ray.model_files import ModelFiles, chat_problems, open_model
-from r2m_ray.models.causal import load_causal
-from r2m_ray.models.reward_trunk import RewardTrunk
-from r2m_ray.preflight import model_problems
 
 WEIGHTS = "model.safetensors"
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_large_models_are_left_to_the_first_step(policy: Path, monkeypatch: pyte
     weights["lm_head.weight"][0, 0] = float("nan")
     save_file(weights, policy / WEIGHTS)
     assert len(problems(policy)) == 1
-    monkeypatch.setattr("r2m_ray.model_files.SCANNED_BYTES", 1000)
+    monkeypatch.setattr("r2m_ray.engines.model_files.SCANNED_BYTES", 1000)
     assert problems(policy) == []
 
 
@@ -213,7 +213,7 @@ def load_policy(directory: Path) -> None:
 
 
 def load_reference(directory: Path) -> None:
-    from r2m_ray.models.reference import ReferencePolicy
+    from r2m_ray.engines.policy.reference import ReferencePolicy
 
     ReferencePolicy(config=Config(), model_dir=str(directory), device=CPU)
 

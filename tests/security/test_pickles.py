@@ -34,11 +34,11 @@ sys.addaudithook(watch)
 
 import torch
 from transformers import AutoTokenizer
-from r2m_ray.config import TaskConfig
-from r2m_ray.data import load_preferences
+from r2m_ray.config.schema import TaskConfig
+from r2m_ray.tasks.data import load_preferences
 from r2m_ray.errors import InputError
-from r2m_ray.models.causal import load_causal
-from r2m_ray.models.reward_trunk import RewardTrunk
+from r2m_ray.engines.policy.causal import load_causal
+from r2m_ray.engines.reward.trunk import RewardTrunk
 
 root = Path(sys.argv[1])
 cpu = torch.device("cpu")

@@ -15,9 +15,9 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from r2m_ray.config import Config, WandbMode
-from r2m_ray.escape import HIDDEN, redacted, redacted_command
-from r2m_ray.runlog import RunLog
+from r2m_ray.config.schema import Config, WandbMode
+from r2m_ray.errors import HIDDEN, redacted, redacted_command
+from r2m_ray.run.log import RunLog
 from r2m_ray.runtime.device import actor_environment
 
 SUBMIT = Path(__file__).resolve().parents[2] / "launch" / "submit.py"
@@ -28,8 +28,8 @@ RUN = """
 import sys
 from pathlib import Path
 from omegaconf import OmegaConf
-from r2m_ray.compose import load_config
-from r2m_ray.runlog import RunLog
+from r2m_ray.config.compose import load_config
+from r2m_ray.run.log import RunLog
 
 directory, *overrides = sys.argv[1:]
 config = load_config(overrides)

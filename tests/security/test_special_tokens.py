@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from r2m_ray.engines.text import conversation_ids, policy_prompt_ids, policy_response_ids
 from r2m_ray.errors import InputError
-from r2m_ray.models.text import conversation_ids, policy_prompt_ids, policy_response_ids
 
 SPECIALS = ["<|pad|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 PAD, BEGIN, END, START, STOP = range(5)

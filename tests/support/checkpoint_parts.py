@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from r2m_ray.checkpoint import Checkpoints
-from r2m_ray.data import PromptStream
+from r2m_ray.run.checkpoint import Checkpoints
+from r2m_ray.tasks.data import PromptStream
 
 
 class Part:

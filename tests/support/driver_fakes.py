@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from r2m_ray.batch import Annotation, ReferenceLogprobs, Trajectories, pack_rows
-from r2m_ray.config import AlgoConfig, Config, RewardConfig
-from r2m_ray.data import PreferencePair
-from r2m_ray.driver import train
+from r2m_ray.config.schema import AlgoConfig, Config, RewardConfig
+from r2m_ray.core.batch import Annotation, Prompt, ReferenceLogprobs, SamplePlan, Trajectories, pack_rows
+from r2m_ray.core.roles import LabelledPairs, Roles
+from r2m_ray.driver.human_pairs import HumanPairs
+from r2m_ray.driver.loop import train
 from r2m_ray.errors import Alarmed, Preempted
-from r2m_ray.human_pairs import HumanPairs
-from r2m_ray.roles import LabelledPairs, Prompt, Roles, SamplePlan
+from r2m_ray.tasks.data import PreferencePair
 
 K = 2
 PAIRS = 10

@@ -11,12 +11,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from r2m_ray.checkpoint import CHECKPOINTS, Checkpoints
-from r2m_ray.config import Config, TaskName
-from r2m_ray.data import PromptStream
-from r2m_ray.preflight import preflight
-from r2m_ray.problems import Problem
-from r2m_ray.resume import run_identity
+from r2m_ray.cli.checks.preflight import preflight
+from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.errors import Problem
+from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
+from r2m_ray.run.resume import run_identity
+from r2m_ray.tasks.data import PromptStream
 
 
 class Part:

@@ -10,8 +10,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from r2m_ray.config import Config, WandbMode
-from r2m_ray.runlog import RunLog
+from r2m_ray.config.schema import Config, WandbMode
+from r2m_ray.run.log import RunLog
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J\u202e & <img src=https://example.org/x>"
 

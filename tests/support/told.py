@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from r2m_ray.compose import load_config
-from r2m_ray.errors import InputError
-from r2m_ray.problems import Problem
+from r2m_ray.config.compose import load_config
+from r2m_ray.errors import InputError, Problem
 
 
 def complaint(*overrides: str) -> str:

@@ -1,0 +1,179 @@
+"""From YAML files and command-line overrides to a typed, checked configuration.
+
+hydra merges the files of ``conf/`` without a schema; every value is then put into the schema by
+itself. So a typo in a file and one on the command line are reported alike, and all at once. hydra
+writes nothing: there is no ``outputs/`` directory, and the working directory stays where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from r2m_ray.config.read import typed
+from r2m_ray.config.rules import validate
+from r2m_ray.config.schema import Config
+from r2m_ray.errors import InputError, Problem, hint, refuse, shown
+
+_SUBJECT = "the configuration"
+_UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError)
+
+
+def config_dir() -> Path:
+    """The directory of YAML files: inside the package once installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for directory in (package / "conf", package.parent / "conf"):
+        if (directory / "config.yaml").is_file():
+            return directory
+    raise InputError(f"{package}: conf/config.yaml is missing beside it; install the package again")
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """The options of each configuration group, as ``conf/`` offers them."""
+    return {
+        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
+        for directory in sorted(config_dir().iterdir())
+        if directory.is_dir()
+    }
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """The configuration that ``conf/`` and the overrides describe.
+
+    Raises InputError with every problem at once: unknown names, wrong types, ranges, contradictions.
+    """
+    parsed, problems = parse_overrides(overrides)
+    problems += [_sweep_problem(override) for override in parsed if override.is_sweep_override()]
+    single = [override for override in parsed if not override.is_sweep_override()]
+    tree, unknown = _composed([override for override in single if _is_choice(override)])
+    return _checked(tree, [override for override in single if not _is_choice(override)], problems + unknown)
+
+
+def load_saved(path: Path, overrides: Sequence[str]) -> Config:
+    """The configuration that a run wrote to ``path``, with overrides of single fields.
+
+    Raises InputError if the file is no configuration, and with every problem of the overrides at once.
+    """
+    parsed, problems = parse_overrides(overrides)
+    values = [override for override in parsed if not _is_choice(override)]
+    message = "chooses from a group, which a finished run no longer has; override its fields instead"
+    problems += [Problem(_text(override), message) for override in parsed if _is_choice(override)]
+    problems += [_sweep_problem(override) for override in values if override.is_sweep_override()]
+    try:
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give the directory of a run") from error
+    except (*_UNREADABLE, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a configuration ({_one_line(error)}); restore the file") from error
+    if not isinstance(tree, DictConfig):
+        raise InputError(f"{path}: not a configuration; restore the file")
+    return _checked(tree, [override for override in values if not override.is_sweep_override()], problems)
+
+
+def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """The overrides that follow hydra's grammar, and a problem for each that does not."""
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            message = f"not of the form field=value ({_one_line(error)}); quote special characters"
+            problems.append(Problem(shown(text), message))
+    return parsed, problems
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether an override chooses a file of a group, or speaks to hydra, rather than setting a field."""
+    is_field = isinstance(override.value(), dict | int | float)
+    is_group = override.key_or_group in groups() and not is_field
+    return is_group or override.package is not None or override.is_hydra_override()
+
+
+def _composed(choices: Sequence[Override]) -> tuple[DictConfig, list[Problem]]:
+    """The files that were chosen, merged; a choice that cannot be merged becomes a problem."""
+    lines: list[str] = []
+    problems: list[Problem] = []
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            return _merged([_line(choice) for choice in choices]), problems
+        except _UNREADABLE:
+            # hydra stops at the first fault; one choice after another shows them all.
+            for choice in sorted(choices, key=lambda choice: not choice.is_hydra_override()):
+                try:
+                    _merged([*lines, _line(choice)])
+                    lines.append(_line(choice))
+                except _UNREADABLE as error:
+                    problems.append(_choice_problem(choice, error))
+        return _merged(lines), problems
+
+
+def _line(choice: Override) -> str:
+    """A choice as hydra takes it; every group has a default, so ``+`` adds nothing and ``null`` removes."""
+    return _text(choice).lstrip("+") if choice.is_delete() or choice.value() else f"~{choice.key_or_group}"
+
+
+def _merged(lines: list[str]) -> DictConfig:
+    tree: DictConfig = compose("config", overrides=lines)
+    OmegaConf.set_struct(tree, False)
+    return tree
+
+
+def _checked(tree: DictConfig, values: Sequence[Override], problems: list[Problem]) -> Config:
+    """Apply field overrides, read the tree into the schema, and refuse what is wrong by now."""
+    for override in values:
+        problems += _apply(tree, override)
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        refuse([*problems, Problem(error.full_key or _SUBJECT, _one_line(error))], _SUBJECT)
+        raise
+    assert isinstance(plain, dict)
+    config, unread = typed(plain, groups())
+    wrong = {problem.path for problem in unread}
+    refuse([*problems, *unread, *validate(config, wrong)], _SUBJECT)
+    return config
+
+
+def _apply(tree: DictConfig, override: Override) -> list[Problem]:
+    path = override.key_or_group
+    try:
+        if override.is_delete():
+            parent, _, leaf = path.rpartition(".")
+            del OmegaConf.select(tree, parent)[leaf]
+        else:
+            OmegaConf.update(tree, path, override.value(), merge=True, force_add=True)
+    except (OmegaConfBaseException, KeyError, TypeError):
+        remedy = "there is nothing to delete" if override.is_delete() else "a part of the path is no section"
+        return [Problem(_text(override), remedy)]
+    return []
+
+
+def _choice_problem(choice: Override, error: Exception) -> Problem:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        value, known = str(choice.value()), sorted(error.options)
+        message = f"no such option; there are {', '.join(known)}.{hint(value, known)}"
+        return Problem(f"{choice.key_or_group}={shown(value)}", message)
+    return Problem(_text(choice), _one_line(error))
+
+
+def _sweep_problem(override: Override) -> Problem:
+    return Problem(_text(override), "is several values; add --multirun for one job each, or quote the value")
+
+
+def _text(override: Override) -> str:
+    return str(override.input_line)
+
+
+def _one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split()))

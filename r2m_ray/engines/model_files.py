@@ -1,0 +1,240 @@
+"""What a Hugging Face model directory tells before anything loads it: JSON files and weight headers.
+
+Nothing here imports torch or unpickles, and no code of a model is run. A directory is judged in milliseconds,
+or at the speed of the disk where its weights are few enough to be read for NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r2m_ray.engines.weight_files import SCANNED_BYTES, damage, nonfinite_tensor, stored_tensors
+from r2m_ray.errors import Problem
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+LARGEST_JSON = 256 * 2**20
+"""Bytes; a tokenizer of a quarter of a million words has 40 MiB."""
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+DEFAULT_LABELS = 2
+"""transformers leaves `id2label` out of config.json where a model has its default of two labels."""
+
+
+def local_directory(name: str) -> Path | None:
+    """The directory that a model name means; None where it can only be an id of the model hub.
+
+    ``org/model`` is taken for a directory that is missing if a directory ``org`` lies here.
+    """
+    path = Path(name)
+    is_id = HUB_ID.fullmatch(name) and not ("/" in name and path.parent.is_dir())
+    return None if is_id and not path.exists() else path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model directory whose config.json could be read; ``field`` names it in the configuration."""
+
+    field: str
+    directory: Path
+    config: Mapping[str, Any]
+
+    @property
+    def labels(self) -> int:
+        """Outputs of a sequence classifier."""
+        labels = self.config.get("id2label")
+        return len(labels) if isinstance(labels, Mapping) else self._number("num_labels") or DEFAULT_LABELS
+
+    @property
+    def positions(self) -> int | None:
+        """Longest input in tokens; None for a model that states none."""
+        return self._number("max_position_embeddings") or self._number("n_positions")
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the embedding; None for a model that does not state them."""
+        return self._number("vocab_size")
+
+    @property
+    def architecture(self) -> str:
+        """Class that wrote the model, such as ``LlamaForCausalLM``; empty where it is not stated."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, by the size of their files and the type config.json states."""
+        dtype = self.config.get("dtype", self.config.get("torch_dtype"))
+        size = sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
+        return size // (2 if dtype in ("bfloat16", "float16") else 4)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether its tokenizer renders prompt and response as turns of a chat."""
+        settings = read_json(self.directory / "tokenizer_config.json")
+        stated = isinstance(settings, Mapping) and bool(settings.get("chat_template"))
+        return stated or any((self.directory / name).is_file() for name in TEMPLATE_FILES)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with weights and tokenizer, whatever the model's role."""
+        yield from self._weight_problems()
+        yield from self._tokenizer_problems()
+        is_own = self.architecture and _is_known(self.config.get("model_type"))
+        if "auto_map" in self.config and not is_own:
+            message = "needs code of its own (auto_map), which is never run; use a model transformers knows"
+            yield self.problem("config.json", message)
+
+    def problem(self, file: str, message: str, *, warning: bool = False) -> Problem:
+        """A problem with one of the directory's files."""
+        return Problem(self.field, f"{self.directory / file}: {message}", warning)
+
+    def _number(self, name: str) -> int | None:
+        """A size in config.json, or in the text part of a multi-modal one."""
+        text = self.config.get("text_config")
+        for part in (self.config, text if isinstance(text, Mapping) else {}):
+            if isinstance(part.get(name), int):
+                return int(part[name])
+        return None
+
+    def _weight_problems(self) -> Iterator[Problem]:
+        index = self.directory / WEIGHTS_INDEX
+        files = {WEIGHTS}
+        if index.is_file():
+            content = read_json(index)
+            shards = content.get("weight_map") if isinstance(content, Mapping) else None
+            if not isinstance(shards, Mapping):
+                yield self.problem(WEIGHTS_INDEX, "has no weight_map; copy the file again")
+                return
+            files = {str(shard) for shard in shards.values()}
+        elif not (self.directory / WEIGHTS).is_file():
+            yield self._no_weights()
+            return
+        faults = {name: _shard_damage(self.directory, name) for name in sorted(files)}
+        for name, fault in faults.items():
+            if fault:
+                yield self.problem(name, f"{fault}; copy the file again")
+        if not any(faults.values()):
+            yield from self._nonfinite([self.directory / name for name in faults])
+
+    def _nonfinite(self, files: Sequence[Path]) -> Iterator[Problem]:
+        if sum(file.stat().st_size for file in files) > SCANNED_BYTES:
+            return
+        for file in files:
+            if tensor := nonfinite_tensor(file):
+                message = f"{tensor} holds NaN or infinity; use weights from before it diverged"
+                yield self.problem(file.name, message)
+
+    def _no_weights(self) -> Problem:
+        pickles = sorted(file.name for pattern in PICKLES for file in self.directory.glob(pattern))
+        if pickles:
+            return self.problem(
+                pickles[0],
+                "only pickled weights, which are never loaded, because a pickle can run code; where you "
+                "trust it, load the model with transformers and save it by save_pretrained, as safetensors",
+            )
+        return self.problem(WEIGHTS, "no weights here; save the model with save_pretrained")
+
+    def _tokenizer_problems(self) -> Iterator[Problem]:
+        if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
+            message = "no tokenizer here; save it beside the model with tokenizer.save_pretrained"
+            yield self.problem("tokenizer.json", message)
+            return
+        file = self.directory / "tokenizer.json"
+        ids = _token_ids(file) if file.is_file() else 0
+        if ids is None:
+            yield self.problem(
+                "tokenizer.json", "not a tokenizer; save it again with tokenizer.save_pretrained"
+            )
+        elif self.vocabulary is not None and ids > self.vocabulary:
+            yield self.problem(
+                "tokenizer.json",
+                f"has ids up to {ids - 1}, but vocab_size is {self.vocabulary} in config.json; use its own "
+                "tokenizer, or resize the embedding",
+            )
+        else:
+            yield from self._embedding_problems(ids)
+
+    def _embedding_problems(self, ids: int) -> Iterator[Problem]:
+        """Whether the stored embedding has a row for each id, whatever config.json says."""
+        for file in sorted(self.directory.glob("*.safetensors")):
+            for tensor in [] if damage(file) else stored_tensors(file):
+                if tensor.name.endswith(EMBEDDINGS) and tensor.shape and tensor.shape[0] < ids:
+                    yield self.problem(
+                        "tokenizer.json",
+                        f"has ids up to {ids - 1}, but {tensor.name} in {file.name} has {tensor.shape[0]} "
+                        "rows; use the model's own tokenizer",
+                    )
+
+
+def open_model(field: str, directory: Path) -> ModelFiles | Problem:
+    """The directory's files, or the reason why it is not a model directory."""
+    if not directory.exists():
+        return Problem(
+            field, f"{directory}: no such directory; give a model directory or a hub id (org/name)"
+        )
+    if not directory.is_dir():
+        return Problem(field, f"{directory}: not a directory; give the directory that holds its config.json")
+    file = directory / "config.json"
+    if not file.is_file():
+        return Problem(field, f"{file}: missing, so this is no model; save one with save_pretrained")
+    content = read_json(file)
+    if not isinstance(content, Mapping):
+        return Problem(field, f"{file}: not a JSON object; save the model again with save_pretrained")
+    return ModelFiles(field, directory, content)
+
+
+def chat_problems(policy: ModelFiles, reward: ModelFiles) -> Iterator[Problem]:
+    """A warning where one of the two reads the turns of a chat and the other bare text; both are legal."""
+    if policy.has_chat_template is not reward.has_chat_template:
+        bare, chat = (policy, reward) if reward.has_chat_template else (reward, policy)
+        yield bare.problem(
+            "tokenizer_config.json",
+            f"has no chat_template, so it reads prompt and response end to end, while {chat.field} reads "
+            "turns of a chat; if that is not meant, save the tokenizer with its chat_template",
+            warning=True,
+        )
+
+
+def read_json(file: Path) -> object:
+    """The content of a JSON file; None where it cannot be read."""
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            return None
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _shard_damage(directory: Path, name: str) -> str | None:
+    """What is wrong with a weight file that an index names; None if nothing."""
+    if Path(name).name != name:
+        return "lies outside the model directory"
+    return damage(directory / name)
+
+
+def _token_ids(file: Path) -> int | None:
+    """One more than the largest id of a tokenizer.json; None where it is not one."""
+    content = read_json(file)
+    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
+        return None
+    try:
+        entries = content["model"].get("vocab", ())
+        ids = [len(entries) - 1] if isinstance(entries, list) else list(dict(entries).values())
+        ids += [token["id"] for token in content.get("added_tokens", ())]
+        return int(max(ids, default=-1)) + 1
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def _is_known(model_type: object) -> bool:
+    """Whether transformers has a model of this type among its own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES

@@ -1,0 +1,176 @@
+"""A causal language model that scores packed rows: log-probs of their response tokens, and hidden states.
+
+Axes: A response tokens, B×L the grid of one forward pass and S = B·L its slots, P policy width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from r2m_ray.config.schema import FeedbackNorm
+from r2m_ray.errors import InputError
+
+LOGITS_AT_ONCE = 2**26
+"""Logits that exist at a time, roughly; beyond, tokens are scored in chunks that the backward recomputes."""
+
+TRANSFORMED_LOGITS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier_scale",
+    "lm_head_multiplier",
+)
+FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+
+
+class CausalScorer(nn.Module):
+    """A causal language model with `label_logprobs` in place of its logits.
+
+    token_budget: tokens that a forward pass usually has at most; it decides in how many chunks they are
+    scored.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, temperature: float, norm: FeedbackNorm, token_budget: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        head = model.get_output_embeddings()
+        vocabulary, self.width = (int(size) for size in head.weight.shape)
+        # As many for every pass: with ZeRO-3 each chunk gathers the head, and all ranks must gather alike.
+        self._chunks = math.ceil(token_budget * vocabulary / LOGITS_AT_ONCE)
+        self._norm = norm
+        self._caught: Tensor | None = None
+        if norm is FeedbackNorm.pre:
+            _final_norm(model).register_forward_pre_hook(self._catch)
+
+    def forward(
+        self, input_BL: Tensor, position_BL: Tensor, pick_A: Tensor, label_A: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B·L, P], detached, and the two log-probs [A] of `label_logprobs`.
+
+        Without labels the language-model head does not run.
+        """
+        output = self.model.base_model(input_ids=input_BL, position_ids=position_BL, use_cache=False)
+        state_SP = output.last_hidden_state.flatten(0, 1)
+        caught, self._caught = self._caught, None
+        hidden_SP = state_SP if caught is None else caught.flatten(0, 1)
+        if not label_A.numel():
+            nothing_A = state_SP.new_zeros(0, dtype=torch.float32)
+            return hidden_SP.detach(), nothing_A, nothing_A
+        return hidden_SP.detach(), *self._score(state_SP[pick_A], label_A)
+
+    def _score(self, state_AP: Tensor, label_A: Tensor) -> tuple[Tensor, Tensor]:
+        if self._chunks == 1:
+            return self._score_chunk(state_AP, label_A)
+        chunks = [
+            checkpoint(self._score_chunk, state, label, use_reentrant=False)
+            for state, label in zip(
+                state_AP.tensor_split(self._chunks), label_A.tensor_split(self._chunks), strict=True
+            )
+        ]
+        return torch.cat([tempered for tempered, _ in chunks]), torch.cat([unit for _, unit in chunks])
+
+    def _score_chunk(self, state_AP: Tensor, label_A: Tensor) -> tuple[Tensor, Tensor]:
+        logits_AV = self.model.get_output_embeddings()(state_AP)
+        return label_logprobs(logits_AV, label_A, self.temperature)
+
+    def _catch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._caught = args[0]
+
+
+def label_logprobs(logits_AV: Tensor, label_A: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`log softmax(logits/temperature)[label]` and, detached, the same at temperature 1; float32 [A] each."""
+    logits_AV = logits_AV.float()
+    tempered_A = -cross_entropy(logits_AV / temperature, label_A, reduction="none")
+    if temperature == 1.0:
+        return tempered_A, tempered_A.detach()
+    with torch.no_grad():
+        unit_A = -cross_entropy(logits_AV, label_A, reduction="none")
+    return tempered_A, unit_A
+
+
+def load_causal(
+    model_dir: str, *, field: str, dtype: torch.dtype, attention: str, device: torch.device
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors, with every dropout at 0: a ratio of two passes over
+    the same weights must be 1.
+
+    Raises InputError, naming the config field, where it cannot be loaded or its log-probs are not those of
+    its head's logits.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        _refuse_transformed_logits(config, f"{field}={model_dir}")
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise InputError(
+            f"{field}={model_dir} cannot be loaded as a causal language model: {error}"
+        ) from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:4])
+        raise InputError(
+            f"{field}={model_dir}: its weight files lack {missing}; they are not a causal language model's"
+        )
+    model.to(device)
+    _check_logits(model, f"{field}={model_dir}")
+    return model
+
+
+def _refuse_transformed_logits(config: PretrainedConfig, name: str) -> None:
+    fields = config.get_text_config().to_dict()
+    for field in TRANSFORMED_LOGITS:
+        if fields.get(field) not in (None, 1, 1.0):
+            raise InputError(
+                f"{name}: {field}={fields[field]} in config.json transforms the final logits, which the "
+                "learner does not reproduce; choose a model without it"
+            )
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, name: str) -> None:
+    """The head applied to the last hidden state must give the model's own, finite logits."""
+    probe_BL = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    logits = model(input_ids=probe_BL, use_cache=False).logits.float()
+    state = model.base_model(input_ids=probe_BL, use_cache=False).last_hidden_state
+    if not torch.isfinite(logits).all():
+        raise InputError(
+            f"{name}: the logits of a probe are not finite; its weight files hold NaN or infinity"
+        )
+    difference = (model.get_output_embeddings()(state).float() - logits).abs().max()
+    if difference > 16 * torch.finfo(model.dtype).eps * (1 + logits.abs().max()):
+        raise InputError(
+            f"{name}: its logits differ by {float(difference):.3g} from its head applied to its last hidden "
+            "state; it transforms them in a way that the learner does not reproduce"
+        )
+
+
+def _final_norm(model: PreTrainedModel) -> nn.Module:
+    for name, module in model.base_model.named_children():
+        if name in FINAL_NORMS:
+            norm: nn.Module = module
+            return norm
+    raise InputError(
+        f"feedback.norm=pre: {type(model).__name__} has no final norm named {', '.join(FINAL_NORMS)}; "
+        "use feedback.norm=post"
+    )

@@ -1,0 +1,114 @@
+"""One optimizer step's rows on one rank, and the shards they came from.
+
+Axes: N rows, T packed tokens, P policy width.
+
+Shard s belongs to mini-batch ``s // shards_per_minibatch`` on whatever rank it lies, so the content of an
+optimizer step does not depend on the number of ranks. A rank may hold no shard of a mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r2m_ray.config.schema import Advantage, Config
+from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
+from r2m_ray.core.segment import row_index
+from r2m_ray.engines.policy.blocks import Block, Rows, blocks, packs_lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiniBatch:
+    """Shards end to end, laid out once for every pass over them; tensors on the learner's device.
+
+    order: which of the update's batches it holds. row_T: the row of each token. sampled_N: false for the
+    greedy baselines of ReMax, which are no draw from the policy; rows counts the others. response_T:
+    response tokens of sampled rows. rollout_T, reference_T: log-probs at the sampling temperature;
+    reference_unit_T: at temperature 1.
+    old_T, old_unit_T: π_old's, written by the first pass.
+    """
+
+    order: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    tokens: int
+    rows: int
+    row_T: Tensor
+    advantage_N: Tensor
+    sampled_N: Tensor
+    response_T: Tensor
+    rollout_T: Tensor
+    reference_T: Tensor
+    reference_unit_T: Tensor
+    old_T: Tensor
+    old_unit_T: Tensor
+
+
+def minibatches(
+    batches: Sequence[PolicyBatch],
+    shard_ids: Sequence[int],
+    *,
+    count: int,
+    config: Config,
+    device: torch.device,
+) -> list[MiniBatch]:
+    """This rank's part of each of the step's `count` mini-batches, shards in ascending order."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(batches)), key=lambda i: shard_ids[i]):
+        parts[shard_ids[i] // shards_per_minibatch(config)].append(i)
+    return [_minibatch(batches, part, config, device) for part in parts]
+
+
+def shards_per_minibatch(config: Config) -> int:
+    """Shards of one optimizer step."""
+    return config.algo.minibatch_prompts // config.algo.prompts_per_shard
+
+
+def split_hidden(records: Sequence[Trajectories], hidden_TP: Tensor) -> list[Hidden]:
+    """The states of records that lie end to end, as one `Hidden` each, with memory of its own."""
+    parts = hidden_TP.split([record.layout.tokens for record in records])
+    return [
+        # A view would drag the whole storage along when it is serialized.
+        Hidden(layout=record.layout, hidden_TP=part.clone())
+        for record, part in zip(records, parts, strict=True)
+    ]
+
+
+def _minibatch(
+    batches: Sequence[PolicyBatch], part: Sequence[int], config: Config, device: torch.device
+) -> MiniBatch:
+    chosen = [batches[i] for i in part]
+    records = [batch.trajectories for batch in chosen]
+    rows = Rows.of(records)
+    laid = blocks(
+        rows,
+        token_budget=config.policy.tokens_per_microbatch,
+        packed=packs_lines(config.model.attention),
+        device=device,
+    )
+    sampled_N = torch.ones(rows.offsets.numel() - 1, dtype=torch.bool)
+    if config.algo.advantage is Advantage.remax:
+        sampled_N[:: config.algo.responses_per_prompt] = False
+
+    row_T = row_index(rows.offsets)
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.zeros(0), *tensors]).to(device)
+
+    return MiniBatch(
+        order=tuple(part),
+        blocks=tuple(laid),
+        tokens=rows.input_T.numel(),
+        rows=int(sampled_N.sum()),
+        row_T=row_T.to(device),
+        advantage_N=joined([batch.advantage_N for batch in chosen]),
+        sampled_N=sampled_N.to(device),
+        response_T=(rows.action_T & sampled_N[row_T]).to(device),
+        rollout_T=joined([record.rollout_logp_T for record in records]),
+        reference_T=joined([batch.reference.tempered_T for batch in chosen]),
+        reference_unit_T=joined([batch.reference.unit_T for batch in chosen]),
+        old_T=torch.zeros(rows.input_T.numel(), device=device),
+        old_unit_T=torch.zeros(rows.input_T.numel(), device=device),
+    )

@@ -1,0 +1,278 @@
+"""What runs inside a vLLM worker: the export of hidden states, at no extra forward pass.
+
+Every token that vLLM computes owns a slot of the paged KV cache. A side buffer with the same slots
+keeps the token's hidden state, so paging, prefix sharing, chunked prefill and preemption are right
+for the hidden states whenever they are right for the keys and values. Three extension points of vLLM
+take part: the worker extension copies the model's output into the buffer after each forward pass; the
+KV connector learns from the scheduler which blocks a finished request owned, keeps them from being
+freed, and reads the request's rows in the step that follows; a worker call hands the rows out.
+
+Each slot also remembers which token at which position wrote it, so a reader can prove that a row is
+whole and its own.
+
+Axes: T tokens of one forward pass or one request, P policy width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.forward_context import get_forward_context
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from r2m_ray.engines.faults import reach
+from r2m_ray.engines.rollout import vllm_weights  # noqa: F401  registers the weight-transfer engine
+from r2m_ray.engines.rollout.vllm_engine import Export, WeightReceipt
+from r2m_ray.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished request, its input tokens and the blocks that hold them."""
+
+    request_id: str
+    tokens: int
+    block_ids: tuple[int, ...]
+
+
+class HiddenBuffer:
+    """Hidden state, token and position of every slot of the KV cache."""
+
+    def __init__(self, *, blocks: int, block_size: int) -> None:
+        self._slots = blocks * block_size
+        self._block_size = block_size
+        self._hidden: Tensor | None = None
+        self._source: Tensor | None = None
+
+    def write(self, slot_T: Tensor, hidden_TP: Tensor, token_T: Tensor, position_T: Tensor) -> None:
+        """Store one forward pass; slots below 0 are padding, and so is whatever lies beyond slot_T."""
+        if self._hidden is None or self._source is None:
+            # One row more than there are slots takes the padding: dropping it would need its count,
+            # which on an accelerator waits for the device.
+            self._hidden = hidden_TP.new_empty(self._slots + 1, hidden_TP.shape[1])
+            self._source = token_T.new_full((self._slots + 1, 2), -1, dtype=torch.int64)
+        tokens = min(slot_T.numel(), hidden_TP.shape[0])
+        slot_T = slot_T[:tokens].to(torch.int64)
+        slot_T = torch.where(slot_T < 0, self._slots, slot_T)
+        self._hidden.index_copy_(0, slot_T, hidden_TP[:tokens])
+        source = torch.stack((token_T[:tokens], position_T[:tokens]), dim=1)
+        self._source.index_copy_(0, slot_T, source.to(torch.int64))
+
+    def read(self, requests: Sequence[Finished]) -> dict[str, Export]:
+        """The rows of finished requests, by request id."""
+        if self._hidden is None or self._source is None or not requests:
+            return {}
+        offsets = torch.arange(self._block_size)
+        slots = [
+            (torch.tensor(r.block_ids)[:, None] * self._block_size + offsets).view(-1)[: r.tokens]
+            for r in requests
+        ]
+        sizes = [slot_T.numel() for slot_T in slots]
+        # All requests of a step leave the device in one copy.
+        slot_T = torch.cat(slots).to(self._hidden.device)
+        hidden = self._hidden.index_select(0, slot_T).cpu().split(sizes)
+        source = self._source.index_select(0, slot_T).cpu().split(sizes)
+        return {
+            r.request_id: Export(h, s[:, 0], s[:, 1])
+            for r, h, s in zip(requests, hidden, source, strict=True)
+        }
+
+    def forget(self) -> None:
+        """Mark every row as unwritten, so that none outlives the weights it was computed with."""
+        if self._source is not None:
+            # The engine allocated it in inference mode, and only there may it be written.
+            with torch.inference_mode():
+                self._source.fill_(-1)
+
+
+class FinishedRequests(KVConnectorMetadata):  # type: ignore[misc]
+    """What the scheduler tells the worker: requests that finished since the last step."""
+
+    def __init__(self, requests: tuple[Finished, ...]) -> None:
+        self.requests = requests
+
+
+class HiddenStatesConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """A KV connector that transfers no keys and values, only holds blocks until their rows are read."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+            kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+            raise InputError(
+                f"model.policy: hidden states can be exported from models with full attention in every "
+                f"layer, this one caches {kinds}; set feedback.source=learner"
+            )
+        self._pending: list[Finished] = []
+        self._exports: dict[str, Export] = {}
+        self.buffer = HiddenBuffer(
+            blocks=kv_cache_config.num_blocks, block_size=groups[0].kv_cache_spec.block_size
+        )
+
+    # Scheduler side.
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        return
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any]]:
+        # The last token was sampled, never computed.
+        finished = Finished(request.request_id, request.num_tokens - 1, tuple(block_ids))
+        self._pending.append(finished)
+        return True, {"request_id": finished.request_id}
+
+    def build_connector_meta(self, scheduler_output: Any) -> FinishedRequests:
+        metadata = FinishedRequests(tuple(self._pending))
+        self._pending.clear()
+        return metadata
+
+    # Worker side.
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], None]:
+        requests: tuple[Finished, ...] = self._get_connector_metadata().requests
+        self._exports |= self.buffer.read(requests)
+        return {request.request_id for request in requests}, None
+
+    def take_exports(self) -> dict[str, Export]:
+        """Every export since the last call."""
+        exports, self._exports = self._exports, {}
+        return exports
+
+
+class FinalNorm:
+    """Finds the model's final norm, the one whose output the model returns, and keeps its input.
+
+    It is found by what it does, not by a name, so this holds for every architecture that ends in a norm.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+        self._handles: list[RemovableHandle] = [m.register_forward_hook(self._record) for m in norms]
+        self._last: tuple[nn.Module, Tensor, Tensor] | None = None
+        self._found = False
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # A norm fused with the residual sum returns (normed, sum), and the sum is what it normed.
+        normed, before = output if isinstance(output, tuple) else (output, args[0])
+        self._last = module, normed, before
+
+    def input_of(self, hidden_TP: Tensor) -> Tensor:
+        """The state that the final norm turned into the model's output [T, P]."""
+        if self._last is None or self._last[1].data_ptr() != hidden_TP.data_ptr():
+            raise InputError(
+                "feedback.norm=pre: the policy's output does not come from a norm that can be seen; "
+                "set feedback.norm=post or rollout.engine_args.enforce_eager=true"
+            )
+        module, _, before = self._last
+        if not self._found:
+            for handle in self._handles:
+                handle.remove()
+            self._handles = [module.register_forward_hook(self._record)]
+            self._found = True
+        self._last = None
+        return before.view(-1, before.shape[-1])
+
+
+class RolloutWorker:
+    """Worker extension; its methods are called by name on every worker of an engine."""
+
+    rank: int
+    use_v2_model_runner: bool
+    model_runner: Any
+    weight_transfer_engine: Any
+
+    def export_hidden(self, norm: str) -> None:
+        """Keep the hidden state of every token from now on, "post" or "pre" the final norm."""
+        if self.rank != 0:
+            return
+        buffer: HiddenBuffer = get_kv_transfer_group().buffer
+        runner = self.model_runner
+        final_norm = FinalNorm(runner.get_model()) if norm == "pre" else None
+
+        def keep(slots: Any, hidden_TP: Tensor, token_T: Tensor, position_T: Tensor) -> None:
+            # One cache group: every layer has the same slots.
+            slot_T = next(iter(slots.values()))
+            state_TP = final_norm.input_of(hidden_TP) if final_norm else hidden_TP
+            buffer.write(slot_T, state_TP, token_T, position_T)
+
+        if self.use_v2_model_runner:
+            sample = runner.sample_tokens
+
+            def keep_and_sample(grammar_output: Any) -> Any:
+                state = runner.execute_model_state
+                if state is not None:
+                    batch = state.input_batch
+                    keep(state.slot_mappings_by_layer, state.hidden_states, batch.input_ids, batch.positions)
+                return sample(grammar_output)
+
+            runner.sample_tokens = keep_and_sample
+        else:
+            forward = runner._model_forward
+
+            def forward_and_keep(input_ids: Tensor, positions: Tensor, **inputs: Any) -> Any:
+                reach("mid_generate")
+                hidden_TP = forward(input_ids=input_ids, positions=positions, **inputs)
+                keep(get_forward_context().slot_mapping, hidden_TP, input_ids, positions)
+                return hidden_TP
+
+            runner._model_forward = forward_and_keep
+
+    def keep_generators(self) -> None:
+        """Let vLLM read the prompt of a seeded request in several steps on a CPU.
+
+        After each of them vLLM draws a token, discards it and rewinds the request's generator, which CPU
+        generators refuse. A generator that is out of sight during the draw needs no rewinding.
+        """
+        runner = self.model_runner
+        sample = runner.sample_tokens
+
+        def sample_without(grammar_output: Any) -> Any:
+            batch = runner.input_batch
+            reading = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+            kept = {n: batch.generators.pop(n) for n in reading if n in batch.generators}
+            try:
+                return sample(grammar_output)
+            finally:
+                batch.generators.update(kept)
+
+        runner.sample_tokens = sample_without
+
+    def take_exports(self) -> Mapping[str, Export]:
+        """The hidden states of the requests that finished since the last call, by request id."""
+        exports: Mapping[str, Export] = get_kv_transfer_group().take_exports()
+        return exports
+
+    def forget_hidden(self) -> None:
+        """Invalidate every row of the buffer."""
+        get_kv_transfer_group().buffer.forget()
+
+    def weight_receipt(self) -> WeightReceipt:
+        """What the open weight update has brought so far."""
+        receipt: WeightReceipt = self.weight_transfer_engine.receipt()
+        return receipt

@@ -1,0 +1,208 @@
+"""Pictures of a comparison: one panel per arm, every seed thin and their mean thick, or one bar per arm.
+
+Each arm's panel shows the baseline's mean in grey, so panels need not share an axis that the worst arm would
+stretch. A picture that would be empty is None.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from r2m_ray.report.compare.curves import Curve, Series
+from r2m_ray.report.compare.study import Contrast, Endpoint, Study
+from r2m_ray.report.compare.tables import CENSORED
+from r2m_ray.report.compare.training import Training
+from r2m_ray.report.plots import FROZEN, GOLD, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish, moving_average
+
+Run = TypeVar("Run", Curve, Training)
+Arms = Mapping[str, Sequence[Run]]
+
+COLUMNS = 4
+SEED: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.35}
+BAR_INCHES = 0.27
+COLOURS = 256
+"""Lines on white need no more, and a page of many panels is half to a third as large with a palette."""
+TITLE_LETTERS = 34
+WINDOW_SHARE = 15
+"""A moving average over training steps spans one in so many of them, and five at least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line(Generic[Run]):
+    """One line of every panel: where a run's values lie."""
+
+    label: str
+    colour: str
+    x: Callable[[Run], Series]
+    y: Callable[[Run], Series]
+    style: str = "-"
+
+
+def frontiers(arms: Arms[Curve], baseline: str) -> Figure | None:
+    """Gold (solid) and the frozen proxy (dashed), as changes from the start, against √KL."""
+
+    def distance(curve: Curve) -> Series:
+        return np.sqrt(curve.kl)
+
+    lines = [
+        Line(label="gold", colour=GOLD, x=distance, y=lambda curve: curve.gold - curve.gold[0]),
+        Line(
+            label="frozen RM (proxy)",
+            colour=FROZEN,
+            x=distance,
+            y=lambda curve: curve.frozen - curve.frozen[0],
+            style="--",
+        ),
+    ]
+    return _multiples(arms, baseline, lines, "√KL, per response", "change since the start")
+
+
+def rewards(arms: Arms[Curve], baseline: str) -> Figure | None:
+    """Gold, the frozen proxy and the arm's own reward over the training steps."""
+
+    def steps(curve: Curve) -> Series:
+        return curve.steps.astype(np.float64)
+
+    lines = [
+        Line(label="gold", colour=GOLD, x=steps, y=lambda curve: curve.gold),
+        Line(label="frozen RM", colour=FROZEN, x=steps, y=lambda curve: curve.frozen, style="--"),
+        Line(label="own RM", colour=OWN, x=steps, y=lambda curve: curve.own, style="--"),
+    ]
+    return _multiples(arms, baseline, lines, "training step", "score")
+
+
+def over_training(arms: Arms[Training], baseline: str, key: str, label: str) -> Figure | None:
+    """One metric of the training steps; arms that lack it have no panel, thick lines are moving averages."""
+    line: Line[Training] = Line(
+        label=label,
+        colour=OWN,
+        x=lambda training: training.steps.astype(np.float64),
+        y=lambda training: training.series(key),
+    )
+    known = {arm: runs for arm, runs in arms.items() if any(np.isfinite(r.series(key)).any() for r in runs)}
+    return _multiples(known, baseline, [line], "training step", label, smooth=True)
+
+
+def effects(study: Study) -> Figure | None:
+    """Each arm's difference to the baseline in the primary endpoints: bar, interval, and every seed."""
+    shown = [endpoint for endpoint in study.endpoints if endpoint.primary]
+    arms = study.challengers
+    if not shown:
+        return None
+    height = 1.3 + BAR_INCHES * len(arms)
+    with rc_context(STYLE):
+        figure = _figure(height)
+        left = 0.35 + 0.075 * max(map(len, arms))
+        width = (WIDTH - left) / len(shown)
+        for i, endpoint in enumerate(shown):
+            box = ((left + i * width) / WIDTH, 0.5 / height, (width - 0.3) / WIDTH, (height - 1.1) / height)
+            axes = figure.add_axes(box)
+            _draw_effects(axes, endpoint, [study.contrasts[endpoint.name][arm] for arm in arms])
+            axes.set_yticks(range(len(arms)), arms if i == 0 else [""] * len(arms))
+            axes.set_ylim(len(arms) - 0.4, -0.6)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a file's content, with a palette of colours; the same numbers give the same bytes."""
+    drawn, compressed = io.BytesIO(), io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB")
+    # This method keeps the rarest colours, which are the thin lines'.
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        compressed, "PNG", optimize=True
+    )
+    return compressed.getvalue()
+
+
+def mean_line(values: Sequence[Series]) -> Series:
+    """Mean over runs, entry by entry, of what is finite; NaN where nothing is."""
+    stacked = np.stack(list(values))
+    finite = np.isfinite(stacked)
+    total, count = np.where(finite, stacked, 0.0).sum(axis=0), finite.sum(axis=0)
+    mean: Series = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
+    return mean
+
+
+def _multiples(
+    arms: Arms[Run],
+    baseline: str,
+    lines: Sequence[Line[Run]],
+    x_label: str,
+    y_label: str,
+    *,
+    smooth: bool = False,
+) -> Figure | None:
+    if not arms:
+        return None
+    columns = min(COLUMNS, len(arms))
+    rows = -(-len(arms) // columns)
+    with rc_context(STYLE):
+        figure = _figure(HEIGHT * rows)
+        for i, (arm, runs) in enumerate(arms.items()):
+            line, place = divmod(i, columns)
+            axes = figure.add_axes(cell(place, line, columns, rows))
+            if arm != baseline and baseline in arms:
+                first = next(each for each in lines if _known(each, arms[baseline]))
+                axes.plot(*_mean(first, arms[baseline], smooth), color=GREY, linewidth=1.3, label=baseline)
+            for each in lines:
+                _draw_line(axes, each, runs, smooth=smooth)
+            finish(axes, arm, x_label, y_label if place == 0 else "")
+            if i > 1 and (legend := axes.get_legend()):
+                # The first panels, the baseline's and another's, explain all.
+                legend.remove()
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line[Run], runs: Sequence[Run], *, smooth: bool) -> None:
+    if not _known(line, runs):
+        return
+    for run in runs:
+        axes.plot(line.x(run), line.y(run), line.style, color=line.colour, **SEED)
+    axes.plot(*_mean(line, runs, smooth), line.style, color=line.colour, label=line.label)
+
+
+def _known(line: Line[Run], runs: Sequence[Run]) -> bool:
+    return any(np.isfinite(line.y(run)).any() for run in runs)
+
+
+def _mean(line: Line[Run], runs: Sequence[Run], smooth: bool) -> tuple[Series, Series]:
+    x, y = mean_line([line.x(run) for run in runs]), mean_line([line.y(run) for run in runs])
+    return x, moving_average(y, max(5, len(y) // WINDOW_SHARE)) if smooth else y
+
+
+def _draw_effects(axes: Axes, endpoint: Endpoint, contrasts: Sequence[Contrast]) -> None:
+    for place, contrast in enumerate(contrasts):
+        known = [value for value in contrast.differences if value is not None]
+        if not known:
+            axes.text(0, place, f" {CENSORED}", va="center", color=GREY, fontsize=8)
+            continue
+        mean = sum(known) / len(known)
+        axes.barh(place, mean, height=0.62, color=GOLD if mean >= 0 else FROZEN, alpha=0.35)
+        if contrast.interval is not None:
+            ends = [contrast.interval.low, contrast.interval.high]
+            axes.plot(ends, [place, place], color="#1d2126", linewidth=1.4)
+        axes.plot(known, [place] * len(known), "o", color="#1d2126", markersize=2.8, alpha=0.6)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.grid(False, axis="y")
+    if not axes.patches:
+        axes.set_xticks([])
+    axes.set_title(textwrap.fill(endpoint.label, TITLE_LETTERS), fontsize=8.5)
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    return figure

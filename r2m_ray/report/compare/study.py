@@ -1,0 +1,214 @@
+"""The comparison that was decided on before the runs: endpoints, and each arm against the baseline.
+
+Primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the baseline's
+and counts as fixed: the intervals do not hold its own uncertainty. Gold at KLs between them tells whether
+much hangs on it, where the baseline's peak is flat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+
+from r2m_ray.errors import InputError
+from r2m_ray.report.compare.comparison import Comparison
+from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.compare.matched import Peak, area, gold_at, peak_of_mean
+from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
+from r2m_ray.report.compare.statistics import RESAMPLES, Interval, holm, paired_interval, sign_flip_p
+
+MULTIPLES = (1, 2, 4)
+"""Of KL*, where gold is matched; the area reaches to the last."""
+BETWEEN = (0.5, 1.5, 3)
+"""Of KL*, where gold is told beside the primary endpoints."""
+FALL = 0.5
+"""The fall of gold whose KL is told: what over-optimization must at least cost here."""
+SHARED_NAME = "shared_mean_gold"
+"""The endpoint over the KL that an arm and the baseline both reach under every seed: a range per arm."""
+
+Values = tuple[float | None, ...]
+"""One number per seed, in the order of the seeds; None where the arm is censored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """A number that a curve has or is censored in. label: for a reader. kl: nats it is taken at or up to."""
+
+    name: str
+    label: str
+    primary: bool
+    value: Callable[[Curve], float | None]
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """One arm minus the baseline in one endpoint.
+
+    differences: per seed, None where either is censored. interval: over the seeds that have both, None for
+    fewer than two. p: the sign-flip test's, None where any seed is censored, because those that reach a KL
+    are not a fair sample of all. p_holm: p over all arms of this endpoint. kl: as of the endpoint.
+    """
+
+    arm: str
+    endpoint: str
+    differences: Values
+    interval: Interval | None
+    p: float | None
+    p_holm: float | None
+    kl: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """Everything the tables show.
+
+    gold: whether gold is known. peak: where KL* is; None without gold, and where the baseline has none.
+    values: of each endpoint and arm, one number per seed.
+    """
+
+    baseline: str
+    seeds: tuple[int, ...]
+    gold: bool
+    peak: Peak | None
+    endpoints: tuple[Endpoint, ...]
+    values: Mapping[str, Mapping[str, Values]]
+    contrasts: Mapping[str, Mapping[str, Contrast]]
+
+    @property
+    def challengers(self) -> tuple[str, ...]:
+        """Every arm but the baseline."""
+        return tuple(arm for arm in next(iter(self.values.values())) if arm != self.baseline)
+
+
+def study(
+    comparison: Comparison, *, top: Peak | None = None, seed: int = 0, resamples: int = RESAMPLES
+) -> Study:
+    """Compare every arm with the baseline in every endpoint.
+
+    top: where KL* is, if more of the baseline's seeds are known than are compared here; by default it is of
+    the baseline's mean curve. seed: the bootstrap's. Raises InputError where there is no other arm, where a
+    run has no gold, or where the baseline has no KL* (see ``peak_of_mean``).
+    """
+    for curve in (curve for curves in comparison.arms.values() for curve in curves):
+        if not curve.knows_gold:
+            raise InputError(f"{curve.source}: no gold score to compare at matched KL.")
+    top = top or peak_of_mean(comparison.curves(comparison.baseline))
+    found = contrasted(comparison, endpoints(top.kl), seed=seed, resamples=resamples)
+    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
+    shared = [draw(arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
+    contrasts = MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)})
+    return replace(found, peak=top, contrasts=contrasts)
+
+
+def contrasted(
+    comparison: Comparison, endpoints: Sequence[Endpoint], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Study:
+    """Every arm held against the baseline in the endpoints given; InputError where there is no other arm."""
+    if not comparison.challengers:
+        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
+    values: dict[str, Mapping[str, Values]] = {}
+    contrasts: dict[str, Mapping[str, Contrast]] = {}
+    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
+    for endpoint in endpoints:
+        values[endpoint.name] = MappingProxyType(
+            {arm: tuple(endpoint.value(curve) for curve in curves) for arm, curves in comparison.arms.items()}
+        )
+        contrasts[endpoint.name] = _corrected([draw(arm, endpoint) for arm in comparison.challengers])
+    return Study(
+        baseline=comparison.baseline,
+        seeds=comparison.seeds,
+        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
+        peak=None,
+        endpoints=tuple(endpoints),
+        values=MappingProxyType(values),
+        contrasts=MappingProxyType(contrasts),
+    )
+
+
+def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
+    """The endpoints of a comparison whose baseline peaks at KL* nats per response, the primary ones first."""
+    widest = MULTIPLES[-1] * kl_star
+    under = Endpoint(
+        name="area",
+        label=f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats",
+        primary=True,
+        value=partial(area, kl=widest),
+        kl=widest,
+    )
+    matched = [_at(n, kl_star, primary=True) for n in MULTIPLES]
+    between = [_at(n, kl_star, primary=False) for n in BETWEEN]
+    return (*matched, under, *between, *UNMATCHED)
+
+
+def of_kl_star(multiple: float) -> str:
+    """How a multiple of KL* is called."""
+    return "KL*" if multiple == 1 else f"{multiple:g} KL*"
+
+
+def _at(multiple: float, kl_star: float, *, primary: bool) -> Endpoint:
+    kl = multiple * kl_star
+    return Endpoint(
+        name=f"gold_at_{multiple:g}_kl_star",
+        label=f"Gold at {of_kl_star(multiple)} = {kl:.3g} nats",
+        primary=primary,
+        value=partial(gold_at, kl=kl),
+        kl=kl,
+    )
+
+
+def _fall_kl(curve: Curve) -> float | None:
+    place = fallen(curve, FALL)
+    return None if place is None else place.kl
+
+
+def _secondary(name: str, label: str, value: Callable[[Curve], float | None]) -> Endpoint:
+    return Endpoint(name=name, label=label, primary=False, value=value)
+
+
+UNMATCHED = (
+    _secondary("final_gold", "Final gold", lambda curve: final(curve).gold),
+    _secondary("final_kl", "Final KL, nats", lambda curve: final(curve).kl),
+    _secondary("peak_gold", "Highest evaluation of gold", lambda curve: peak(curve).gold),
+    _secondary("peak_kl", "KL of that evaluation, nats", lambda curve: peak(curve).kl),
+    _secondary("fall", "Fall of gold from there to the end", fall),
+    _secondary("fall_kl", f"KL at which gold had fallen by {FALL:g}, nats", _fall_kl),
+)
+"""Endpoints that need no KL*."""
+
+
+def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
+    pair = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
+    upper = min(MULTIPLES[-1] * kl_star, common_range(pair))
+    return Endpoint(
+        name=SHARED_NAME,
+        label="Mean gold over the KL that both reach",
+        primary=False,
+        value=lambda curve: mean_gold(curve, upper) if upper > 0 else None,
+        kl=upper,
+    )
+
+
+def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int, resamples: int) -> Contrast:
+    pairs = zip(comparison.curves(arm), comparison.curves(comparison.baseline), strict=True)
+    differences = tuple(
+        None if ours is None or theirs is None else ours - theirs
+        for ours, theirs in ((endpoint.value(a), endpoint.value(b)) for a, b in pairs)
+    )
+    known = [difference for difference in differences if difference is not None]
+    return Contrast(
+        arm=arm,
+        endpoint=endpoint.name,
+        differences=differences,
+        interval=paired_interval(known, seed=seed, resamples=resamples) if len(known) > 1 else None,
+        p=sign_flip_p(known) if len(known) == len(differences) > 1 else None,
+        p_holm=None,
+        kl=endpoint.kl,
+    )
+
+
+def _corrected(contrasts: Sequence[Contrast]) -> Mapping[str, Contrast]:
+    adjusted = holm({contrast.arm: contrast.p for contrast in contrasts})
+    return MappingProxyType({c.arm: replace(c, p_holm=adjusted[c.arm]) for c in contrasts})

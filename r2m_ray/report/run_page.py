@@ -1,0 +1,144 @@
+"""The report of a run: plots and one self-contained page, made from the files of its directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from r2m_ray.errors import RunError
+from r2m_ray.report.data import Row, RunRecord, column, known, read_run
+from r2m_ray.report.figures import OVERVIEW, PLOTS
+from r2m_ray.report.html import Figure, Headline, page
+from r2m_ray.report.plots import save_plot
+from r2m_ray.run.files import replace_file
+
+REPORT_DIRECTORY = "report"
+PAGE_FILE = "report.html"
+
+ALARM_PREFIX = "alarm/"
+
+HEADLINES = (
+    ("Frozen reward", "frozen_reward", "reward/frozen_mean"),
+    ("R2M reward", "reward", "reward/mean"),
+    ("Gold", "gold", "gold/mean"),
+    ("KL per response", "kl_sequence", "policy/kl_sequence"),
+    ("Response length", "length", "response/length_mean"),
+    ("RM accuracy", "rm_accuracy", ""),
+)
+"""Label, key in evaluations, key in training steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What "first" and "last" mean in a report: two evaluations, or the means of a few training steps."""
+
+    rows: Sequence[Row]
+    held_out: bool
+    width: int
+
+    @property
+    def text(self) -> str:
+        first, last = self.rows[0]["step"], self.rows[-1]["step"]
+        if self.held_out:
+            return f"the evaluations after steps {first} and {last}"
+        if self.width == 1:
+            return f"steps {first} and {last}"
+        return f"the first and the last {self.width} of {len(self.rows)} steps"
+
+    def ends(self, key: str) -> tuple[float, float] | None:
+        """First and last value of a metric, None if it has no finite value at both ends."""
+        values = column(self.rows, key)
+        first, last = values[: self.width], values[-self.width :]
+        if not (np.isfinite(first).any() and np.isfinite(last).any()):
+            return None
+        return float(np.nanmean(first)), float(np.nanmean(last))
+
+
+def write_report(run_directory: Path) -> Path:
+    """Write ``report/*.png`` and ``report/report.html`` below a run directory; return the page's path.
+
+    Reads nothing but the run's files, finished or not. Raises InputError naming a file that is missing or
+    damaged, RunError if the report cannot be written.
+    """
+    run = read_run(run_directory)
+    directory = run_directory / REPORT_DIRECTORY
+    try:
+        directory.mkdir(exist_ok=True)
+        drawn = [(plot, save_plot(plot, run, directory)) for plot in PLOTS]
+        save_plot(OVERVIEW, run, directory)
+        figures = [
+            Figure(plot.heading, plot.caption, path.read_bytes()) for plot, path in drawn if path is not None
+        ]
+    except OSError as error:
+        raise RunError(f"{directory}: cannot write the report: {error.strerror}.") from error
+    span = span_of(run)
+    text = page(
+        run,
+        reading=f"{reading(run, span)} {alarms(run)}".strip(),
+        headlines=headlines(run, span),
+        figures=figures,
+    )
+    replace_file(directory / PAGE_FILE, text)
+    return directory / PAGE_FILE
+
+
+def span_of(run: RunRecord) -> Span:
+    """Evaluations where there are two, because their prompts stay the same; else a tenth of the steps."""
+    if len(run.evaluations) > 1:
+        return Span(run.evaluations, held_out=True, width=1)
+    return Span(run.steps, held_out=False, width=max(1, len(run.steps) // 10))
+
+
+def headlines(run: RunRecord, span: Span) -> list[Headline]:
+    """The numbers on top of the page: first and last value of each that the run has."""
+    found = []
+    for label, evaluation_key, step_key in HEADLINES:
+        ends = span.ends(evaluation_key if span.held_out else step_key)
+        if ends is not None:
+            found.append(Headline(label, *ends))
+    if known(run.steps, "time/step"):
+        found.append(Headline("Seconds per step", None, float(np.nanmedian(column(run.steps, "time/step")))))
+    return found
+
+
+def reading(run: RunRecord, span: Span) -> str:
+    """What happened to the proxy and to gold, in one or two sentences that claim nothing more."""
+    frozen = span.ends("frozen_reward" if span.held_out else "reward/frozen_mean")
+    gold_key = "gold" if span.held_out else "gold/mean"
+    gold = span.ends(gold_key)
+    if frozen is None:
+        return "This run logged no score of the frozen reward model."
+    start = f"Between {span.text}, the frozen reward model's score {_moved(*frozen)}"
+    if gold is None:
+        return f"{start}; this task has no gold score, so the run does not tell whether responses got better."
+    same = (frozen[1] - frozen[0]) * (gold[1] - gold[0]) >= 0
+    text = f"{start} {'and' if same else 'while'} gold {_moved(*gold)}."
+    if not span.held_out:
+        return text
+    values = column(span.rows, gold_key)
+    best = int(np.nanargmax(values))
+    if best == len(values) - 1:
+        return f"{text} Gold's last evaluation is its best."
+    fall = values[best] - gold[1]
+    return f"{text} Gold was best after step {span.rows[best]['step']}, {fall:.2f} above the last evaluation."
+
+
+def alarms(run: RunRecord) -> str:
+    """Each alarm that was ever on, with the step it began at; nothing where none was."""
+    told = []
+    for key in sorted({key for row in run.steps for key in row if key.startswith(ALARM_PREFIX)}):
+        raised = [int(row["step"]) for row in run.steps if row.get(key)]
+        if raised:
+            name = key.removeprefix(ALARM_PREFIX)
+            told.append(f"{name} from step {raised[0]}, in {len(raised)} of {len(run.steps)} steps")
+    return f"Alarms were on: {'; '.join(told)}." if told else ""
+
+
+def _moved(first: float, last: float) -> str:
+    change = last - first
+    if abs(change) < 0.005:
+        return f"stayed at {last:.2f}"
+    return f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f}"

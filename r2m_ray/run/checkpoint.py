@@ -1,0 +1,268 @@
+"""Checkpoints: everything a run needs to go on, committed at once or not at all.
+
+``checkpoints/`` of a run holds one directory per commit, ``step-000020``: the policy in Hugging Face
+format, the R2M head, both optimizers, ``driver.json`` (step, data cursor, identity of the run) and a
+manifest. Which one is loaded depends on the directories alone: the newest that verifies. LATEST names
+the last commit for a reader's eye. Names that begin with ``.tmp-`` are leftovers of a crash, removed by
+the next save; those that begin with ``.damaged-`` were set aside because a sound one took their place,
+and stay until somebody removes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from r2m_ray.errors import ActorLost, RunError
+from r2m_ray.run import commit
+from r2m_ray.run.files import replace_file
+
+if TYPE_CHECKING:
+    # These load torch and transformers, and a list of checkpoints should not wait for them.
+    from r2m_ray.core.roles import Roles
+    from r2m_ray.tasks.data import PromptStream
+
+CHECKPOINTS = "checkpoints"
+"""The directory of a run that holds them."""
+DRIVER_STATE = "driver.json"
+LATEST = "LATEST"
+ROLES = ("policy", "reward_head")
+"""Directories that a checkpoint cannot be without."""
+NAME = re.compile(r"step-([0-9]{6,18})")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverState:
+    """The driver's part of a checkpoint. prompts: the data cursor; identity: see `r2m_ray.run.resume`."""
+
+    step: int
+    prompts: Mapping[str, Any]
+    identity: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    keep: how many sound ones to keep, the newest first. identity: what the run is made of, kept with each.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, identity: Mapping[str, Any] | None = None) -> None:
+        self.directory = directory
+        self._keep = keep
+        self._identity = dict(identity or {})
+        self._reached = 0
+
+    async def save(self, step: int, roles: Roles, prompts: PromptStream) -> Path:
+        """Commit the state after ``step``, then prune older checkpoints beyond ``keep``.
+
+        A step that is committed already is left as it is. Raises RunError with path and bytes where the
+        disk has no room or fails, and ActorLost as the roles do; the earlier checkpoints are untouched then.
+        """
+        final = self.directory / f"step-{step:06d}"
+        if final.exists() and fault(final) is None:
+            logger.warning("%s: this step is committed already; it stays as it is", final)
+            return final
+        building = commit.temporary(final)
+        try:
+            self._make_room()
+            building.mkdir()
+            await roles.policy.save(building)
+            await roles.reward.save(building)
+            _require_roles(building)
+            state = {"step": step, "prompts": prompts.state(), "identity": self._identity}
+            (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+            # On a thread, because signals are heard between the event loop's turns.
+            await asyncio.to_thread(commit.seal, building, step=step)
+            if final.exists():
+                _set_aside(final)
+            commit.publish(building, final)
+        except ActorLost:
+            raise
+        except (OSError, SafetensorError, RunError) as error:
+            raise self._unsaved(final, building, error) from error
+        finally:
+            _remove(building)
+        self._reached = step
+        self._point_at(final)
+        try:
+            self._prune(final)
+        except OSError as error:
+            logger.warning("%s: older checkpoints are not pruned (%s)", self.directory, error)
+        return final
+
+    async def restore(self, roles: Roles, prompts: PromptStream) -> int:
+        """Load the newest valid checkpoint into every stateful role; return its step, 0 if there is none.
+
+        Raises RunError where there is none any more, though this object has committed or restored one.
+        """
+        directory = await asyncio.to_thread(self.newest)
+        if directory is None:
+            if self._reached:
+                raise RunError(
+                    f"{self.directory}: step {self._reached} was committed here, and no checkpoint is left. "
+                    "Put them back, and continue with run.resume=true."
+                )
+            return 0
+        await roles.policy.load(directory)
+        await roles.reward.load(directory)
+        state = driver_state(directory)
+        prompts.restore(state.prompts)
+        self._reached = state.step
+        return state.step
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose files match its manifest; None if the run never committed one.
+
+        Raises RunError if checkpoints exist and none is valid: starting over would lose the run.
+        """
+        reasons: list[str] = []
+        for directory in reversed(self.committed()):
+            reason = fault(directory)
+            if reason is None:
+                for skipped in reasons:
+                    logger.warning("checkpoint %s; falling back to %s", skipped, directory.name)
+                return directory
+            reasons.append(f"{directory.name} is not used: {reason}")
+        if reasons:
+            raise RunError(
+                f"{self.directory}: no checkpoint is valid ({'; '.join(reasons)}). "
+                "Restore one from a backup, or start a new run.name."
+            )
+        return None
+
+    def committed(self) -> list[Path]:
+        """Every directory with a checkpoint's name, oldest first, valid or not."""
+        if not self.directory.is_dir():
+            return []
+        # Not by a pattern: where a directory cannot be read, a pattern finds nothing and says nothing.
+        found = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+        return sorted(found, key=step_of)
+
+    def _make_room(self) -> None:
+        """Remove what a crash left, and refuse to begin what cannot be finished."""
+        if not self.directory.is_dir():
+            self.directory.mkdir(parents=True)
+            commit.flush(self.directory.parent)
+        for leftover in self.directory.glob(f"{commit.BUILDING}*"):
+            _remove(leftover)
+        needed, free = self._needed(), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise RunError(f"a checkpoint needs {needed} bytes, as the last one did")
+
+    def _needed(self) -> int:
+        """Bytes of the last checkpoint that is not visibly damaged; 0 before the first one."""
+        sound = (path for path in reversed(self.committed()) if commit.fault(path, hashed=False) is None)
+        last = next(sound, None)
+        return commit.read_manifest(last).bytes if last else 0
+
+    def _unsaved(self, final: Path, building: Path, error: Exception) -> RunError:
+        written = sum(path.lstat().st_size for path in building.rglob("*") if not path.is_dir())
+        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
+        return RunError(
+            f"{final}: not saved; {written} bytes of it were written, and {free} are free. {error}. Earlier "
+            "checkpoints are as they were. If that disk is full, free space or lower checkpoint.keep, then "
+            "continue with run.resume=true."
+        )
+
+    def _point_at(self, final: Path) -> None:
+        try:
+            replace_file(self.directory / LATEST, f"{final.name}\n")
+        except RunError as error:
+            logger.warning("%s The checkpoint itself is committed.", error)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove older checkpoints beyond ``keep`` sound ones; ``newest``, the first, has just verified.
+
+        Damaged ones do not count. Any of a later step were found damaged when the run fell back behind them.
+        """
+        sound = 1
+        for directory in reversed(self.committed()):
+            if step_of(directory) > step_of(newest):
+                _set_aside(directory)
+            elif directory == newest:
+                continue
+            elif sound >= self._keep:
+                _discard(directory)
+            else:
+                sound += commit.fault(directory, hashed=False) is None
+
+
+def fault(directory: Path, *, hashed: bool = True) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is whole. hashed: see `commit.fault`."""
+    if reason := commit.fault(directory, hashed=hashed):
+        return reason
+    manifest = commit.read_manifest(directory)
+    for part in ROLES:
+        if not any(name.startswith(f"{part}/") for name in manifest.files):
+            return f"{part} is empty"
+    try:
+        step = driver_state(directory).step
+    except (OSError, ValueError) as error:
+        return f"{DRIVER_STATE} is unreadable ({error})"
+    for file, found in ((commit.MANIFEST, manifest.step), (DRIVER_STATE, step)):
+        if found != step_of(directory):
+            return f"{file} is of step {found}"
+    return None
+
+
+def driver_state(directory: Path) -> DriverState:
+    """The driver's part of a checkpoint; ValueError where it is not what a driver wrote."""
+    content = json.loads((directory / DRIVER_STATE).read_bytes())
+    try:
+        return DriverState(
+            step=int(content["step"]), prompts=dict(content["prompts"]), identity=dict(content["identity"])
+        )
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
+
+
+def step_of(directory: Path) -> int:
+    """The step that a checkpoint's name gives."""
+    match = NAME.fullmatch(directory.name)
+    assert match is not None, directory
+    return int(match[1])
+
+
+def _require_roles(building: Path) -> None:
+    for part in ROLES:
+        if not any((building / part).glob("*")):
+            raise RunError(
+                f"{building / part}: its actor wrote nothing here; run.root must be a directory that "
+                "every node of the cluster shares"
+            )
+
+
+def _set_aside(directory: Path) -> None:
+    directory.rename(directory.with_name(f".damaged-{directory.name}-{uuid.uuid4().hex[:8]}"))
+    commit.flush(directory.parent)
+
+
+def _discard(directory: Path) -> None:
+    """Rename, then remove: a half-removed directory must not look like a checkpoint."""
+    doomed = commit.temporary(directory)
+    directory.rename(doomed)
+    commit.flush(doomed.parent)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or tree, if it is there; the next save tries again where that fails."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: cannot be removed (%s)", path, error.strerror)

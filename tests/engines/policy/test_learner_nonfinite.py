@@ -1,0 +1,180 @@
+"""What is not finite changes no weight of the learner, is counted, and is neither saved nor sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from r2m_ray.config.schema import (
+    Config,
+    KLEstimator,
+)
+from r2m_ray.core.batch import PolicyBatch, ReferenceLogprobs
+from r2m_ray.engines.policy.learner import PolicyLearner
+from r2m_ray.errors import RunError
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+Weights = dict[str, Tensor]
+MakeLearner = Callable[[Config, Path], PolicyLearner]
+IDS = (0, 1, 2)  # Two mini-batches: shards 0 and 1, then shard 2 alone.
+
+
+def broken(batch: PolicyBatch, estimator: KLEstimator) -> PolicyBatch:
+    """NaN in the advantages; or in the reference, which k1 keeps out of the gradient."""
+    if estimator is KLEstimator.k3:
+        return replace(batch, advantage_N=batch.advantage_N * torch.nan)
+    nan_T = batch.reference.tempered_T * torch.nan
+    return replace(batch, reference=ReferenceLogprobs(tempered_T=nan_T, unit_T=batch.reference.unit_T))
+
+
+@pytest.mark.parametrize("estimator", [KLEstimator.k3, KLEstimator.k1])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_non_finite_steps_are_skipped(
+    make_learner: MakeLearner,
+    weights_of: Callable[[PolicyLearner], Weights],
+    assert_equal: Callable[[Weights, Weights], None],
+    stage: int,
+    estimator: KLEstimator,
+    batches: list[PolicyBatch],
+    tiny_policy_dir: Path,
+    make_learner_config: Callable[..., Config],
+) -> None:
+    config = make_learner_config(stage)
+    config.algo.kl_estimator = estimator
+    policy = make_learner(config, tiny_policy_dir)
+    before = weights_of(policy)
+    stats, _ = policy.update([broken(batches[0], estimator), batches[1]], IDS[:2])
+    assert (stats["optimizer_steps"], stats["skipped_steps"]) == (0, 2)
+    assert_equal(weights_of(policy), before)
+
+    stats, _ = policy.update([*batches[:2], broken(batches[2], estimator)], IDS)
+    assert (stats["optimizer_steps"], stats["skipped_steps"]) == (2, 2)
+    untroubled = make_learner(config, tiny_policy_dir)
+    expected, _ = untroubled.update(batches[:2], IDS[:2])
+    assert_equal(weights_of(policy), weights_of(untroubled))
+    assert stats["loss"] == expected["loss"]
+    assert stats["grad_norm"] == expected["grad_norm"]
+
+
+def with_value(batch: PolicyBatch, what: str, value: float) -> PolicyBatch:
+    """One value of the first row's last response token, or of its reward's advantage."""
+    rows = batch.trajectories
+    last = int(rows.layout.offsets[1]) - 1
+    if what == "advantage":
+        advantage_N = batch.advantage_N.clone()
+        advantage_N[0] = value
+        return replace(batch, advantage_N=advantage_N)
+    if what == "rollout":
+        logp_T = rows.rollout_logp_T.clone()
+        logp_T[last] = value
+        return replace(batch, trajectories=replace(rows, rollout_logp_T=logp_T))
+    base_T = batch.reference.tempered_T.clone()
+    base_T[last] = value
+    return replace(batch, reference=ReferenceLogprobs(tempered_T=base_T, unit_T=0.9 * base_T))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["advantage", "rollout", "reference"])
+@pytest.mark.parametrize("weight", [0.04, 0.0])
+def test_one_broken_number_skips_its_steps_and_spoils_no_statistic(
+    weight: float,
+    what: str,
+    value: float,
+    make_learner: MakeLearner,
+    weights_of: Callable[[PolicyLearner], Weights],
+    assert_equal: Callable[[Weights, Weights], None],
+    batches: list[PolicyBatch],
+    config: Config,
+    tiny_policy_dir: Path,
+) -> None:
+    """Also where the loss does not read it: the rollout's log-probs, and the reference's at β = 0."""
+    config.algo.kl_weight = weight
+    policy = make_learner(config, tiny_policy_dir)
+    stats, _ = policy.update([*batches[:2], with_value(batches[2], what, value)], IDS)
+    untroubled = make_learner(config, tiny_policy_dir)
+    expected, _ = untroubled.update(batches[:2], IDS[:2])
+    assert (stats["optimizer_steps"], stats["skipped_steps"]) == (2, 2)
+    assert stats["nonfinite_rows"] == (what != "advantage")
+    assert all(math.isfinite(number) for number in stats.values())
+    assert_equal(weights_of(policy), weights_of(untroubled))
+    for name in ("loss", "kl_loss", "grad_norm", "ratio_mean"):
+        assert stats[name] == expected[name], name
+
+
+def test_averages_leave_out_the_rows_that_nobody_could_score(
+    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+) -> None:
+    stats, _ = make_learner(config, tiny_policy_dir).update(
+        [with_value(batches[0], "rollout", math.nan)], IDS[:1]
+    )
+    rows, model = batches[0].trajectories, AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    kl, tokens = 0.0, 0
+    for n in range(1, 8):
+        part = rows.layout.slice_of(n)
+        with torch.no_grad():
+            logp_TV = torch.log_softmax(model(rows.input_T[part][None]).logits[0], -1)
+        logp_T = logp_TV.gather(-1, rows.label_T[part][:, None])[:, 0] - batches[0].reference.unit_T[part]
+        kl += float(logp_T[rows.action_T[part]].sum())
+        tokens += int(rows.action_T[part].sum())
+    assert stats["tokens"] == tokens
+    assert stats["kl_sequence"] == pytest.approx(kl / 7, rel=1e-4)
+    assert stats["kl_token"] == pytest.approx(kl / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_weights_that_are_not_finite_learn_nothing_and_are_neither_saved_nor_sent(
+    stage: int,
+    make_learner: MakeLearner,
+    batches: list[PolicyBatch],
+    tiny_policy_dir: Path,
+    make_learner_config: Callable[..., Config],
+    tmp_path: Path,
+) -> None:
+    policy = make_learner(make_learner_config(stage), tiny_policy_dir)
+    name = "model.layers.1.mlp.up_proj.weight"
+    parameter = policy._engine.parameters[name]
+    with policy._engine.gathered(parameter, modify=True):
+        parameter.data[3, 5] = math.nan
+    stats, _ = policy.update(batches, IDS)
+    assert (stats["optimizer_steps"], stats["skipped_steps"], stats["nonfinite_rows"]) == (0, 4, 24)
+    sent: list[str] = []
+    with pytest.raises(RunError, match=rf"policy weight {name}: 1 of 8192 values are NaN or infinite"):
+        sent.extend(bucket.names[0] for bucket in policy.weight_buckets(1))
+    assert sent
+    assert name not in sent
+    with pytest.raises(RunError, match=rf"policy weight {name}: .*run.resume=true"):
+        policy.save(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_finite_weight_of_any_size_is_sent(
+    make_learner: MakeLearner,
+    weights_of: Callable[[PolicyLearner], Weights],
+    config: Config,
+    tiny_policy_dir: Path,
+) -> None:
+    policy = make_learner(config, tiny_policy_dir)
+    largest = torch.finfo(torch.float32).max
+    with torch.no_grad():
+        policy._engine.parameters["model.norm.weight"].fill_(largest)
+    # Their sum overflows, and they are finite all the same.
+    assert (weights_of(policy)["model.norm.weight"] == largest).all()
+
+
+def test_moments_that_are_not_finite_are_not_saved(
+    make_learner: MakeLearner, config: Config, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    policy = make_learner(config, tiny_policy_dir)
+    moment = policy._engine.read_state("model.norm.weight", "exp_avg_sq")
+    policy._engine.write_state("model.norm.weight", "exp_avg_sq", torch.full_like(moment, math.inf))
+    with pytest.raises(RunError, match=r"exp_avg_sq of policy weight model\.norm\.weight: 64 of 64"):
+        policy.save(tmp_path)
+    assert not (tmp_path / "policy_state" / "optimizer.json").exists()

@@ -1,0 +1,241 @@
+"""Updates of the head by the reward engine: what moves, by how much, and what does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from r2m_ray.config.schema import PairSource, WoInit
+from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
+from r2m_ray.core.reward_loss import grebt
+from r2m_ray.engines.reward.engine import RewardEngine
+
+EngineFactory = Callable[..., RewardEngine]
+StatesFactory = Callable[..., Hidden]
+BatchFactory = Callable[..., RewardBatch]
+LiteralRewards = Callable[..., Tensor]
+K = 4
+
+
+def parameters(engine: RewardEngine) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in engine.head.named_parameters()}
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("pair_source", [source for source in PairSource if source is not PairSource.random])
+def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
+    make_batch: BatchFactory, pair_source: PairSource, entropy_weight: float, make_engine: EngineFactory
+) -> None:
+    engine = make_engine(pair_source=pair_source, entropy_weight=entropy_weight)
+    batches = [make_batch(1), make_batch(2, groups=3)]
+    oracle = make_engine().head
+    optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+
+    stats = engine.update(batches, 0.6, 1)
+    notes = [batch.annotation for batch in batches]
+    reward_GK = torch.cat(
+        [oracle(b.annotation.rte_ND, b.hidden.hidden_TP, b.hidden.layout.offsets, 0.6) for b in batches]
+    ).view(-1, K)
+    pairs = {
+        PairSource.annotation: torch.cat([note.reward_N for note in notes]),
+        PairSource.frozen_rm: torch.cat([note.frozen_reward_N for note in notes]),
+        PairSource.recomputed: reward_GK.detach().flatten(),
+        PairSource.gold: torch.cat([note.gold_N for note in notes]),
+    }[pair_source].view(-1, K)
+    loss, _ = grebt(reward_GK, pairs, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
+    optimizer.step()
+
+    assert stats["loss"] == pytest.approx(loss.item(), abs=1e-6)
+    assert stats["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for name, value in oracle.named_parameters():
+        # Adam's first step is lr·sign(g): rounding of g matters only where g is itself rounding.
+        torch.testing.assert_close(engine.head.get_parameter(name), value, atol=1e-6, rtol=0)
+
+
+def test_update_statistics_are_those_of_its_rewards(
+    make_batch: BatchFactory, literal_rewards: LiteralRewards, make_engine: EngineFactory
+) -> None:
+    engine = make_engine(learning_rate=0.0, pair_source=PairSource.frozen_rm)
+    batches = [make_batch(1), make_batch(2, groups=3)]
+    reward_GK = torch.cat(
+        [literal_rewards(engine.head, b.annotation.rte_ND, b.hidden, 0.6) for b in batches]
+    ).view(-1, K)
+    frozen_GK = torch.cat([b.annotation.frozen_reward_N for b in batches]).view(-1, K)
+    winner, loser = frozen_GK.argmax(1), frozen_GK.argmin(1)
+    margin_G = reward_GK[range(5), winner] - reward_GK[range(5), loser]
+    stats = engine.update(batches, 0.6, 1)
+    assert stats["margin"] == pytest.approx(margin_G.mean().item(), abs=1e-5)
+    assert stats["flip_rate"] == (margin_G < 0).double().mean().item()
+    assert 0 < stats["flip_rate"] < 1
+    assert stats["group_std"] == pytest.approx(reward_GK.std(1, correction=0).mean().item(), abs=1e-5)
+    assert stats["bradley_terry"] == pytest.approx(torch.log1p(torch.exp(-margin_G)).mean().item(), abs=1e-5)
+    assert stats["loss"] == pytest.approx(0.7 * stats["bradley_terry"] + 0.3 * stats["entropy"], abs=1e-6)
+    assert stats["valid_pairs"] == stats["valid_groups"] == 1.0
+
+
+def test_gradient_norms_are_those_of_the_single_losses(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    batch = [make_batch(1)]
+    both = make_engine().update(batch, 0.6, 1)
+    only_bt = make_engine(entropy_weight=0.0).update(batch, 0.6, 1)
+    only_gre = make_engine(entropy_weight=1.0).update(batch, 0.6, 1)
+    assert both["gradient_norm_bradley_terry"] == pytest.approx(only_bt["gradient_norm"], rel=1e-6)
+    assert both["gradient_norm_entropy"] == pytest.approx(only_gre["gradient_norm"], rel=1e-6)
+
+
+def test_attention_statistics_of_known_cases(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
+    batch = make_batch(1)
+    equal = replace(batch, hidden=replace(batch.hidden, hidden_TP=torch.ones_like(batch.hidden.hidden_TP)))
+    lengths = batch.hidden.layout.lengths
+    stats = make_engine(wo_init=WoInit.zero).update([equal], 0.6, 1)
+    # Equal states share the attention equally: the entropy of a row is log of its length, 0 for one token.
+    assert stats["attention_entropy"] == pytest.approx((lengths > 1).double().mean().item(), abs=1e-6)
+    assert stats["feedback_ratio"] == 0.0
+    assert make_engine().update([batch], 0.6, 1)["feedback_ratio"] > 0.1
+
+
+def test_recomputed_pairs_never_flip(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
+    batches = [make_batch(seed) for seed in range(4)]
+    stats = make_engine(pair_source=PairSource.recomputed).update(batches, 0.6, 1)
+    assert stats["flip_rate"] == 0.0
+    assert stats["margin"] > 0
+
+
+def test_update_never_runs_the_trunk_and_moves_the_head_alone(
+    make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
+) -> None:
+    engine = make_engine()
+    annotation = engine.annotate(trajectories, hidden, 0.6, 1)
+    trunk_before = {name: value.clone() for name, value in engine.trunk.model.state_dict().items()}
+    calls: list[object] = []
+    engine.trunk.model.register_forward_pre_hook(lambda *args: calls.append(args))
+    head_before = parameters(engine)
+    hidden_before = hidden.hidden_TP.clone()
+    engine.update([RewardBatch(hidden=hidden, annotation=annotation)], 0.6, 1)
+    assert not calls
+    assert all(
+        torch.equal(value, trunk_before[name]) for name, value in engine.trunk.model.state_dict().items()
+    )
+    assert not any(parameter.requires_grad for parameter in engine.trunk.model.parameters())
+    assert all(not torch.equal(value, head_before[name]) for name, value in parameters(engine).items())
+    assert torch.equal(hidden.hidden_TP, hidden_before)
+    # The frozen reward stays the original model's, though φ has moved.
+    again = engine.annotate(trajectories, hidden, 1.0, 2)
+    assert torch.equal(again.frozen_reward_N, annotation.frozen_reward_N)
+    assert not torch.equal(again.reward_N, again.frozen_reward_N)
+
+
+def test_paper_learning_rate_moves_nearly_all_weights(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    # At the paper's 0.02, where a float32 step of 1e-6 is not lost.
+    engine = make_engine(learning_rate=1e-6, init_std=0.02)
+    before = parameters(engine)
+    engine.update([make_batch(1)], 0.6, 1)
+    after = parameters(engine)
+    moved = torch.cat([(after[name] != before[name]).flatten() for name in before])
+    assert moved.double().mean() > 0.99
+
+
+def test_frozen_head_is_measured_and_not_changed(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    frozen = make_engine(update_steps=0)
+    before = frozen.digests()
+    stats = frozen.update([make_batch(1)], 0.6, 1)
+    assert frozen.digests() == before
+    expected = make_engine().update([make_batch(1)], 0.6, 1)
+    assert stats.items() <= expected.items()
+    assert expected.keys() - stats.keys() == {
+        "gradient_norm",
+        "gradient_norm_bradley_terry",
+        "gradient_norm_entropy",
+        "skipped_steps",
+        "nonfinite_steps",
+    }
+
+
+def test_a_head_that_reads_nothing_and_learns_nothing_has_no_statistics(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    assert make_engine(update_steps=0, omega_floor=1.0).update([make_batch(1)], 1.0, 1) == {}
+
+
+def test_without_feedback_only_the_scoring_head_moves(
+    make_states: StatesFactory, make_engine: EngineFactory, trajectories: Trajectories
+) -> None:
+    engine = make_engine(omega_floor=1.0)
+    empty = make_states(trajectories.layout, seed=0, width=0)
+    annotation = engine.annotate(trajectories, empty, 1.0, 1)
+    before = parameters(engine)
+    stats = engine.update([RewardBatch(hidden=empty, annotation=annotation)], 1.0, 1)
+    moved = {name for name, value in parameters(engine).items() if not torch.equal(value, before[name])}
+    assert moved == {"score_weight"}
+    assert stats["feedback_ratio"] == 0.0
+
+
+def test_several_update_steps_are_repeated_single_ones(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    twice, once = make_engine(update_steps=2), make_engine()
+    stats = twice.update([make_batch(1)], 0.6, 1)
+    first = once.update([make_batch(1)], 0.6, 1)
+    once.update([make_batch(1)], 0.6, 1)
+    assert twice.digests() == once.digests()
+    assert stats == first
+
+
+def test_update_does_not_depend_on_the_cut_into_shards(
+    make_batch: BatchFactory, make_engine: EngineFactory
+) -> None:
+    one, other = make_batch(1), make_batch(2)
+    notes = (one.annotation, other.annotation)
+    layout = Layout.from_lengths([*one.hidden.layout.lengths, *other.hidden.layout.lengths], K)
+    joined = RewardBatch(
+        hidden=Hidden(layout=layout, hidden_TP=torch.cat([one.hidden.hidden_TP, other.hidden.hidden_TP])),
+        annotation=Annotation(
+            layout=layout,
+            reward_N=torch.cat([note.reward_N for note in notes]),
+            frozen_reward_N=torch.cat([note.frozen_reward_N for note in notes]),
+            gold_N=torch.cat([note.gold_N for note in notes]),
+            rte_ND=torch.cat([note.rte_ND for note in notes]),
+            response_id_N=torch.cat([note.response_id_N for note in notes]),
+        ),
+    )
+    whole, cut = make_engine(), make_engine()
+    whole_stats, cut_stats = whole.update([joined], 0.6, 1), cut.update([one, other], 0.6, 1)
+    assert whole_stats == pytest.approx(cut_stats, abs=1e-5)
+    for name, value in parameters(cut).items():
+        torch.testing.assert_close(parameters(whole)[name], value, atol=1e-6, rtol=0)
+
+
+def test_groups_that_teach_nothing_move_nothing_even_by_momentum(
+    make_batch: BatchFactory, make_states: StatesFactory, make_engine: EngineFactory
+) -> None:
+    engine = make_engine()
+    engine.update([make_batch(1)], 0.6, 1)
+    before = engine.digests()
+    batch = make_batch(2)
+    layout = Layout.from_lengths([5] * 2 * K, K)
+    tied = RewardBatch(
+        hidden=Hidden(layout=layout, hidden_TP=make_states(layout, seed=0).hidden_TP[:5].repeat(2 * K, 1)),
+        annotation=replace(
+            batch.annotation,
+            layout=layout,
+            rte_ND=batch.annotation.rte_ND[:1].repeat(2 * K, 1),
+            response_id_N=torch.zeros(2 * K, dtype=torch.int64),
+        ),
+    )
+    stats = engine.update([tied], 0.6, 2)
+    assert engine.digests() == before
+    assert (stats["skipped_steps"], stats["nonfinite_steps"]) == (1, 0)
+    assert stats["valid_pairs"] == stats["loss"] == 0.0
+    assert math.isnan(stats["margin"])

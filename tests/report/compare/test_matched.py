@@ -1,0 +1,152 @@
+"""Gold at matched KL and the measures of a path, against paths whose answers are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r2m_ray.errors import InputError
+from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.compare.matched import Passage, area, first_passage, gold_at, peak_of_mean
+from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
+
+MakeCurve = Callable[..., Curve]
+
+finite = st.floats(-10, 10)
+# Nats: a KL that only a subnormal number holds is no KL.
+nats = st.floats(0, 50).filter(lambda kl: kl == 0 or kl > 1e-9)
+paths = st.lists(st.tuples(nats, finite), min_size=1, max_size=12)
+
+
+def test_a_straight_path_is_matched_exactly(make_curve: MakeCurve) -> None:
+    kl = [0, 1, 4, 9, 16]
+    curve = make_curve(kl, [2 - 0.5 * k for k in kl])
+    for at in (0, 0.3, 1, 2.5, 8.99, 16):
+        assert gold_at(curve, at) == pytest.approx(2 - 0.5 * at, abs=1e-12)
+    assert area(curve, 10) == pytest.approx(2 * 10 - 0.25 * 100, abs=1e-12)
+
+
+def test_a_smooth_path_is_matched_to_second_order(make_curve: MakeCurve) -> None:
+    # Gao et al.'s form d(α − β d) with d = √KL: interpolation errs by at most h²·max|gold″|/8 in KL.
+    root = np.linspace(0, 4, 401)
+    curve = make_curve(root**2, root * (1 - 0.3 * root))
+    for at in (1, 4, 9):
+        assert gold_at(curve, at) == pytest.approx(math.sqrt(at) - 0.3 * at, abs=1e-4)
+    exact = 2 / 3 * 9**1.5 - 0.15 * 81
+    assert area(curve, 9) == pytest.approx(exact, abs=1e-3)
+
+
+def test_the_first_passage_counts_where_a_path_goes_back(make_curve: MakeCurve) -> None:
+    curve = make_curve([0, 4, 2, 6], [0, 4, -2, -10])
+    assert gold_at(curve, 3) == 3, "not what the path has there on its way back or after"
+    assert first_passage(curve, 3) == Passage(index=0, fraction=0.75)
+    assert gold_at(curve, 4) == 4
+    assert gold_at(curve, 5) == -8, "on the way from 2 to 6, three quarters along"
+    # 0–4 is a triangle of 8; then gold runs on from −6, where the return meets 4, to −10 at 6.
+    assert area(curve, 6) == pytest.approx(8 + (-6 - 10) / 2 * 2, abs=1e-12)
+
+
+def test_other_series_are_read_at_the_same_place(make_curve: MakeCurve) -> None:
+    curve = make_curve([0, 4, 8], [0, 1, 0], frozen=[0, 10, 30])
+    passage = first_passage(curve, 6)
+    assert passage is not None
+    assert (passage.of(curve.frozen), passage.of(curve.steps.astype(float))) == (20, 7.5)
+
+
+def test_a_path_that_does_not_get_there_is_censored(make_curve: MakeCurve) -> None:
+    curve = make_curve([0, 4, 2], [0, 4, 1])
+    assert gold_at(curve, 4.0) == 4
+    for at in (np.nextafter(4.0, 5.0), 5, 1e6):
+        assert gold_at(curve, at) is None
+        assert area(curve, at) is None
+        assert mean_gold(curve, at) is None
+    still = make_curve([0, 0, 0], [1, 2, 3])
+    assert (gold_at(still, 0), gold_at(still, 0.1), area(still, 0)) == (1, None, 0)
+
+
+@pytest.mark.parametrize("kl", [-1, math.nan, math.inf])
+def test_a_kl_is_a_number_from_0_on(make_curve: MakeCurve, kl: float) -> None:
+    with pytest.raises(ValueError, match="finite and not negative"):
+        gold_at(make_curve([0, 1], [0, 1]), kl)
+
+
+@given(points=paths, share=st.floats(0, 1))
+def test_matched_gold_lies_on_the_path(
+    make_curve: MakeCurve, points: list[tuple[float, float]], share: float
+) -> None:
+    curve = make_curve([0, *(k for k, _ in points)], [1.5, *(g for _, g in points)])
+    at = share * curve.max_kl
+    passage = first_passage(curve, at)
+    assert passage is not None
+    assert passage.of(curve.kl) == pytest.approx(at, abs=1e-9)
+    assert (curve.kl[: passage.index + 1] <= at).all(), "an earlier evaluation was already there"
+    assert gold_at(curve, curve.max_kl + 1) is None
+
+
+@given(points=paths, share=st.floats(0, 1), scale=st.floats(-3, 3), shift=finite)
+def test_area_adds_up_and_follows_gold(
+    make_curve: MakeCurve, points: list[tuple[float, float]], share: float, scale: float, shift: float
+) -> None:
+    kl, gold = [0, *(k for k, _ in points)], [1.5, *(g for _, g in points)]
+    curve, end = make_curve(kl, gold), max(kl)
+    whole = area(curve, end)
+    other = area(make_curve(kl, [scale * g + shift for g in gold]), end)
+    assert whole is not None
+    assert other == pytest.approx(scale * whole + shift * end, abs=1e-6 * (1 + abs(end)))
+    # A middle sum over first passages is an independent integration of the same function.
+    cells = 400
+    middles = [(i + 0.5) * share * end / cells for i in range(cells)]
+    values = [gold_at(curve, at) for at in middles]
+    # The sum misses where gold jumps, at most once per evaluation, by no more than a cell of its whole range.
+    slack = len(kl) * (np.ptp(gold) + 1) * share * end / cells
+    assert area(curve, share * end) == pytest.approx(share * end * np.mean(values), abs=slack + 1e-9)
+
+
+def test_kl_star_is_of_the_mean_curve_and_not_of_the_luckiest_evaluation(make_curve: MakeCurve) -> None:
+    lucky = make_curve([0, 2, 6, 10], [0, 1.0, 0.8, 5.0], seed=0)
+    others = [make_curve([0, 4, 8, 30], [0, 2.0, 1.2, -6.0], seed=s) for s in (1, 2)]
+    top = peak_of_mean([lucky, *others])
+    assert (top.step, top.share) == (5, pytest.approx(1 / 3))
+    assert (top.kl, top.gold) == (pytest.approx(10 / 3), pytest.approx(5 / 3))
+
+
+def test_without_a_rise_or_a_mean_there_is_no_kl_star(make_curve: MakeCurve) -> None:
+    with pytest.raises(InputError, match="highest at KL 0"):
+        peak_of_mean([make_curve([0, 2, 6], [3, 1, 2])])
+    with pytest.raises(InputError, match="evaluated after other steps"):
+        peak_of_mean([make_curve([0, 2, 6], [0, 1, 2]), make_curve([0, 2], [0, 1], seed=1)])
+
+
+def test_end_peak_and_fall(make_curve: MakeCurve) -> None:
+    curve = make_curve([0, 4, 10, 8, 16], [1, 3, 3, 2, -1])
+    assert (peak(curve).gold, peak(curve).kl, peak(curve).step) == (3, 4, 5)
+    assert (final(curve).gold, final(curve).kl, final(curve).step) == (-1, 16, 20)
+    assert fall(curve) == 4
+    assert fall(make_curve([0, 1], [0, 1])) == 0
+
+
+def test_the_kl_of_a_fall_is_on_the_path(make_curve: MakeCurve) -> None:
+    curve = make_curve([0, 4, 10, 8, 16], [1, 3, 3, 2, -1])
+    half, most = fallen(curve, 0.5), fallen(curve, 4)
+    assert half is not None
+    assert most is not None
+    assert (half.gold, half.kl, half.step) == (2.5, 9, 12.5), "half way from 10 back to 8"
+    assert (most.gold, most.kl, most.step) == (-1, 16, 20)
+    assert fallen(curve, 4.001) is None
+    dipped = make_curve([0, 1, 2, 3], [2, 0, 5, 4])
+    assert fallen(dipped, 1.5) is None, "a dip before the peak is not a fall from it"
+    with pytest.raises(ValueError, match="a fall is positive"):
+        fallen(curve, 0)
+
+
+def test_the_common_range_ends_with_the_shortest_path(make_curve: MakeCurve) -> None:
+    curves = [make_curve([0, 9, 5], [0, 1, 2]), make_curve([0, 4, 7], [0, 1, 2], seed=1)]
+    assert common_range(curves) == 7
+    assert mean_gold(curves[1], 4) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="positive end"):
+        mean_gold(curves[1], 0)

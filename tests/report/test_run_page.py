@@ -1,0 +1,236 @@
+"""Reports of synthetic runs, written through the run log itself."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_run import evaluation_row, step_row, write_run
+
+import r2m_ray
+from r2m_ray.errors import InputError
+from r2m_ray.report.data import read_run
+from r2m_ray.report.figures import OVERVIEW, PLOTS
+from r2m_ray.report.plots import moving_average
+from r2m_ray.report.run_page import HEADLINES, alarms, headlines, reading, span_of, write_report
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("whole"), planned=60, done=60)
+
+
+@pytest.fixture(scope="module")
+def whole_page(whole_run: Path) -> str:
+    return write_report(whole_run).read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text outside of style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+
+
+def test_the_page_asks_for_nothing_from_anywhere(whole_page: str):
+    elements = Elements(whole_page)
+    sources = [attrs["src"] for _, attrs in elements.found if "src" in attrs]
+    assert len(sources) == len(PLOTS)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in elements.found}
+    assert not any("href" in attrs for _, attrs in elements.found)
+    assert "url(" not in whole_page
+    assert "@import" not in whole_page
+
+
+def test_hostile_text_is_shown_and_not_obeyed(whole_page: str):
+    assert "<script>" not in whole_page
+    assert "\x1b" not in whole_page
+    assert "\u202e" not in whole_page
+    shown = "<script>alert(1)</script> \\x1b[2J\\u202e & <img src=https://example.org/x>"
+    assert Elements(whole_page).text.count(shown) == 6
+
+
+def test_every_plot_of_a_whole_run_is_drawn(whole_run: Path, whole_page: str):
+    drawn = {path.stem for path in (whole_run / "report").glob("*.png")}
+    assert drawn == {plot.name for plot in (*PLOTS, OVERVIEW)}
+    width, height = png_size(whole_run / "report" / "overview.png")
+    assert width > 3 * height
+
+
+def test_the_headlines_are_the_first_and_last_evaluation(whole_run: Path):
+    run = read_run(whole_run)
+    found = {headline.label: (headline.first, headline.last) for headline in headlines(run, span_of(run))}
+    assert found["Frozen reward"] == pytest.approx((0.4, 1.9))
+    assert found["R2M reward"] == pytest.approx((0.4, 2.5))
+    assert found["Gold"] == pytest.approx((1.2, 0.0))
+    assert found["KL per response"] == pytest.approx((0.0, 12.0))
+    assert found["Response length"] == pytest.approx((22.0, 31.0))
+    assert found["Seconds per step"][0] is None
+    assert found["Seconds per step"][1] == pytest.approx(1.27, abs=0.02)
+
+
+def test_the_reading_says_what_happened_to_proxy_and_gold(whole_run: Path, whole_page: str):
+    run = read_run(whole_run)
+    sentence = (
+        "Between the evaluations after steps 0 and 60, the frozen reward model's score rose by 1.50 "
+        "while gold fell by 1.20. Gold was best after step 20, 1.60 above the last evaluation."
+    )
+    assert reading(run, span_of(run)) == sentence
+    assert sentence in Elements(whole_page).text
+
+
+def test_alarms_are_told_with_the_step_they_began_at(tmp_path: Path):
+    directory = write_run(tmp_path, planned=6, done=6)
+    quiet = read_run(directory)
+    assert alarms(quiet) == ""
+    file = directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "step":
+            row |= {"alarm/kl": 0.0, "alarm/flip_rate": 1.0 if row["step"] == 4 else 0.0}
+            row["alarm/scale_ratio"] = float(row["step"] >= 3)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sentence = (
+        "Alarms were on: flip_rate from step 4, in 1 of 6 steps; scale_ratio from step 3, in 4 of 6 steps."
+    )
+    assert alarms(read_run(directory)) == sentence
+    assert sentence in Elements(write_report(directory).read_text(encoding="utf-8")).text
+
+
+def test_rows_show_scores_parts_badges_and_attention(whole_page: str):
+    elements = Elements(whole_page)
+    classes = [attrs.get("class") or "" for _, attrs in elements.found]
+    badges = [kind for kind in classes if kind.startswith("badge")]
+    assert badges == ["badge winner", "badge loser", "badge truncated"] * 2
+    assert "courtesy 0.40" in elements.text
+    # Attention covers 11 prompt tokens and 9 of the 10 response tokens, in two of three rows at two steps.
+    tokens = [attrs for tag, attrs in elements.found if tag == "span" and "title" in attrs]
+    assert len(tokens) == 2 * 2 * 20
+    assert (tokens[0]["title"], tokens[0]["style"]) == ("0.0278", "background:rgba(var(--own),0.28)")
+    assert max(attrs["title"] for attrs in tokens) == "0.1111"
+
+
+def test_an_interrupted_run_without_gold_says_so(tmp_path: Path):
+    page = write_report(write_run(tmp_path, planned=60, done=7, gold=False)).read_text(encoding="utf-8")
+    text = Elements(page).text
+    assert "stopped after step 7 of 60" in text
+    assert (
+        "Between the evaluations after steps 0 and 5, the frozen reward model's score rose by 0.12;" in text
+    )
+
+
+def test_one_step_without_evaluations_is_enough(tmp_path: Path):
+    run_directory = write_run(tmp_path, planned=60, done=1, gold=True, evaluations=False)
+    write_report(run_directory)
+    drawn = {path.stem for path in (run_directory / "report").glob("*.png")}
+    assert "evaluation" not in drawn
+    assert {"rewards", "policy", "time", "overview"} <= drawn
+
+
+def test_without_evaluations_first_and_last_are_means_of_a_tenth_of_the_steps(tmp_path: Path):
+    run = read_run(write_run(tmp_path, planned=40, done=40, evaluations=False))
+    span = span_of(run)
+    frozen = [row["reward/frozen_mean"] for row in run.steps]
+    assert span.ends("reward/frozen_mean") == pytest.approx((sum(frozen[:4]) / 4, sum(frozen[-4:]) / 4))
+    assert "Between the first and the last 4 of 40 steps, the frozen" in reading(run, span)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize("content", [None, b"{broken\n", b"\xff\xfe\n"])
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path, name: str, content: bytes | None):
+    directory = write_run(tmp_path, planned=2, done=1)
+    (directory / name).unlink()
+    if content is not None:
+        (directory / name).write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(directory / name))):
+        write_report(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "reason"),
+    [
+        ("metrics.jsonl", {"step": 2, "kind": "step", "omega": "high"}, r"step 2 .*\['omega'\]"),
+        ("metrics.jsonl", {"step": 2, "kind": "note"}, "step 2 .*kind"),
+        ("rollouts.jsonl", {"step": 2, "response": "x"}, r"step 2 lacks \['advantage', .*'truncated'\]"),
+    ],
+)
+def test_a_row_that_is_not_the_logs_own_is_named(tmp_path: Path, name: str, line: object, reason: str):
+    directory = write_run(tmp_path, planned=2, done=1)
+    with (directory / name).open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match=f"{name}: .*{reason}"):
+        write_report(directory)
+
+
+def test_a_run_that_finished_no_step_has_no_report(tmp_path: Path):
+    with pytest.raises(InputError, match="no training step"):
+        write_report(write_run(tmp_path, planned=2, done=0))
+
+
+def test_the_smoothed_line_is_a_mean_of_what_is_known():
+    values = np.array([1.0, np.nan, 3.0, 8.0])
+    assert moving_average(values, 3).tolist() == [1.0, 2.0, 5.5, 5.5]
+    assert np.isnan(moving_average(np.array([np.nan, np.nan]), 3)).all()
+
+
+def test_the_report_needs_no_engine():
+    script = (
+        "import sys, r2m_ray.report.run_page\n"
+        "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'trl', 'wandb', 'rich'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def names_in(module: str) -> set[str]:
+    """Every key of a dictionary display in a module of the package."""
+    source = (Path(r2m_ray.__file__).parent / module).read_text(encoding="utf-8")
+    displays = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict)]
+    return {key.value for node in displays for key in node.keys if isinstance(key, ast.Constant)}
+
+
+def test_every_metric_that_is_drawn_is_one_that_somebody_reports():
+    reported = names_in("driver/metrics.py") | names_in("driver/evaluate.py") | names_in("driver/measures.py")
+    kinds = names_in("tasks/note2answer/counterfactual.py")
+    reported |= {f"rm_accuracy_{kind}{suffix}" for kind in kinds for suffix in ("", "_frozen")}
+    reported |= {f"policy/{name}" for name in names_in("engines/policy/stats.py")}
+    reported |= {f"rm/{name}" for name in names_in("engines/reward/trainer.py")}
+    drawn = {key for plot in (*PLOTS, OVERVIEW) for key in plot.keys if not key.startswith("time/")}
+    drawn |= {key for _, *keys in HEADLINES for key in keys if key}
+    assert drawn - reported == set()
+
+
+def test_the_synthetic_rows_have_every_metric_that_is_drawn():
+    known = set(step_row(0.5, random.Random(0), gold=True)) | set(evaluation_row(0.5, gold=True))
+    assert {key for plot in (*PLOTS, OVERVIEW) for key in plot.keys} - known == set()
+
+
+def test_the_record_of_a_run_is_left_as_it_was(whole_run: Path, whole_page: str):
+    rows = (whole_run / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 60 + 13
+    assert json.loads(rows[0])["kind"] == "eval"

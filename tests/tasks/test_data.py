@@ -1,0 +1,195 @@
+"""Reading preference files: every row is a pair, or counted with a reason, or an error with its place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from r2m_ray.config.schema import Overlong, TaskConfig
+from r2m_ray.errors import InputError
+from r2m_ray.tasks.data import PreferencePair, PromptStream, load_preferences, over_limit, sift
+from r2m_ray.tasks.prepare.store import source_digest
+from r2m_ray.tasks.reader import MAX_LINE_BYTES
+
+TASK = TaskConfig(max_prompt_tokens=3, max_new_tokens=3)
+
+
+def row(prompt: str, chosen: str = "w1", rejected: str = "w2") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def write(path: Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_json_lines_plain_and_gzip_and_parquet_read_alike(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [row("a"), row("b", "x", "y")]
+    plain = write(tmp_path / "a.jsonl", list(rows))
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(plain).read_bytes()))
+    table = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    found = [load_preferences(str(p), TASK, split="train").pairs for p in (plain, packed, table)]
+    assert found[0] == found[1] == found[2]
+    assert [(p.prompt, p.chosen, p.rejected) for p in found[0]] == [("a", "w1", "w2"), ("b", "x", "y")]
+
+
+def test_a_conversation_counts_as_its_last_turn(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+    source = write(tmp_path / "a.jsonl", [row("q") | {"chosen": turns}])
+    assert load_preferences(source, TASK, split="train").pairs[0].chosen == "answer"
+
+
+def test_every_row_is_used_or_counted(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        row("w1 w2"),
+        row("w1 w2", "w3", "w4"),
+        row("same", "w5", "w5"),
+        row("w1 w2 w3 w4"),
+        row("w9", "w1 w2 w3", "w4"),
+    ]
+    found = load_preferences(write(tmp_path / "a.jsonl", list(rows)), TASK, split="train")
+    assert found.counts() == {"rows": 5, "used": 4, "equal responses": 1}
+
+    def prompt_over(pair: PreferencePair) -> str | None:
+        return over_limit(tiny_tokenizer, TASK, pair.prompt, [])
+
+    def pair_over(pair: PreferencePair) -> str | None:
+        return over_limit(tiny_tokenizer, TASK, pair.prompt, [pair.chosen, pair.rejected])
+
+    for_prompts = sift(found, prompt_over, Overlong.drop)
+    assert for_prompts.counts() == {
+        "rows": 5,
+        "used": 3,
+        "equal responses": 1,
+        "prompt over task.max_prompt_tokens=3": 1,
+    }
+    assert for_prompts.prompts() == ("w1 w2", "w9")
+    for_pairs = sift(found, pair_over, Overlong.drop)
+    # Three response tokens and the end token are four.
+    assert for_pairs.counts()["response over task.max_new_tokens=3"] == 1
+    assert for_pairs.rows == len(for_pairs.pairs) + sum(for_pairs.dropped.values())
+
+
+def test_a_row_over_a_limit_is_an_error_unless_dropping_was_chosen(tmp_path: Path) -> None:
+    found = load_preferences(write(tmp_path / "a.jsonl", [row("w1 w2 w3 w4")]), TASK, split="train")
+    with pytest.raises(InputError, match=r"a\.jsonl:1: too long.*overlong=drop"):
+        sift(found, lambda _: "too long", Overlong.error)
+    with pytest.raises(InputError, match=r"no row is left of .*'too long': 1"):
+        sift(found, lambda _: "too long", Overlong.drop)
+
+
+def test_the_digest_of_a_source_follows_its_content(tmp_path: Path) -> None:
+    one, same, other = (
+        write(tmp_path / name, [row(text)]) for name, text in (("a", "x"), ("b", "x"), ("c", "y"))
+    )
+    assert source_digest(one) == source_digest(same) != source_digest(other)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r":2: not a line of JSON"),
+        ("[]", r":2: a JSON object with prompt, chosen, rejected is needed"),
+        ('{"prompt": "p", "chosen": "c"}', r":2: no field 'rejected' among prompt, chosen"),
+        ('{"prompt": "p", "chosen": 3, "rejected": "r"}', r":2: field 'chosen' must be a text"),
+        ('{"prompt": " ", "chosen": "c", "rejected": "r"}', r":2: field 'prompt' must be a text"),
+        (
+            '{"prompt": "a\\u0000", "chosen": "c", "rejected": "r"}',
+            r":2: field 'prompt' has the character \\x00",
+        ),
+        (
+            '{"prompt": "a\\ud800", "chosen": "c", "rejected": "r"}',
+            r":2: field 'prompt' has the character \\ud800",
+        ),
+        ('{"prompt": "p", "chosen": NaN, "rejected": "r"}', r":2: .*NaN is not JSON"),
+        ('{"prompt": "p", "prompt": "q", "rejected": "r"}', r":2: .*key prompt is there twice"),
+        ("[" * 20000, r":2: nested too deeply"),
+    ],
+)
+def test_a_bad_row_is_named_by_line_and_field(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(row("a")) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=message):
+        load_preferences(str(path), TASK, split="train")
+
+
+def test_a_source_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"prompt": "\xff"}\n')
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(json.dumps(row("a")).encode() * 50)[:-12])
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    line = tmp_path / "line.jsonl"
+    with line.open("wb") as stream:
+        stream.seek(MAX_LINE_BYTES)
+        stream.write(b"x\n")
+    table = tmp_path / "table.parquet"
+    table.write_bytes(b"PAR1 no")
+    reasons = {
+        bad: "bad.jsonl:1",
+        torn: "torn.jsonl.gz",
+        empty: "no rows",
+        line: "line.jsonl:1: longer than",
+        table: "table.parquet: not a Parquet file",
+        tmp_path: "a directory",
+        tmp_path / "absent": "neither a file nor the id of a dataset",
+    }
+    for path, message in reasons.items():
+        with pytest.raises(InputError, match=message):
+            load_preferences(str(path), TASK, split="train")
+
+
+def test_real_preferences_are_used_or_counted(alpaca_eval: Path) -> None:
+    found = load_preferences(str(alpaca_eval / "preferences.test.jsonl.gz"), TASK, split="test")
+    assert found.rows == 500
+    assert len(found.pairs) + sum(found.dropped.values()) == 500
+    assert len(found.prompts()) == 51
+
+
+def test_each_pass_over_the_prompts_is_a_permutation_of_its_own() -> None:
+    stream = PromptStream([f"p{i}" for i in range(20)], seed=1)
+    first, second = stream.take(20), stream.take(20)
+    assert sorted(p.index for p in first) == sorted(p.index for p in second) == list(range(20))
+    assert [p.index for p in first] != [p.index for p in second]
+    assert all(p.text == f"p{p.index}" for p in first)
+
+
+def test_a_restored_stream_goes_on_where_the_other_stopped() -> None:
+    texts = [f"p{i}" for i in range(7)]
+    stream = PromptStream(texts, seed=3)
+    for _ in range(5):
+        stream.take(5)
+        copy = PromptStream(texts, seed=3)
+        copy.restore(json.loads(json.dumps(stream.state())))
+        original = PromptStream(texts, seed=3)
+        original.restore(stream.state())
+        assert [copy.take(4) for _ in range(4)] == [original.take(4) for _ in range(4)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_a_take_is_distinct_and_every_pass_uses_every_prompt(count: int) -> None:
+    stream = PromptStream([f"p{i}" for i in range(7)], seed=0)
+    takes = [[p.index for p in stream.take(count)] for _ in range(7 * 4)]
+    assert all(len(set(take)) == count for take in takes)
+    flat = [index for take in takes for index in take]
+    assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, len(flat), 7))
+
+
+def test_a_step_cannot_take_more_prompts_than_there_are() -> None:
+    with pytest.raises(InputError, match="prompts_per_step=3 is more than the 2 distinct"):
+        PromptStream(["a", "b"], seed=0).take(3)
+
+
+def test_a_stream_refuses_the_cursor_of_other_data() -> None:
+    with pytest.raises(InputError, match="other data"):
+        PromptStream(["a", "b"], seed=0).restore(PromptStream(["a"], seed=0).state())
