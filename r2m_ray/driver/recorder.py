@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r2m_ray.config.schema import Advantage, Config, RewardShape
 from r2m_ray.core.batch import Annotation, Hidden, Trajectories
 from r2m_ray.core.roles import Reward, Shards, Stats
-from r2m_ray.driver.guards import Guards
+from r2m_ray.driver.guards import row_label
 from r2m_ray.driver.metrics import merge_stats, rollout_records, step_metrics
-from r2m_ray.driver.monitor import Monitor
+from r2m_ray.driver.monitor import Watch
 from r2m_ray.errors import RunError
 from r2m_ray.tasks.task import GoldScorer
 
@@ -87,16 +88,14 @@ class Recorder:
         self._reward = reward
         self._tokenizer = tokenizer
         self._gold = gold
-        self._guards = Guards(config.guard)
-        self._monitor = Monitor(config.monitor)
+        self._watch = Watch(config)
         self._initial_reward = math.nan
         self._words: dict[int, list[tuple[str, float]]] = {}
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step``, which the run is about to compute again."""
         self._log.rewind(step)
-        self._guards.rewind()
-        self._monitor = Monitor(self._config.monitor, self._log.steps())
+        self._watch.rewind(self._log.steps())
         self._initial_reward = math.nan
         for row in self._log.evaluations():
             self._keep_initial(int(row["step"]), row)
@@ -122,7 +121,7 @@ class Recorder:
         the annotation. Raises RunError for rows that stale weights sampled.
         """
         rows = [await shard for shard in trajectories]
-        self._guards.versions(step, rows)
+        self._watch.versions(step, [shard.version for shard in rows])
         self._words = await self._attended_words(rows, hidden, annotation)
 
     async def step(
@@ -154,25 +153,25 @@ class Recorder:
         )
         for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
             metrics |= merge_stats(prefix, stats)
-        metrics |= self._monitor.observe(step, metrics).metrics()
+        metrics |= self._watch.observe(step, metrics)
         limit = self._config.logging.rollouts_per_step
         records = rollout_records(
             step, rows, notes, advantage, omega, gold, limit=limit, attention=self._words
         )
         self._log.step(step, metrics, records)
-        for text in self._monitor.news():
+        for text in self._watch.news():
             self._log.message(text)
-        self._guards.numbers(step, metrics, rows, notes)
+        self._watch.guard(step, metrics, list(_broken_rows(rows, notes)))
 
     @property
     def alarmed(self) -> bool:
         """Whether the last step raised or kept an alarm that ends the run (``monitor.on_alarm=stop``)."""
-        return self._monitor.ends_run
+        return self._watch.ends_run
 
     def check_alarms(self) -> None:
         """Raise Alarmed where ``alarmed``; call it once that step is saved."""
-        if self._monitor.ends_run:
-            raise self._monitor.error()
+        if self._watch.ends_run:
+            raise self._watch.error()
 
     @property
     def initial_reward(self) -> float:
@@ -230,3 +229,15 @@ class Recorder:
                 texts = [self._tokenizer.decode([token]) for token in rows.input_T[part].tolist()]
                 words[len(words)] = list(zip(texts, weight_T[part].tolist(), strict=True))
         return words
+
+
+def _broken_rows(trajectories: Sequence[Trajectories], annotation: Sequence[Annotation]) -> Iterator[str]:
+    """The step's rows whose reward or sampled log-prob is not finite."""
+    first = 0
+    for rows, notes in zip(trajectories, annotation, strict=True):
+        broken_N = ~torch.isfinite(notes.reward_N + notes.frozen_reward_N)
+        broken_T = rows.action_T & ~torch.isfinite(rows.rollout_logp_T)
+        broken_N[rows.layout.row_T[broken_T]] = True
+        for n in broken_N.nonzero()[:, 0].tolist():
+            yield row_label(first + n, rows.row_prompts[n])
+        first += rows.layout.rows
