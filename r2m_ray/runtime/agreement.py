@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from r2m_ray.errors import RunError
-from r2m_ray.runtime.worker_group import Actors
+from r2m_ray.runtime.workers import Workers
 
 
-async def require_agreement(actors: Actors, phase: str, method: str) -> None:
+async def require_agreement(actors: Workers, phase: str, method: str) -> None:
     """Compare the digests of every tensor, which ``method`` returns by name, between all actors.
 
     Raises RunError naming the first tensor that differs and who holds another than most; of two actors,

@@ -9,8 +9,10 @@ from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from r2m_ray.core.roles import Ref
 from r2m_ray.errors import ActorLost, InputError, RunError
 from r2m_ray.runtime.postmortem import last_lines
+from r2m_ray.runtime.workers import Call
 
 PEER_GRACE_S = 5.0
 """After a failure, how long to wait for its cause: a rank that died makes its peers fail too."""
@@ -18,8 +20,6 @@ DEATH_GRACE_S = 0.5
 """After a death, how long to wait for others that died with it."""
 COLLECTIVE = re.compile(r"gloo|nccl|Dist(Backend|Network|Store)Error", re.IGNORECASE)
 OUT_OF_MEMORY = re.compile(r"Memory usage \S+ exceeded threshold of [^\n]*")
-
-Call = tuple[str, Awaitable[Any]]
 
 
 class CollectiveFailure(RunError):
@@ -41,6 +41,14 @@ class Actors:
     def owner(self, shard: int) -> int:
         """The actor that works on a shard; the same one throughout a step."""
         return shard % len(self.handles)
+
+    def submit(
+        self, rank: int, method: str, *arguments: Any, returns: int = 1
+    ) -> tuple[Call, list[Ref[Any]]]:
+        """Send a call to the actor that has the rank now; see `Workers.submit`."""
+        answer = getattr(self.handles[rank], method).options(num_returns=returns).remote(*arguments)
+        light, *records = answer if returns > 1 else [answer]
+        return (self.names[rank], light), [Ref(record) for record in records]
 
     def each(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Call]:
         """Call a method on every actor with arguments by rank; the named calls are yet to be settled."""
