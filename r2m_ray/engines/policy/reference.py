@@ -6,11 +6,13 @@ import torch
 
 from r2m_ray.config.schema import Config, FeedbackNorm
 from r2m_ray.core.batch import ReferenceLogprobs, Trajectories
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.policy.blocks import Rows, blocks, packs_lines
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
 from r2m_ray.engines.weights import module_digest
 
 
+@raises_device_loss("reference policy")
 class ReferencePolicy:
     """A causal language model that never changes and scores what the policy sampled.
 

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer
 
 from r2m_ray.core.batch import Hidden, Prompt, SamplePlan, Trajectories, pack_rows
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.rollout.model_dir import parameter_shapes, stop_token_ids
 from r2m_ray.engines.rollout.vllm_engine import OBJECT_STORE, Request, Sampled, VLLMEngine
 from r2m_ray.engines.text import policy_prompt_ids
@@ -36,6 +37,7 @@ class _Update:
     outstanding: dict[str, tuple[int, ...]]
 
 
+@raises_device_loss("rollout engine")
 class RolloutEngine:
     """Samples shards with the current weights, and exports the policy's hidden states.
 
