@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from r2m_ray.core.segment import segment_sum
+from r2m_ray.core.packing import segment_sum
 
 
 def omega(step: int, total_steps: int, floor: float) -> float:
