@@ -57,6 +57,14 @@ class ActorLost(RunError):
         return bool(self.actors) and all(name.rpartition("-")[0] == role for name in self.actors)
 
 
+class DeviceLost(RunError):
+    """A device that an engine computes on failed, or one of its worker processes or peers; exit code 3.
+
+    Nothing in the process can be trusted afterwards. Another process can do the same work again, so the
+    runtime ends this one and replaces it, as if it had died.
+    """
+
+
 class Alarmed(RunError):
     """An alarm ended the run in order (``monitor.on_alarm=stop``), and its last step is saved; exit code 4.
 

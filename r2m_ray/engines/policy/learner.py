@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from r2m_ray.config.schema import Config, FeedbackNorm, FeedbackRefresh, OldLogprobs
+from r2m_ray.config.schema import Config, FeedbackRefresh, OldLogprobs
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.policy.blocks import Block, Rows, blocks, idle_block, packs_lines
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
 from r2m_ray.engines.policy.minibatch import MiniBatch, minibatches, shards_per_minibatch, split_hidden
@@ -28,6 +29,7 @@ POLICY_DIR = "policy"
 STATE_DIR = "policy_state"
 
 
+@raises_device_loss("policy learner")
 class PolicyLearner:
     """π_θ and its optimizer on one rank; every method is called on all ranks, with the same arguments but for
     the shards. A rank's shards are its own, and may be none.
@@ -60,7 +62,6 @@ class PolicyLearner:
         self._scorer = CausalScorer(
             self._model,
             temperature=config.algo.temperature,
-            norm=config.feedback.norm if config.uses_feedback else FeedbackNorm.post,
             token_budget=config.policy.tokens_per_microbatch,
         )
         self._engine = ZeroEngine(self._scorer, self._model, config=config)

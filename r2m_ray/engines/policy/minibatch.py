@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r2m_ray.config.schema import Advantage, Config
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
-from r2m_ray.core.segment import row_index
+from r2m_ray.core.packing import row_index
 from r2m_ray.engines.policy.blocks import Block, Rows, blocks, packs_lines
 
 
