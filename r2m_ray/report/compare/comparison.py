@@ -17,7 +17,7 @@ START = ("model.policy", "model.reference")
 """Settings that are the same in every run of a seed; the reward model may be what an arm is about."""
 METHOD = ("algo", "policy", "reward", "feedback")
 """Settings that are the same under every seed of an arm."""
-FREE = ("prepare.root", "prepare.policy")
+FREE = ("prepare.root",)
 """Settings of these that say only where something lies."""
 
 
