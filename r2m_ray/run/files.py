@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.run.vocabulary import current_row
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -84,6 +85,11 @@ class StepLines:
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """Every record of a file, without a torn last line; InputError names the line that is not one."""
     return [record for _, record in _records(path)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every row of a ``metrics.jsonl`` under today's names, whichever version of r2m_ray wrote it."""
+    return [current_row(record) for record in read_steps(path)]
 
 
 def encoded(record: Record) -> str:

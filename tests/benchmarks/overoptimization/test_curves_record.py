@@ -8,10 +8,10 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
+from r2m_ray.report.compare.training import Training
 
 from benchmarks.overoptimization.curves_record import curves_record
 from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.training import Training
 
 MakeCurve = Callable[..., Curve]
 

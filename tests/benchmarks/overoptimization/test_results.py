@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from r2m_ray.report.compare.training import Training
 
 from benchmarks.overoptimization.information import Regime
 from benchmarks.overoptimization.lab import Lab, conduct
@@ -28,7 +29,6 @@ from benchmarks.overoptimization.runs import code_digest
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Peak
 from r2m_ray.report.compare.tables import markdown
-from r2m_ray.report.compare.training import Training
 
 MakeLab = Callable[..., Lab]
 MakeCurve = Callable[..., Curve]

@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from r2m_ray.report.compare.comparison import read_comparison
+from r2m_ray.report.compare.proxy import proxy_study
+from r2m_ray.report.compare.training import read_training
 
 from r2m_ray.__main__ import main
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.comparison import read_comparison
-from r2m_ray.report.compare.proxy import proxy_study
 from r2m_ray.report.compare.study import study
 from r2m_ray.report.compare.tables import preface
-from r2m_ray.report.compare.training import read_training
 
 MakeRun = Callable[..., Path]
 ACCURACIES = {"rm_accuracy": (0.7, 0.72, 0.78), "rm_accuracy_frozen": (0.7, 0.7, 0.7)}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from r2m_ray.report.compare.comparison import Comparison, comparison, read_comparison
 
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.comparison import Comparison, comparison, read_comparison
 from r2m_ray.report.compare.curves import Curve, flat, read_curve
 from r2m_ray.run.files import METRICS_FILE
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
 
 from r2m_ray.errors import InputError
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Passage, area, first_passage, gold_at, peak_of_mean
-from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
 
 MakeCurve = Callable[..., Curve]
 

@@ -11,10 +11,11 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from PIL import Image
-
 from r2m_ray.report.compare.comparison import Comparison, comparison
-from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.outcome import best_study, effects_figure, gallery, kl_star
+from r2m_ray.report.compare.training import Training
+
+from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.pictures import (
     COLUMNS,
     effects,
@@ -24,7 +25,6 @@ from r2m_ray.report.compare.pictures import (
     png,
     rewards,
 )
-from r2m_ray.report.compare.training import Training
 
 MakeCurve = Callable[..., Curve]
 KL = np.array([0.0, 1.0, 4.0, 9.0])

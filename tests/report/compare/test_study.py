@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from r2m_ray.report.compare.comparison import Comparison, comparison
 
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.report.compare.comparison import Comparison, comparison
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.study import SHARED_NAME, study
 from r2m_ray.report.compare.tables import markdown, record, write_tables
