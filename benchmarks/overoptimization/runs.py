@@ -20,8 +20,7 @@ import r2m_ray
 from benchmarks.overoptimization.arms import Arm
 from benchmarks.overoptimization.presets import World
 from r2m_ray.errors import InputError, Problem
-from r2m_ray.run.files import METRICS_FILE, read_steps, replace_file
-from r2m_ray.run.lock import LOCK_FILE
+from r2m_ray.run.files import LOCK_FILE, METRICS_FILE, read_steps, replace_file
 from r2m_ray.run.resume import Identity, differences
 
 HOUSEKEEPING = ("checkpoint.every=5", "checkpoint.keep=1", "logging=disabled")
