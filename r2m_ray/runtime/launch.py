@@ -21,8 +21,7 @@ from r2m_ray.driver.loop import omega_at, train
 from r2m_ray.errors import ActorLost, InputError, printable, redacted
 from r2m_ray.report.run_page import write_report
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
-from r2m_ray.run.files import replace_file
-from r2m_ray.run.lock import run_lock
+from r2m_ray.run.files import replace_file, run_lock
 from r2m_ray.run.log import RunLog
 from r2m_ray.run.resume import run_identity
 from r2m_ray.run.stop import StopRequest
