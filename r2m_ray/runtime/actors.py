@@ -40,7 +40,7 @@ class RolloutActor:
             seed=config.run.seed,
             max_model_len=config.task.max_prompt_tokens + config.task.max_new_tokens,
             export_hidden=export_hidden,
-            hidden_norm=config.feedback.norm.value,
+            hidden_norm="post",
             engine_args=config.rollout.engine_args,
             weight_backend=config.sync.backend.value,
         )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from r2m_ray.config.schema import Config, FeedbackNorm, FeedbackRefresh, OldLogprobs
+from r2m_ray.config.schema import Config, FeedbackRefresh, OldLogprobs
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
 from r2m_ray.engines.policy.blocks import Block, Rows, blocks, idle_block, packs_lines
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
@@ -60,7 +60,6 @@ class PolicyLearner:
         self._scorer = CausalScorer(
             self._model,
             temperature=config.algo.temperature,
-            norm=config.feedback.norm if config.uses_feedback else FeedbackNorm.post,
             token_budget=config.policy.tokens_per_microbatch,
         )
         self._engine = ZeroEngine(self._scorer, self._model, config=config)
