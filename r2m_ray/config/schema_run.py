@@ -154,7 +154,8 @@ class ClusterConfig:
     """Where the actors run, what each may use, and how long to wait for them."""
 
     address: str = "local"
-    """``local`` starts a cluster for the run, ``auto`` joins the one in the environment."""
+    """``local`` starts a Ray cluster for the run; ``auto``, or an address, joins one that runs already;
+    ``none`` runs every role in this process, without Ray."""
     cpus: Count = 2
     """Logical CPUs of a local cluster."""
     object_store_gb: Positive = 1.0

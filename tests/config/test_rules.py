@@ -81,12 +81,6 @@ RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
     (["monitor.on_alarm=stop", "algo.steps=5"], "monitor.steps", "would never stop", True),
     (["algo.temperature=0.009"], "algo.temperature", "use 0.01 or more", False),
     (
-        ["feedback.norm=pre", "~rollout.engine_args.enforce_eager"],
-        "feedback.norm",
-        "enforce_eager=true",
-        False,
-    ),
-    (
         ["task=preferences", *FILES, "reward=r2m_oracle"],
         "reward.pair_source",
         "task.name=preferences knows no gold score; use task.name=note2answer",
@@ -179,9 +173,6 @@ def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
         [*TWO_GPUS_EACH, "cluster.gpus_per_rollout=2"],
         ["sync.backend=ipc", "cluster.gpus_per_learner=0.5", "cluster.gpus_per_rollout=0.5"],
         [*GPUS, "sync.backend=nccl", "policy.ranks=2"],
-        ["feedback.norm=pre", "feedback.source=learner", "~rollout.engine_args.enforce_eager"],
-        ["feedback.norm=pre", "reward=vanilla", "~rollout.engine_args.enforce_eager"],
-        ["feedback.norm=pre", "rollout.engine_args.enforce_eager=true"],
         ["algo.kl_estimator=k1", "algo.kl_weight=0"],
         ["algo.kl_estimator=k2"],
         ["reward=r2m_oracle", "reward.pair_min_margin=0.5"],
