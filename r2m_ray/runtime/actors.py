@@ -25,7 +25,8 @@ from r2m_ray.core.batch import (
 from r2m_ray.engines.faults import reach
 from r2m_ray.engines.weights import WeightBucket, WeightDigest
 from r2m_ray.runtime.device import device_of, free_address, join_environment
-from r2m_ray.runtime.direct_sync import EngineClient
+from r2m_ray.runtime.weight_sync import EngineClient
+from r2m_ray.runtime.worker_group import raises_peers_lost
 
 
 class RolloutActor:
@@ -72,6 +73,7 @@ class RolloutActor:
         self._engine.finish_weight_update(version=version, digest=digest)
 
 
+@raises_peers_lost
 class PolicyActor:
     """One rank of the DeepSpeed learner."""
 
@@ -171,6 +173,7 @@ class ReferenceActor:
         return trajectories.layout.tokens, self._reference.logprobs(trajectories)
 
 
+@raises_peers_lost
 class RewardActor:
     """The frozen reward model with its R2M head, one replica."""
 

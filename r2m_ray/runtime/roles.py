@@ -14,8 +14,7 @@ from torch import Tensor
 from r2m_ray.config.schema import Config, FeedbackRefresh
 from r2m_ray.core.batch import Annotation, Hidden, ReferenceLogprobs, SamplePlan, Trajectories
 from r2m_ray.core.roles import LabelledPairs, Ref, Shards, Stats
-from r2m_ray.errors import ActorLost
-from r2m_ray.runtime.agreement import require_agreement
+from r2m_ray.errors import ActorLost, Loss
 from r2m_ray.runtime.recovery import Job, Redo
 from r2m_ray.runtime.worker_group import Actors
 
@@ -37,9 +36,11 @@ class Stored:
             async with asyncio.timeout(self.timeout_s):
                 return await self.ref
         except TimeoutError as error:
-            raise ActorLost(f"a record did not arrive within {self.timeout_s:g} s", ()) from error
+            raise ActorLost(
+                f"a record did not arrive within {self.timeout_s:g} s", (), Loss.record
+            ) from error
         except RayError as error:
-            raise ActorLost(f"a record was lost with its node: {error}", ()) from error
+            raise ActorLost(f"a record was lost with its node: {error}", (), Loss.record) from error
 
 
 class RolloutRole:
@@ -180,7 +181,7 @@ class RewardRole:
         calls = self._actors.each("update", lambda i: (omega, step, len(own[i]) // 2, *own[i], *pairs[i]))
         stats: list[Stats] = await self._actors.settle("reward update", calls)
         if len(self._actors) > 1 and self._verify_every and step % self._verify_every == 0:
-            await require_agreement(self._actors, "reward update", "head_digests")
+            await self._actors.require_agreement("reward update", "head_digests")
         return stats[0]
 
     async def attention(self, hidden: Ref[Hidden], annotation: Ref[Annotation]) -> Tensor:
