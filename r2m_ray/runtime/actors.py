@@ -6,7 +6,7 @@ the driver can wait for the light part without pulling a tensor through its own 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,18 @@ class PolicyActor:
         return len(trajectories), *self._learner.hidden(trajectories)
 
     def begin_weights(self, bucket_bytes: int, digest: bool) -> None:
-        self._buckets: Iterator[WeightBucket] = self._learner.weight_buckets(bucket_bytes)
+        """Begin a pass over all weights; rank 0 sends them, the other ranks take part and may hash them."""
+        self._buckets = self._learner.weight_buckets(bucket_bytes, pack=digest or self._rank == 0)
         self._digest = WeightDigest() if digest else None
 
     def next_bucket(self) -> tuple[int | None, WeightBucket | None]:
-        """The next bucket's size in bytes and, from rank 0, the bucket; (None, None) after the last."""
+        """From rank 0 the next bucket and its size in bytes; from the others, and after the last, None."""
         bucket = next(self._buckets, None)
         if bucket is None:
             return None, None
         if self._digest:
             self._digest.update(bucket)
-        return bucket.data.numel(), bucket if self._rank == 0 else None
+        return (bucket.data.numel(), bucket) if self._rank == 0 else (None, None)
 
     def weight_digest(self) -> str | None:
         return self._digest.hexdigest() if self._digest else None

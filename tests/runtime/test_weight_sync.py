@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config
-from r2m_ray.engines.weights import WeightBucket, WeightDigest
+from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.actors import PolicyActor, RewardActor
 from r2m_ray.runtime.device import free_address
@@ -206,6 +206,13 @@ def test_reward_replicas_that_drift_apart_are_told_by_replica_and_parameter(
     finally:
         for handle in actors.handles:
             ray.kill(handle)
+
+
+def test_a_rank_that_sends_nothing_takes_part_in_as_many_buckets() -> None:
+    tensors = [(f"w{n}", torch.ones(n)) for n in (0, 3, 1, 5, 2, 2)]
+    packed = list(pack_buckets(tensors, 48))
+    assert [bucket.names for bucket in packed] == [("w0", "w3", "w1"), ("w5", "w2"), ("w2",)]
+    assert list(pack_buckets(tensors, 48, pack=False)) == [None, None, None]
 
 
 def test_the_majority_is_right_and_the_first_tensor_is_named() -> None:
