@@ -35,19 +35,25 @@ class WeightBucket:
             start += _aligned(size)
 
 
-def pack_buckets(parameters: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
-    """Pack named tensors, in order, into buckets of at most ``bucket_bytes`` (or of one larger tensor)."""
+def pack_buckets(
+    parameters: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, pack: bool = True
+) -> Iterator[WeightBucket | None]:
+    """Pack named tensors, in order, into buckets of at most ``bucket_bytes`` (or of one larger tensor).
+
+    Without ``pack`` it yields None for each bucket, and copies and keeps nothing.
+    """
     pending: list[tuple[str, Tensor]] = []
-    size = 0
+    count, size = 0, 0
     for name, tensor in parameters:
         nbytes = _aligned(tensor.numel() * tensor.element_size())
-        if pending and size + nbytes > bucket_bytes:
-            yield _pack(pending)
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += nbytes
-    if pending:
-        yield _pack(pending)
+        if count and size + nbytes > bucket_bytes:
+            yield _pack(pending) if pack else None
+            pending, count, size = [], 0, 0
+        if pack:
+            pending.append((name, tensor))
+        count, size = count + 1, size + nbytes
+    if count:
+        yield _pack(pending) if pack else None
 
 
 class WeightDigest:

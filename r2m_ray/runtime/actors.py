@@ -8,7 +8,7 @@ through its own node. A worker does not know whether it is a Ray actor or an obj
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from r2m_ray.core.roles import Ref, Shards
 from r2m_ray.engines.faults import reach
 from r2m_ray.engines.weights import WeightBucket, WeightDigest
 from r2m_ray.runtime.device import device_of, free_address, join_environment
-from r2m_ray.runtime.direct_sync import EngineClient
+from r2m_ray.runtime.weight_sync import EngineClient
+from r2m_ray.runtime.worker_group import raises_peers_lost
 
 Read = Callable[[Sequence[Ref[Any]]], list[Any]]
 """The records behind references, in their order."""
@@ -106,6 +107,7 @@ class PolicyWork:
     reference: Shards[ReferenceLogprobs]
 
 
+@raises_peers_lost
 class PolicyActor:
     """One rank of the DeepSpeed learner."""
 
@@ -146,17 +148,18 @@ class PolicyActor:
         return (len(records), *records) if records else 0
 
     def begin_weights(self, bucket_bytes: int, digest: bool) -> None:
-        self._buckets: Iterator[WeightBucket] = self._learner.weight_buckets(bucket_bytes)
+        """Begin a pass over all weights; rank 0 sends them, the other ranks take part and may hash them."""
+        self._buckets = self._learner.weight_buckets(bucket_bytes, pack=digest or self._rank == 0)
         self._digest = WeightDigest() if digest else None
 
     def next_bucket(self) -> tuple[int | None, WeightBucket | None]:
-        """The next bucket's size in bytes and, from rank 0, the bucket; (None, None) after the last."""
+        """From rank 0 the next bucket and its size in bytes; from the others, and after the last, None."""
         bucket = next(self._buckets, None)
         if bucket is None:
             return None, None
         if self._digest:
             self._digest.update(bucket)
-        return bucket.data.numel(), bucket if self._rank == 0 else None
+        return (bucket.data.numel(), bucket) if self._rank == 0 else (None, None)
 
     def weight_digest(self) -> str | None:
         return self._digest.hexdigest() if self._digest else None
@@ -221,6 +224,7 @@ class RewardWork:
     annotation: Shards[Annotation]
 
 
+@raises_peers_lost
 class RewardActor:
     """The frozen reward model with its R2M head, one replica."""
 

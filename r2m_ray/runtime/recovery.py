@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from r2m_ray.core.roles import Ref, Stats, WeightSync
 from r2m_ray.errors import ActorLost, RunError
-from r2m_ray.runtime.team import Team
+from r2m_ray.runtime.worker_group import WorkerGroup
 from r2m_ray.runtime.workers import Workers
 
 FIRST_PAUSE_S = 0.5
@@ -68,13 +68,15 @@ class InPlace:
     Raises RunError naming the job that ``limit`` successors did not survive either.
     """
 
-    def __init__(self, team: Team, revive: Callable[[ActorLost], Awaitable[None]], *, limit: int) -> None:
-        self._team = team
+    def __init__(
+        self, group: WorkerGroup, revive: Callable[[ActorLost], Awaitable[None]], *, limit: int
+    ) -> None:
+        self._group = group
         self._revive = revive
         self._limit = limit
 
     async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]:
-        actors = self._team.actors
+        actors = self._group.actors
         answers: dict[int, Answer] = {}
         for attempt in range(self._limit + 1):
             if attempt:
@@ -114,10 +116,11 @@ class InPlace:
 class ReliableSync:
     """A weight sync that replaces rollout engines it has lost, and brings new ones up to date.
 
-    A sync that an engine did not survive is done again for all of them: a torn one leaves them quarantined.
+    A sync that an engine did not survive is done again for all of them: a partial one leaves them
+    quarantined.
     """
 
-    def __init__(self, sync: WeightSync, rollout: Team, *, limit: int, notify: Notify) -> None:
+    def __init__(self, sync: WeightSync, rollout: WorkerGroup, *, limit: int, notify: Notify) -> None:
         self._sync = sync
         self._rollout = rollout
         self._limit = limit
@@ -142,10 +145,10 @@ class ReliableSync:
         await self(version=self._version)
 
 
-async def replace(team: Team, lost: ActorLost, notify: Notify) -> None:
+async def replace(group: WorkerGroup, lost: ActorLost, notify: Notify) -> None:
     """Start successors of lost actors in their places, and tell how long it took."""
     start = time.monotonic()
-    await team.replace(team.ranks_of(lost.actors))
+    await group.replace(group.ranks_of(lost.actors))
     seconds = time.monotonic() - start
     notify(f"{lost}\n{', '.join(lost.actors)} replaced after {seconds:.1f} s; the work is done again")
 

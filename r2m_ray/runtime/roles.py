@@ -24,7 +24,6 @@ from r2m_ray.core.batch import (
 )
 from r2m_ray.core.roles import LabelledPairs, Ref, Shards, Stats
 from r2m_ray.runtime.actors import PolicyWork, RewardWork
-from r2m_ray.runtime.agreement import require_agreement
 from r2m_ray.runtime.recovery import Job, Redo
 from r2m_ray.runtime.workers import Workers
 
@@ -168,7 +167,7 @@ class RewardRole:
         ]
         stats: list[Stats] = await self._group.settle("reward update", calls)
         if len(self._group) > 1 and self._verify_every and step % self._verify_every == 0:
-            await require_agreement(self._group, "reward update", "head_digests")
+            await self._group.require_agreement("reward update", "head_digests")
         return stats[0]
 
     async def attention(

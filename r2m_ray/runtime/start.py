@@ -15,8 +15,8 @@ from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import InPlace, Notify, ReliableSync, replace
 from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
-from r2m_ray.runtime.team import Arguments, Team, together
 from r2m_ray.runtime.weight_sync import weight_sync
+from r2m_ray.runtime.worker_group import Arguments, WorkerGroup, together
 from r2m_ray.tasks.models import Models
 
 
@@ -42,8 +42,8 @@ class Crew:
         def reference(rank: int, _: Address) -> tuple[Any, ...]:
             return config, models.reference, cluster.gpus_per_reference
 
-        def team(role: str, actor_class: type, arguments: Arguments) -> Team:
-            return Team(
+        def team(role: str, actor_class: type, arguments: Arguments) -> WorkerGroup:
+            return WorkerGroup(
                 role,
                 actor_class,
                 placement,

@@ -147,12 +147,12 @@ class PolicyLearner:
             require_finite(f"policy weight {name}", weight)
             yield name, weight
 
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """`weights` in buckets on the CPU, the same ones on every rank.
+    def weight_buckets(self, bucket_bytes: int, *, pack: bool = True) -> Iterator[WeightBucket | None]:
+        """`weights` in buckets on the CPU, the same ones on every rank; None for each one without ``pack``.
 
         All ranks must ask for each bucket: with ZeRO-3 it is gathered by all of them.
         """
-        return pack_buckets(self.weights(), bucket_bytes)
+        return pack_buckets(self.weights(), bucket_bytes, pack=pack)
 
     def weight_digests(self) -> dict[str, str]:
         """sha256 of each weight, alike on ranks that are equal to the last bit; all ranks must call it."""
