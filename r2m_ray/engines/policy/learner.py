@@ -31,7 +31,7 @@ STATE_DIR = "policy_state"
 
 @raises_device_loss("policy learner")
 class PolicyLearner:
-    """π_θ and its optimizer on one rank; every method is called on all ranks, with the same arguments but for
+    """π_θ and its optimizer on one rank; every method is called on all ranks, with the same arguments except
     the shards. A rank's shards are its own, and may be none.
 
     Expects MASTER_ADDR and MASTER_PORT in the environment.
@@ -125,7 +125,7 @@ class PolicyLearner:
                     states_SP, _, _ = self._engine.forward(
                         block.input_BL, block.position_BL, nothing, nothing
                     )
-                    _store(hidden_TP, block, states_SP)
+                    hidden_TP[block.token_T] = states_SP[block.slot_T]
         return split_hidden(trajectories, hidden_TP)
 
     def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -134,7 +134,7 @@ class PolicyLearner:
         return [(name, dtype, tuple(shape)) for name, shape in self._engine.shapes.items()]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights under their Hugging Face names, tied ones once, whole, on the learner's device.
+        """All weights under their Hugging Face names, tied ones once, full tensors on the learner's device.
 
         All ranks must iterate side by side: with ZeRO-3 they gather each parameter together. The tensors
         may not be written to, and hold until the next update. Raises RunError naming the first that is not
@@ -221,7 +221,7 @@ class PolicyLearner:
                 sums += torch.stack([value.double() for value in block_sums])
                 ratio_max = torch.maximum(ratio_max, block_max)
             if hidden_TP is not None:
-                _store(hidden_TP, block, states_SP)
+                hidden_TP[block.token_T] = states_SP[block.slot_T]
             self._engine.backward(loss, last=i == passes - 1)
         return sums, ratio_max
 
@@ -269,8 +269,5 @@ class PolicyLearner:
 
     def _states_buffer(self, tokens: int) -> Tensor:
         width = self._scorer.width if self._config.uses_feedback else 0
-        return torch.empty(tokens, width, dtype=self._model.dtype)
-
-
-def _store(hidden_TP: Tensor, block: Block, states_SP: Tensor) -> None:
-    hidden_TP[block.token_T.cpu()] = states_SP[block.slot_T].cpu()
+        # On the device, so that no pass waits for a copy; `split_hidden` copies all of it at once.
+        return torch.empty(tokens, width, dtype=self._model.dtype, device=self._device)

@@ -109,7 +109,7 @@ class RolloutEngine:
         log-probs; those of greedy rows are at temperature 1. A response keeps its end token, and is
         truncated where it has none.
         Raises InputError for a prompt that is empty or too long, and RunError while quarantined or when
-        hidden states are missing or torn twice.
+        hidden states are missing or wrong twice.
         """
         if self._quarantined:
             raise RunError(
@@ -242,16 +242,16 @@ class RolloutEngine:
                 )
 
     def _generate(self, requests: Sequence[Request]) -> list[Sampled]:
-        """Samples whose hidden states are proven whole; a row that is not is sampled once more."""
+        """Samples whose hidden states are proven to be theirs; a row that fails is sampled once more."""
         sampled = self._vllm.generate(requests)
         if not self._exports:
             return sampled
-        torn = [n for n, fault in enumerate(_faults(requests, sampled)) if fault]
-        if torn:
-            self._totals["regenerated_rows"] += len(torn)
+        faulty = [n for n, fault in enumerate(_faults(requests, sampled)) if fault]
+        if faulty:
+            self._totals["regenerated_rows"] += len(faulty)
             # The fault may lie in a cached prefix, where it would be met again.
             self._vllm.forget_prefixes()
-            for n, row in zip(torn, self._vllm.generate([requests[n] for n in torn]), strict=True):
+            for n, row in zip(faulty, self._vllm.generate([requests[n] for n in faulty]), strict=True):
                 sampled[n] = row
             for n, fault in enumerate(_faults(requests, sampled)):
                 if fault:

@@ -113,12 +113,17 @@ def prepare_environment(engine_args: Mapping[str, Any]) -> None:
     """Set the process environment that vLLM reads on import; what the user set stays.
 
     The engine runs in this very process, sends no usage statistics, and on a CPU caches up to 1 GiB of keys
-    and values. The number of threads is the caller's OMP_NUM_THREADS.
+    and values. The number of threads is the caller's OMP_NUM_THREADS. Ranks of an engine start as new
+    processes, because a fork would copy the locks of this one. On CPUs they are not bound to cores, because
+    vLLM would ask for one NUMA node each.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    if engine_args.get("tensor_parallel_size", 1) != 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if "kv_cache_memory_bytes" not in engine_args:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
@@ -347,7 +352,7 @@ def _joined(exports: Sequence[Mapping[str, Export]]) -> dict[str, Export]:
     for name in set.intersection(*(set(part) for part in exports)):
         parts = [part[name] for part in exports]
         source_RT2 = torch.stack([torch.stack((part.token_T, part.position_T), 1) for part in parts])
-        # A row is whole only where all ranks computed it from the same token at the same position.
+        # A row is valid only where all ranks computed it from the same token at the same position.
         agreed_T = (source_RT2 == source_RT2[0]).all(2).all(0)
         joined[name] = Export(
             hidden_TP=torch.cat([part.hidden_TP for part in parts], dim=1),

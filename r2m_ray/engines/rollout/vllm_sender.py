@@ -1,6 +1,6 @@
 """The learner's side of vLLM's own weight transfer (``nccl`` and ``ipc``): GPU to GPU, past the object store.
 
-vLLM drives the whole round: it opens the update on the engines, sends every parameter, and closes it.
+vLLM drives the complete update: it opens the update on the engines, sends every parameter, and closes it.
 """
 
 from __future__ import annotations
@@ -83,6 +83,6 @@ def transfer_info(
             world_size=world_size,
             packed_buffer_size_bytes=bucket_bytes,
         )
-    # One buffer is shared for the whole transfer, and no parameter may be larger than it.
+    # One buffer is shared during the complete transfer, and no parameter may be larger than it.
     sizes = (math.prod(shape) * dtype.itemsize for _, dtype, shape in learner.weight_shapes())
     return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, *sizes))

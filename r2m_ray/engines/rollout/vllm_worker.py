@@ -8,7 +8,7 @@ KV connector learns from the scheduler which blocks a finished request owned, ke
 freed, and reads the request's rows in the step that follows; a worker call hands the rows out.
 
 Each slot also remembers which token at which position wrote it, so a reader can prove that a row is
-whole and its own.
+complete and its own.
 
 Axes: T tokens of one forward pass or one request, P policy width.
 """
@@ -33,6 +33,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from r2m_ray.engines.faults import reach
+from r2m_ray.engines.hardware import host_buffer, wait_for_copies
 from r2m_ray.engines.rollout import vllm_weights  # noqa: F401  registers the weight-transfer engine
 from r2m_ray.engines.rollout.vllm_engine import Export, WeightReceipt
 from r2m_ray.errors import InputError
@@ -93,19 +94,14 @@ class HiddenBuffer:
         sizes = [slot_T.numel() for slot_T in slots]
         slot_T = torch.cat(slots)
         device = self._hidden.device
-        on_cpu = device.type == "cpu"
-
-        def host(like: Tensor) -> Tensor:
-            return torch.empty(len(slot_T), like.shape[1], dtype=like.dtype, pin_memory=not on_cpu)
-
-        hidden_TP, source_T2 = host(self._hidden), host(self._source)
+        hidden_TP = host_buffer((len(slot_T), self._hidden.shape[1]), self._hidden.dtype, device)
+        source_T2 = host_buffer((len(slot_T), 2), torch.int64, device)
         for start in range(0, len(slot_T), READ_TOKENS):
             part = slice(start, start + READ_TOKENS)
-            slots_on_device = slot_T[part].to(device)
-            for target, buffer in ((hidden_TP, self._hidden), (source_T2, self._source)):
-                target[part].copy_(buffer.index_select(0, slots_on_device), non_blocking=True)
-        if not on_cpu:
-            torch.accelerator.current_stream().synchronize()
+            device_slot_T = slot_T[part].to(device)
+            hidden_TP[part].copy_(self._hidden.index_select(0, device_slot_T), non_blocking=True)
+            source_T2[part].copy_(self._source.index_select(0, device_slot_T), non_blocking=True)
+        wait_for_copies(device)
         return {
             r.request_id: Export(h, s[:, 0], s[:, 1])
             for r, h, s in zip(requests, hidden_TP.split(sizes), source_T2.split(sizes), strict=True)
@@ -120,7 +116,7 @@ class HiddenBuffer:
 
 
 class FinishedRequests(KVConnectorMetadata):  # type: ignore[misc]
-    """What the scheduler tells the worker: requests that finished since the last step."""
+    """What the scheduler sends to the worker: requests that finished since the last step."""
 
     def __init__(self, requests: tuple[Finished, ...]) -> None:
         self.requests = requests
