@@ -18,6 +18,8 @@ from r2m_ray.driver.guards import row_label
 from r2m_ray.driver.metrics import merge_stats, rollout_records, step_metrics
 from r2m_ray.driver.monitor import Watch
 from r2m_ray.errors import RunError
+from r2m_ray.run.log import Kind
+from r2m_ray.run.vocabulary import current_row
 from r2m_ray.tasks.task import GoldScorer
 
 
@@ -34,9 +36,7 @@ class Log(Protocol):
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def steps(self) -> Sequence[Mapping[str, Any]]: ...
-
-    def evaluations(self) -> Sequence[Mapping[str, Any]]: ...
+    def rows(self, kind: Kind) -> Sequence[Mapping[str, Any]]: ...
 
     def message(self, text: str) -> None: ...
 
@@ -58,10 +58,7 @@ class Unlogged:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         return
 
-    def steps(self) -> Sequence[Mapping[str, Any]]:
-        return ()
-
-    def evaluations(self) -> Sequence[Mapping[str, Any]]:
+    def rows(self, kind: Kind) -> Sequence[Mapping[str, Any]]:
         return ()
 
     def message(self, text: str) -> None:
@@ -95,9 +92,9 @@ class Recorder:
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step``, which the run is about to compute again."""
         self._log.rewind(step)
-        self._watch.rewind(self._log.steps())
+        self._watch.rewind(self._log.rows("step"))
         self._initial_reward = math.nan
-        for row in self._log.evaluations():
+        for row in self._log.rows("eval"):
             self._keep_initial(int(row["step"]), row)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -193,7 +190,7 @@ class Recorder:
         self._log.evaluation(step, metrics)
 
     def _keep_initial(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        level = metrics.get("reward")
+        level = current_row(metrics).get("reward/mean")
         if step == 0 and level is not None:
             self._initial_reward = level
 
