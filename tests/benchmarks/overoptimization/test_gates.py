@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from benchmarks.overoptimization.gate_rules import baseline_gates, rank_correlation
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.overoptimization.gates import baseline_gates, rank_correlation
 from benchmarks.overoptimization.information import (
     Explained,
     Information,
