@@ -114,7 +114,7 @@ class Watch:
 
     A step calls ``versions`` before it learns from the rows, ``observe`` before it logs its row (the alarms
     belong to that row), and ``news`` and ``guard`` after it, so that the log holds the row of a step that
-    ends the run. ``ends_run`` and ``error`` are for after the step's checkpoint.
+    ends the run. ``ends_run`` asks for the step's checkpoint, and ``check`` comes after it.
 
     Args:
         config: its ``monitor`` and ``guard`` are used.
@@ -162,10 +162,12 @@ class Watch:
         """Whether an alarm is on that must end the run (``monitor.on_alarm=stop``)."""
         return self._config.on_alarm is OnAlarm.stop and bool(self._last.alarms)
 
-    def error(self) -> Alarmed:
-        """The error that ends a run after the last step."""
+    def check(self) -> None:
+        """Raise Alarmed where an alarm must end the run; call it once the last step is saved."""
+        if not self.ends_run:
+            return
         alarms = "\n".join(self._text(name) for name in self._last.alarms)
-        return Alarmed(
+        raise Alarmed(
             f"{alarms}\nThe run ended here, and its last step is saved (monitor.on_alarm=stop). To go on "
             "unchanged, use run.resume=true with monitor.on_alarm=warn or a higher bound. To change what it "
             "learns, start a run under another run.name."

@@ -193,7 +193,9 @@ def test_an_alarm_ends_the_run_only_where_it_should() -> None:
     assert not watch(series[:2], OnAlarm.stop).ends_run
     watched = watch(series, OnAlarm.stop)
     assert watched.ends_run
-    error = watched.error()
+    with pytest.raises(Alarmed) as caught:
+        watched.check()
+    error = caught.value
     assert error.exit_code == 4
     lines = str(error).splitlines()
     assert [line.split(" at step 3")[0] for line in lines[:2]] == ["alarm flip_rate", "alarm kl"]
