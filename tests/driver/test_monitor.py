@@ -12,6 +12,7 @@ import pytest
 
 from r2m_ray.config.schema import Config, MonitorConfig, OnAlarm
 from r2m_ray.driver.monitor import ALARMS, Watch, replay
+from r2m_ray.errors import Alarmed
 
 BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
 KEYS = {
