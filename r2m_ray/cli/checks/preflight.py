@@ -20,7 +20,7 @@ from r2m_ray.engines.policy.deepspeed_config import deepspeed_config
 from r2m_ray.errors import InputError, Problem
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.lock import LOCK_FILE
-from r2m_ray.run.resume_guard import resume_problems
+from r2m_ray.run.resume import resume_problems
 
 DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\S+)?")
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".zip")
