@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from r2m_ray.config.read import typed
+from r2m_ray.config.fields import read
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Problem, hint, refuse, shown
@@ -139,7 +139,7 @@ def _checked(tree: DictConfig, values: Sequence[Override], problems: list[Proble
         refuse([*problems, Problem(error.full_key or _SUBJECT, _one_line(error))], _SUBJECT)
         raise
     assert isinstance(plain, dict)
-    config, unread = typed(plain, groups())
+    config, unread = read(plain, groups())
     wrong = {problem.path for problem in unread}
     refuse([*problems, *unread, *validate(config, wrong)], _SUBJECT)
     return config

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from told import complaint
 
 import r2m_ray
-from r2m_ray.config.choices import GOLD_TASKS
 from r2m_ray.config.compose import groups, load_config, load_saved
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import (
+    GOLD_TASKS,
     Advantage,
     Config,
     Dtype,

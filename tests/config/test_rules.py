@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from told import complaint, lines_about
 
-from r2m_ray.config.checks_method import LEAST_TEMPERATURE
-from r2m_ray.config.checks_prepare import CPU_HEAD_SIZES
 from r2m_ray.config.compose import load_config
-from r2m_ray.config.read import schema
-from r2m_ray.config.rules import RULES, validate
+from r2m_ray.config.fields import fields
+from r2m_ray.config.rules import CPU_HEAD_SIZES, LEAST_TEMPERATURE, RULES, validate
 from r2m_ray.config.schema import FeedbackRefresh
 from r2m_ray.errors import Problem
 
@@ -152,7 +150,7 @@ def test_every_rule_has_a_case() -> None:
     broken = {path for _, path, _, _ in RULE_CASES}
     # The code of a model is refused below the field that the rule reads.
     assert all(any(path.startswith(read) for path in broken for read in reads) for reads, _ in RULES)
-    assert set(itertools.chain(*(reads for reads, _ in RULES))) <= set(schema())
+    assert set(itertools.chain(*(reads for reads, _ in RULES))) <= set(fields())
 
 
 def test_groups_of_two_learn_by_bradley_terry_alone_without_complaint() -> None:

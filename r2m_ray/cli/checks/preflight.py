@@ -26,7 +26,7 @@ from r2m_ray.engines.policy.deepspeed_config import deepspeed_config
 from r2m_ray.errors import InputError, Problem, shown
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.files import LOCK_FILE
-from r2m_ray.run.resume_guard import resume_problems
+from r2m_ray.run.resume import resume_problems
 
 GIB = 2**30
 DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:\S+)?")

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from r2m_ray.config.fields import deciding
+from r2m_ray.config.schema import Compare
 from r2m_ray.errors import InputError, hint
 from r2m_ray.report.compare.statistics import MOST_FLIPPED
 from r2m_ray.report.data import Row, RunRecord, Series, column, read_run
@@ -25,14 +27,12 @@ FROZEN, OWN = metric("reward/frozen_mean"), metric("reward/mean")
 START_KL = 0.1
 """Nats per response that two engines may disagree by on one policy; more means a start off the reference."""
 
-WORLD = ("task", "prepare", "algo.steps", "algo.temperature", "evaluate")
+WORLD = deciding(Compare.always)
 """Settings that are the same in every run: the world, its models, the budget, and how it is measured."""
-START = ("model.policy", "model.reference")
+START = deciding(Compare.seed)
 """Settings that are the same in every run of a seed; the reward model may be what an arm is about."""
-METHOD = ("algo", "policy", "reward", "feedback")
+METHOD = deciding(Compare.arm)
 """Settings that are the same under every seed of an arm."""
-FREE = ("prepare.root",)
-"""Settings of these that say only where something lies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -212,7 +212,7 @@ def require_same(curves: Sequence[Curve], sections: Sequence[str], rule: str) ->
     for curve in curves[1:]:
         first = curves[0]
         for path in sorted(first.settings.keys() | curve.settings.keys()):
-            if path in FREE or not any(path == s or path.startswith(f"{s}.") for s in sections):
+            if not any(path == s or path.startswith(f"{s}.") for s in sections):
                 continue
             ours, theirs = first.settings.get(path), curve.settings.get(path)
             if ours != theirs:
