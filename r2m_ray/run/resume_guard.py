@@ -11,7 +11,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import Problem
-from r2m_ray.run.checkpoint import CHECKPOINTS, LATEST, Checkpoints, driver_state
+from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, driver_state
 from r2m_ray.run.files import CONFIG_FILE, METRICS_FILE, read_steps
 from r2m_ray.run.resume import differences, run_identity
 
@@ -42,7 +42,7 @@ def _without_commit(directory: Path) -> Iterator[Problem]:
     last = max((int(row["step"]) for row in rows if row.get("kind") == "step"), default=0)
     every = _every(directory / CONFIG_FILE)
     checkpoints = directory / CHECKPOINTS
-    traces = [*checkpoints.glob(LATEST), *checkpoints.glob(".damaged-*")]
+    traces = [*checkpoints.glob(".damaged-*")]
     # A step's row is written just before its commit, so the row at `every` alone proves nothing.
     if traces or 0 < every < last:
         proof = f"{METRICS_FILE} reaches step {last}" if 0 < every < last else f"{traces[0]} is there"

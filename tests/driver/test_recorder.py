@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from r2m_ray.driver.recorder import Recorder
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Advantage, Config, OnAlarm, RewardShape
 from r2m_ray.core.batch import Annotation, Hidden, Trajectories, pack_rows
-from r2m_ray.driver.recorder import Recorder
 from r2m_ray.errors import Alarmed, RunError
 
 POLICY = {"mismatch_mean": 0.01, "skipped_steps": 0.0, "nonfinite_rows": 0.0}
