@@ -118,18 +118,14 @@ class Watch:
 
     Args:
         config: its ``monitor`` and ``guard`` are used.
-        rows: of the training steps so far, in their order.
+        rows: of the training steps so far, in their order. A run that returns to a checkpoint makes a new
+            watch from the rows up to it.
     """
 
     def __init__(self, config: Config, rows: Iterable[Row] = ()) -> None:
         self._config = config.monitor
         self._guards = Guards(config.guard)
-        self.rewind(rows)
-
-    def rewind(self, rows: Iterable[Row]) -> None:
-        """Start again from the training steps in ``rows``: the run returned to a checkpoint."""
-        self._guards.rewind()
-        self._monitor = Monitor(self._config)
+        self._monitor = Monitor(config.monitor)
         self._last = Reading(step=0, levels={})
         for row in rows:
             self._last = self._monitor.observe(int(row["step"]), row)
