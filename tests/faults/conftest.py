@@ -241,7 +241,7 @@ class Lab:
         return sorted(path for path in new if not held(path))
 
     def clean(self, running: Running, *, killed: bool = False) -> None:
-        """CLEAN: a run leaves no process, temporary file or shared memory; what is left is ended and named."""
+        """CLEAN: a run leaves no process, temporary file or shared memory; leftovers are ended and named."""
         limit = time.monotonic() + 30
         while (left := running.processes()) and time.monotonic() < limit:
             time.sleep(0.1)
