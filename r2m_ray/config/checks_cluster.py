@@ -80,9 +80,10 @@ def _engine_gpus(config: Config) -> Iterator[Problem]:
     if ranks > 1 and args.get("distributed_executor_backend") != "mp":
         yield Problem(
             "rollout.engine_args.distributed_executor_backend",
-            f"an engine of {ranks} GPUs runs inside the placement of its actor; set it to mp",
+            f"an engine of {ranks} ranks runs inside the placement of its actor; set it to mp",
         )
-    if ranks != max(gpus, 1) and (gpus <= 1 or gpus == int(gpus)):
+    # On CPUs the ranks share the cores of their actor.
+    if gpus and ranks != max(gpus, 1) and (gpus <= 1 or gpus == int(gpus)):
         yield Problem(
             "cluster.gpus_per_rollout",
             f"{gpus:g}, but an engine computes on tensor_parallel_size × pipeline_parallel_size = {ranks} "

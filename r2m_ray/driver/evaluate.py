@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import Annotation, Prompt, SamplePlan, Trajectories
-from r2m_ray.core.kl import row_kl
+from r2m_ray.core.policy_loss import row_kl
 from r2m_ray.core.roles import Roles
 from r2m_ray.driver.measures import calibration_error, gold_measures, group_measures, pair_accuracy
 from r2m_ray.driver.metrics import GOLD_TOTAL, finite_mean, grouped, mean

@@ -18,7 +18,7 @@ from r2m_ray.config.schema import Advantage, Config, KLPlace, OmegaSchedule
 from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.batch import Annotation, Prompt, ReferenceLogprobs, SamplePlan, Trajectories
 from r2m_ray.core.head import omega
-from r2m_ray.core.kl import row_kl
+from r2m_ray.core.policy_loss import row_kl
 from r2m_ray.core.roles import Roles, Shards
 from r2m_ray.core.shaping import SCALES, SHAPES, gold_mixture
 from r2m_ray.driver.evaluate import Evaluator

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from r2m_ray.engines.hardware import host_buffer, wait_for_copies
 from r2m_ray.errors import RunError
 
 
@@ -86,7 +87,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
-    return hashlib.sha256(_raw(tensor).numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(tensor).cpu().numpy().data).hexdigest()
 
 
 def module_digest(module: nn.Module) -> str:
@@ -97,19 +98,21 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor on the CPU, uint8."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8, on its device."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _pack(parameters: list[tuple[str, Tensor]]) -> WeightBucket:
     sizes = [_aligned(t.numel() * t.element_size()) for _, t in parameters]
-    data = torch.zeros(sum(sizes), dtype=torch.uint8)
+    device = parameters[0][1].device
+    data = host_buffer([sum(sizes)], torch.uint8, device)
     start = 0
     for (_, tensor), size in zip(parameters, sizes, strict=True):
-        raw = _raw(tensor)
-        data[start : start + raw.numel()] = raw
+        raw = _bytes(tensor)
+        data[start : start + raw.numel()].copy_(raw, non_blocking=True)
         start += size
+    wait_for_copies(device)
     return WeightBucket(
         names=tuple(name for name, _ in parameters),
         dtypes=tuple(str(t.dtype).removeprefix("torch.") for _, t in parameters),

@@ -41,7 +41,6 @@ class RolloutActor:
             seed=config.run.seed,
             max_model_len=config.task.max_prompt_tokens + config.task.max_new_tokens,
             export_hidden=export_hidden,
-            hidden_norm=config.feedback.norm.value,
             engine_args=config.rollout.engine_args,
             weight_backend=config.sync.backend.value,
         )
@@ -131,9 +130,9 @@ class PolicyActor:
 
     def join_transfer(self, config: Config, engines: Sequence[Any], address: tuple[str, int]) -> None:
         """Open vLLM's own transfer to the rollout engines (``sync.backend`` nccl or ipc)."""
-        from r2m_ray.engines.rollout.vllm_sender import weight_sender
+        from r2m_ray.engines.rollout.vllm_sender import ranks_per_engine, weight_sender
 
-        ranks = int(config.rollout.engine_args.get("tensor_parallel_size", 1))
+        ranks = ranks_per_engine(config.rollout.engine_args)
         self._client = EngineClient(
             engines, ranks_per_engine=ranks, timeout_s=0.9 * config.cluster.phase_timeout_s
         )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from r2m_ray.config.schema import Config, FeedbackNorm
+from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import ReferenceLogprobs, Trajectories
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.policy.blocks import Rows, blocks, packs_lines
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
 from r2m_ray.engines.weights import module_digest
 
 
+@raises_device_loss("reference policy")
 class ReferencePolicy:
     """A causal language model that never changes and scores what the policy sampled.
 
@@ -30,7 +32,6 @@ class ReferencePolicy:
         self._scorer = CausalScorer(
             model,
             temperature=config.algo.temperature,
-            norm=FeedbackNorm.post,
             token_budget=self._budget,
         )
         self._packed = packs_lines(config.model.attention)

@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
 from r2m_ray.core.head import R2MHead
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.reward.head_files import HeadInfo, load_head, save_head
 from r2m_ray.engines.reward.pairs import content_seed
 from r2m_ray.engines.reward.trainer import HeadTrainer, RewardShard
@@ -27,6 +28,7 @@ from r2m_ray.errors import InputError, RunError
 HEAD_DIRECTORY = "reward_head"
 
 
+@raises_device_loss("reward engine")
 class RewardEngine:
     """One replica of the reward model: annotates shards, and updates the head together with its peers.
 
