@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from r2m_ray.config.rule import Rule, registrar
-from r2m_ray.config.schema import Config, Dtype, FeedbackNorm, FeedbackSource, SyncBackend
+from r2m_ray.config.schema import Config, Dtype, SyncBackend
 from r2m_ray.errors import Problem, hint, shown
 
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
@@ -80,25 +80,14 @@ def _engine_gpus(config: Config) -> Iterator[Problem]:
     if ranks > 1 and args.get("distributed_executor_backend") != "mp":
         yield Problem(
             "rollout.engine_args.distributed_executor_backend",
-            f"an engine of {ranks} GPUs runs inside the placement of its actor; set it to mp",
+            f"an engine of {ranks} ranks runs inside the placement of its actor; set it to mp",
         )
-    if ranks != max(gpus, 1) and (gpus <= 1 or gpus == int(gpus)):
+    # On CPUs the ranks share the cores of their actor.
+    if gpus and ranks != max(gpus, 1) and (gpus <= 1 or gpus == int(gpus)):
         yield Problem(
             "cluster.gpus_per_rollout",
             f"{gpus:g}, but an engine computes on tensor_parallel_size × pipeline_parallel_size = {ranks} "
             f"(rollout.engine_args); make them equal",
-        )
-
-
-@rule("feedback.norm", "feedback.source", "reward.omega_floor", "rollout.engine_args")
-def _state_before_norm(config: Config) -> Iterator[Problem]:
-    exports = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
-    eager = config.rollout.engine_args.get("enforce_eager")
-    if exports and config.feedback.norm is FeedbackNorm.pre and not eager:
-        yield Problem(
-            "feedback.norm",
-            "pre reads a state inside the model, which compiled models hide; set "
-            "rollout.engine_args.enforce_eager=true, or use post",
         )
 
 

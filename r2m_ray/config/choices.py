@@ -157,13 +157,6 @@ class FeedbackRefresh(StrEnum):
     none = "none"
 
 
-class FeedbackNorm(StrEnum):
-    """Hidden states after the policy's final norm, or before it."""
-
-    post = "post"
-    pre = "pre"
-
-
 class SyncBackend(StrEnum):
     """How weights travel from the learner to the rollout engines."""
 

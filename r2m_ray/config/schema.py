@@ -17,7 +17,6 @@ from r2m_ray.config.choices import (
     Advantage,
     Count,
     Dtype,
-    FeedbackNorm,
     FeedbackRefresh,
     FeedbackSource,
     Fraction,
@@ -63,7 +62,6 @@ __all__ = [
     "Dtype",
     "EvaluateConfig",
     "FeedbackConfig",
-    "FeedbackNorm",
     "FeedbackRefresh",
     "FeedbackSource",
     "GuardConfig",
@@ -249,14 +247,12 @@ class RewardConfig:
 
 @dataclass(kw_only=True, slots=True)
 class FeedbackConfig:
-    """h, the policy's hidden states that the reward model reads."""
+    """h, the policy's hidden states after its final norm, which the reward model reads."""
 
     source: FeedbackSource = FeedbackSource.rollout
     """Who exports h for the annotation."""
     refresh: FeedbackRefresh = FeedbackRefresh.last_epoch
     """Where h for the reward update comes from (Algorithm 1 line 13)."""
-    norm: FeedbackNorm = FeedbackNorm.post
-    """h after or before the policy's final norm."""
     noise: Fraction = 0.0
     """Share of Gaussian noise with h's own mean and std that replaces h; 1 is the paper's w/ Noise."""
 

@@ -79,8 +79,6 @@ class PrepareConfig:
 
     root: str = "prepared"
     """Directory of prepared models, one directory per digest of what went into them."""
-    policy: str = ""
-    """Directory of a prepared policy to copy instead of training one, for another reward model to meet."""
     policy_layers: Count = 3
     """Layers of the policy."""
     policy_width: Count = 96
@@ -105,13 +103,6 @@ class PrepareConfig:
     """AdamW's learning rate in supervised fine-tuning."""
     pair_rows: Count = 20000
     """note2answer: preference pairs to generate."""
-    reward_from_policy: bool = False
-    """Whether the reward model's trunk starts as a copy of the fine-tuned policy's, in the same shape."""
-    reward_auxiliary_steps: Natural = 0
-    """note2answer: optimizer steps in which the reward model's trunk learns, before any pair, to count the
-    courtesies, intensifiers, words, off-topic facts and repeats of a response."""
-    reward_auxiliary_truth: bool = False
-    """note2answer: whether it counts correct, wrong and corrected facts as well."""
     reward_steps: Natural = 300
     """Optimizer steps of reward-model training."""
     reward_batch: Count = 64
@@ -163,7 +154,8 @@ class ClusterConfig:
     """Where the actors run, what each may use, and how long to wait for them."""
 
     address: str = "local"
-    """``local`` starts a cluster for the run, ``auto`` joins the one in the environment."""
+    """``local`` starts a Ray cluster for the run; ``auto``, or an address, joins one that runs already;
+    ``none`` runs every role in this process, without Ray."""
     cpus: Count = 2
     """Logical CPUs of a local cluster."""
     object_store_gb: Positive = 1.0

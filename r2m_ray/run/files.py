@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.run.vocabulary import current_row
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -96,6 +97,11 @@ class StepLines:
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """Every record of a file, without an incomplete last line; InputError names a line that is no record."""
     return [record for _, record in _records(path)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every row of a ``metrics.jsonl`` under today's names, whichever version of r2m_ray wrote it."""
+    return [current_row(record) for record in read_steps(path)]
 
 
 def encoded(record: Record) -> str:

@@ -28,7 +28,7 @@ LIBRARIES = (
     "numpy",
 )  # fmt: skip
 FREE = (
-    "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "prepare.policy", "logging",
+    "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "logging",
     "checkpoint", "evaluate", "sync", "guard", "monitor", "cluster", "rollout.replicas",
     "reference.replicas", "task.skip_bad_rows",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stages train what they say: the formula's loss, on rows in a good order, and nothing at 0 steps."""
+"""Training minimises the formula's loss, on rows in a good order, and changes nothing at 0 steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from transformers import (
 
 from r2m_ray.engines.text import conversation_ids, policy_prompt_ids, policy_response_ids
 from r2m_ray.tasks.data import PreferencePair
-from r2m_ray.tasks.prepare.reward_model import fit_preferences
-from r2m_ray.tasks.prepare.sft import fine_tune
-from r2m_ray.tasks.prepare.training import Training, training_order
+from r2m_ray.tasks.prepare.trainers import Training, fine_tune, fit_preferences, training_order
 
 DEMONSTRATIONS = [("w1 w2 w3", "w4 w5"), ("w6", "w7 w8 w9 w10"), ("w11 w12", "w13")]
 PAIRS = [
