@@ -1,6 +1,6 @@
 """Counterfactual pairs of note2answer: two responses to one prompt that differ in one thing only.
 
-The demonstrator's own pairs differ in everything at once, so accuracy on them does not tell what a reward
+The demonstrator's own pairs differ in everything at once, so accuracy on them does not show what a reward
 model goes by. ``style``: the same facts, one response with more courtesies and intensifiers; it is the better
 one in a seventh of the pairs (a first courtesy), and else the worse one (excess). ``value``: the same
 sentences, one true value replaced by another that the note does not mention.
@@ -68,7 +68,7 @@ def _value_pair(config: Config, random: Random) -> PreferencePair:
         false = [_made_up(config, fact, random) if i == replaced else fact for i, fact in enumerate(facts)]
         places = [random.randrange(len(facts)) for _ in range(random.randint(0, 1))]
         courtesies = random.randint(0, 1)
-        better, worse = (_response(told, places, courtesies) for told in (facts, false))
+        better, worse = (_response(variant, places, courtesies) for variant in (facts, false))
         if _fits(config, better):
             return PreferencePair(prompt=note.prompt, chosen=better, rejected=worse)
 
