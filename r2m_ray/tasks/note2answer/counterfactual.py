@@ -28,20 +28,14 @@ def counterfactual_pairs(config: Config, count: int) -> dict[str, tuple[Preferen
 
     No response is longer than ``task.max_new_tokens`` allows.
     """
-    return {"style": style_pairs(config, count), "value": value_pairs(config, count)}
-
-
-def style_pairs(config: Config, count: int) -> tuple[PreferencePair, ...]:
-    """Pairs that differ in courtesies and intensifiers only, and in gold."""
-    return tuple(_style_pair(config, source(config.run.seed, "style pairs", i)) for i in range(count))
-
-
-def value_pairs(config: Config, count: int) -> tuple[PreferencePair, ...]:
-    """Pairs that differ in one value only: the note's in the first response, a made-up one in the second."""
-    return tuple(_value_pair(config, source(config.run.seed, "value pairs", i)) for i in range(count))
+    return {
+        kind: tuple(pair(config, source(config.run.seed, f"{kind} pairs", i)) for i in range(count))
+        for kind, pair in (("style", _style_pair), ("value", _value_pair))
+    }
 
 
 def _style_pair(config: Config, random: Random) -> PreferencePair:
+    """A pair that differs in courtesies and intensifiers only, and in gold."""
     while True:
         note = Note.draw(random, config.task.values_per_attribute)
         facts = [
@@ -61,6 +55,7 @@ def _style_pair(config: Config, random: Random) -> PreferencePair:
 
 
 def _value_pair(config: Config, random: Random) -> PreferencePair:
+    """A pair that differs in one value: the note's in the first response, a made-up one in the second."""
     while True:
         note = Note.draw(random, config.task.values_per_attribute)
         facts = _facts(note, random)

@@ -107,10 +107,7 @@ def _preferences(config: Config) -> Materials:
         rows = (conversation_ids(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
         return f"over reward.max_length={limit}" if max(map(len, rows)) > limit else None
 
-    def unwritten(pair: PreferencePair) -> str | None:
-        return over_limit(tokenizer, task, pair.prompt, pair.chosen)
-
-    written = sift(train, unwritten, task.overlong)
+    written = sift(train, lambda pair: over_limit(tokenizer, task, pair.prompt, pair.chosen), task.overlong)
     read, judged = sift(train, unread, task.overlong), sift(held_out, unread, task.overlong)
     return Materials(
         policy_tokenizer=tokenizer,
