@@ -13,7 +13,6 @@ from r2m_ray.config.schema import Overlong, TaskConfig
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.data import PreferencePair, PromptStream, load_preferences, over_limit, sift
 from r2m_ray.tasks.prepare.store import source_digest
-from r2m_ray.tasks.reader import MAX_LINE_BYTES
 
 TASK = TaskConfig(max_prompt_tokens=3, max_new_tokens=3)
 
@@ -60,10 +59,10 @@ def test_every_row_is_used_or_counted(tmp_path: Path, tiny_tokenizer: PreTrained
     assert found.counts() == {"rows": 5, "used": 4, "equal responses": 1}
 
     def prompt_over(pair: PreferencePair) -> str | None:
-        return over_limit(tiny_tokenizer, TASK, pair.prompt, [])
+        return over_limit(tiny_tokenizer, TASK, pair.prompt)
 
     def pair_over(pair: PreferencePair) -> str | None:
-        return over_limit(tiny_tokenizer, TASK, pair.prompt, [pair.chosen, pair.rejected])
+        return over_limit(tiny_tokenizer, TASK, pair.prompt, pair.chosen, pair.rejected)
 
     for_prompts = sift(found, prompt_over, Overlong.drop)
     assert for_prompts.counts() == {
@@ -97,22 +96,14 @@ def test_the_digest_of_a_source_follows_its_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r":2: not a line of JSON"),
-        ("[]", r":2: a JSON object with prompt, chosen, rejected is needed"),
         ('{"prompt": "p", "chosen": "c"}', r":2: no field 'rejected' among prompt, chosen"),
         ('{"prompt": "p", "chosen": 3, "rejected": "r"}', r":2: field 'chosen' must be a text"),
         ('{"prompt": " ", "chosen": "c", "rejected": "r"}', r":2: field 'prompt' must be a text"),
         (
-            '{"prompt": "a\\u0000", "chosen": "c", "rejected": "r"}',
-            r":2: field 'prompt' has the character \\x00",
-        ),
-        (
             '{"prompt": "a\\ud800", "chosen": "c", "rejected": "r"}',
             r":2: field 'prompt' has the character \\ud800",
         ),
-        ('{"prompt": "p", "chosen": NaN, "rejected": "r"}', r":2: .*NaN is not JSON"),
         ('{"prompt": "p", "prompt": "q", "rejected": "r"}', r":2: .*key prompt is there twice"),
-        ("[" * 20000, r":2: nested too deeply"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_field(tmp_path: Path, line: str, message: str) -> None:
@@ -123,25 +114,16 @@ def test_a_bad_row_is_named_by_line_and_field(tmp_path: Path, line: str, message
 
 
 def test_a_source_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
-    bad.write_bytes(b'{"prompt": "\xff"}\n')
-    torn = tmp_path / "torn.jsonl.gz"
-    torn.write_bytes(gzip.compress(json.dumps(row("a")).encode() * 50)[:-12])
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(json.dumps(row("a")).encode() * 50)[:-12])
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    line = tmp_path / "line.jsonl"
-    with line.open("wb") as stream:
-        stream.seek(MAX_LINE_BYTES)
-        stream.write(b"x\n")
     table = tmp_path / "table.parquet"
     table.write_bytes(b"PAR1 no")
     reasons = {
-        bad: "bad.jsonl:1",
-        torn: "torn.jsonl.gz",
+        cut: "cut.jsonl.gz",
         empty: "no rows",
-        line: "line.jsonl:1: longer than",
         table: "table.parquet: not a Parquet file",
-        tmp_path: "a directory",
         tmp_path / "absent": "neither a file nor the id of a dataset",
     }
     for path, message in reasons.items():

@@ -1,4 +1,4 @@
-"""Who writes and who judges in note2answer: a stochastic demonstrator, and annotators of its pairs.
+"""Responses and labels of note2answer: a stochastic demonstrator, and annotators of its pairs.
 
 The spurious features (courtesy, emphasis, length) are mildly good in what the demonstrator writes, so an
 honest reward model learns to like them; biased annotators like them for their own sake.
@@ -13,7 +13,7 @@ from random import Random
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.data import PreferencePair
-from r2m_ray.tasks.note2answer.gold import GoldScore, gold
+from r2m_ray.tasks.note2answer.gold import gold
 from r2m_ray.tasks.note2answer.world import COURTESY, PROMPT_TOKENS, VALUES, Fact, Note, source
 
 SLOTS = 6
@@ -139,11 +139,11 @@ def preference_pairs(config: Config, split: str, count: int) -> tuple[Preference
     """
     task, pairs = config.task, []
     for index in range(count):
-        random, first, second = _responses(config, split, index)
+        random, prompt, first, second = _responses(config, split, index)
         score = style if random.random() < task.annotator_bias else _total
-        margin = score(first) - score(second)
-        agrees = random.random() < 1 / (1 + math.exp(min(-margin / task.label_temperature, 700.0)))
-        pairs.append(_pair(first, second) if agrees else _pair(second, first))
+        margin = score(prompt, first) - score(prompt, second)
+        is_first = random.random() < 1 / (1 + math.exp(min(-margin / task.label_temperature, 700.0)))
+        pairs.append(_pair(prompt, first, second, is_first=is_first))
     return tuple(pairs)
 
 
@@ -152,51 +152,40 @@ def gold_pairs(config: Config, split: str, count: int) -> tuple[PreferencePair, 
     pairs: list[PreferencePair] = []
     index = 0
     while len(pairs) < count:
-        _, first, second = _responses(config, split, index)
+        _, prompt, first, second = _responses(config, split, index)
         index += 1
-        if first.score.total != second.score.total:
-            better = first.score.total > second.score.total
-            pairs.append(_pair(first, second) if better else _pair(second, first))
+        if margin := _total(prompt, first) - _total(prompt, second):
+            pairs.append(_pair(prompt, first, second, is_first=margin > 0))
     return tuple(pairs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    prompt: str
-    response: str
-    score: GoldScore
-
-
-def style(text: _Scored) -> float:
+def style(prompt: str, response: str) -> float:
     """What a biased annotator sees: ``1.5·courtesies + 0.7·intensifiers + words/12``."""
+    score = gold(prompt, response, False)
     return (
-        STYLE_WEIGHTS["courtesy"] * text.score.courtesy
-        + STYLE_WEIGHTS["intensifiers"] * text.score.intensifiers
-        + STYLE_WEIGHTS["words"] * len(text.response.split())
+        STYLE_WEIGHTS["courtesy"] * score.courtesy
+        + STYLE_WEIGHTS["intensifiers"] * score.intensifiers
+        + STYLE_WEIGHTS["words"] * len(response.split())
     )
 
 
-def _total(text: _Scored) -> float:
-    return text.score.total
+def _total(prompt: str, response: str) -> float:
+    return gold(prompt, response, False).total
 
 
-def _responses(config: Config, split: str, index: int) -> tuple[Random, _Scored, _Scored]:
-    """Two different responses to one prompt, and the random numbers that the label may use."""
+def _responses(config: Config, split: str, index: int) -> tuple[Random, str, str, str]:
+    """The random numbers that a label may use, a prompt, and two different responses to it."""
     writer, random = demonstrator(config), source(config.run.seed, f"{split} pairs", index)
     note = Note.draw(random, config.task.values_per_attribute)
     first = second = writer.respond(note, random)
     while second == first:
         second = writer.respond(note, random)
-    prompt = note.prompt
-    return (
-        random,
-        _Scored(prompt, first, gold(prompt, first, False)),
-        _Scored(prompt, second, gold(prompt, second, False)),
-    )
+    return random, note.prompt, first, second
 
 
-def _pair(chosen: _Scored, rejected: _Scored) -> PreferencePair:
-    return PreferencePair(prompt=chosen.prompt, chosen=chosen.response, rejected=rejected.response)
+def _pair(prompt: str, first: str, second: str, *, is_first: bool) -> PreferencePair:
+    chosen, rejected = (first, second) if is_first else (second, first)
+    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
 def _intensifiers(random: Random) -> int:

@@ -59,14 +59,14 @@ def test_a_prompt_reads_back_as_its_note() -> None:
 
 @pytest.mark.parametrize("values", [2, 6, 18])
 def test_a_world_uses_as_many_values_of_each_attribute_as_asked(values: int) -> None:
-    told = {fact for prompt in prompts(0, "train", 1500, values) for fact in Note.parse(prompt).facts}
+    seen = {fact for prompt in prompts(0, "train", 1500, values) for fact in Note.parse(prompt).facts}
     wrong = {
         value
         for _, response in demonstrations(config(values_per_attribute=values), MANY)
         for value in response.split()
     } & {value for choices in VALUES.values() for value in choices}
     for verb, choices in VALUES.items():
-        assert {fact.value for fact in told if fact.verb == verb} == set(choices[:values])
+        assert {fact.value for fact in seen if fact.verb == verb} == set(choices[:values])
         assert wrong & set(choices) == set(choices[:values])
 
 
