@@ -28,9 +28,7 @@ STEP_TIME = metric("time/step")
 _SMOOTHED_FROM = 40
 WIDTH, HEIGHT = 11.8, 2.9  # Inches of a figure, and of each line of panels in it.
 _LABEL_WIDTH = 0.72  # Inches.
-STYLE = rc_params_from_file(
-    Path(__file__).parent / "templates" / "figures.mplstyle", use_default_template=False
-)
+STYLE = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
 """The look of every figure, for matplotlib's ``rc_context``."""
 
 
