@@ -1,4 +1,4 @@
-"""Preflight: what is wrong with models is told before Ray starts, all at once."""
+"""Preflight: what is wrong with models is reported before Ray starts, all at once."""
 
 from __future__ import annotations
 
@@ -88,90 +88,52 @@ def test_a_hub_id_is_left_to_the_hub(
     assert model_problems(config) == []
 
 
-def drop_config(policy: Path) -> None:
-    (policy / "config.json").unlink()
-
-
-def break_config(policy: Path) -> None:
-    (policy / "config.json").write_text("{")
-
-
-def list_config(policy: Path) -> None:
-    (policy / "config.json").write_text("[]")
-
-
-def pickle_weights(policy: Path) -> None:
-    (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
-
-
-def drop_weights(policy: Path) -> None:
-    (policy / "model.safetensors").unlink()
-
-
-def cut_weights(policy: Path) -> None:
-    os.truncate(policy / "model.safetensors", (policy / "model.safetensors").stat().st_size - 8)
-
-
-def cut_header(policy: Path) -> None:
-    os.truncate(policy / "model.safetensors", 20)
-
-
-def overwrite_weights(policy: Path) -> None:
-    (policy / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 
 
 def drop_shard(policy: Path) -> None:
-    (policy / "model.safetensors").rename(policy / "model-00001-of-00002.safetensors")
-    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (policy / WEIGHTS).rename(policy / SHARDS[0])
+    (policy / INDEX).write_text(json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))}))
 
 
-def break_index(policy: Path) -> None:
-    (policy / "model.safetensors.index.json").write_text("{}")
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda p: (p / "config.json").unlink(), "config.json: missing, so this is no model"),
+    (lambda p: (p / "config.json").write_text("{"), "config.json: not a JSON object"),
+    (lambda p: (p / "config.json").write_text("[]"), "config.json: not a JSON object"),
+    (
+        lambda p: (p / WEIGHTS).rename(p / "pytorch_model.bin"),
+        "pytorch_model.bin: only pickled weights, which are never loaded",
+    ),
+    (lambda p: (p / WEIGHTS).unlink(), f"{WEIGHTS}: no weights here; save the model with save_pretrained"),
+    (
+        lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size - 8),
+        f"{WEIGHTS}: not a complete safetensors file",
+    ),
+    (lambda p: os.truncate(p / WEIGHTS, 20), f"{WEIGHTS}: not a complete safetensors file"),
+    (drop_shard, f"{SHARDS[1]}: missing; copy the file again"),
+    (lambda p: (p / INDEX).write_text("{}"), f"{INDEX}: has no weight_map"),
+    (
+        lambda p: (p / "tokenizer.json").unlink(),
+        "tokenizer.json: no tokenizer here; save it beside the model",
+    ),
+    (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
+    (lambda p: edit(str(p), vocab_size=100), "tokenizer.json: has ids up to 159, but vocab_size is 100"),
+    (
+        lambda p: edit(str(p), architectures=["LlamaForSequenceClassification"]),
+        "architectures is LlamaForSequenceClassification; use a causal language model",
+    ),
+    (
+        lambda p: edit(str(p), max_position_embeddings=111),
+        "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111",
+    ),
+]
 
 
-def drop_tokenizer(policy: Path) -> None:
-    (policy / "tokenizer.json").unlink()
-
-
-def break_tokenizer(policy: Path) -> None:
-    (policy / "tokenizer.json").write_text("{}")
-
-
-def shrink_embedding(policy: Path) -> None:
-    edit(str(policy), vocab_size=100)
-
-
-def classify(policy: Path) -> None:
-    edit(str(policy), architectures=["LlamaForSequenceClassification"])
-
-
-def shorten(policy: Path) -> None:
-    edit(str(policy), max_position_embeddings=111)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (drop_config, "config.json: missing, so this is no model"),
-        (break_config, "config.json: not a JSON object"),
-        (list_config, "config.json: not a JSON object"),
-        (pickle_weights, "pytorch_model.bin: only pickled weights, which are never loaded"),
-        (drop_weights, "model.safetensors: no weights here; save the model with save_pretrained"),
-        (cut_weights, "model.safetensors: not a complete safetensors file"),
-        (cut_header, "model.safetensors: not a complete safetensors file"),
-        (overwrite_weights, "model.safetensors: not a complete safetensors file"),
-        (drop_shard, "model-00002-of-00002.safetensors: missing; copy the file again"),
-        (break_index, "model.safetensors.index.json: has no weight_map"),
-        (drop_tokenizer, "tokenizer.json: no tokenizer here; save it beside the model"),
-        (break_tokenizer, "tokenizer.json: not a tokenizer"),
-        (shrink_embedding, "tokenizer.json: has ids up to 159, but vocab_size is 100"),
-        (classify, "architectures is LlamaForSequenceClassification; use a causal language model"),
-        (shorten, "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_a_damaged_policy_names_file_and_remedy(
-    damage: Callable[[Path], None], words: str, config: Config
+    damage: Callable[[Path], object], words: str, config: Config
 ) -> None:
     damage(Path(config.model.policy))
     assert words in only(model_problems(config))
