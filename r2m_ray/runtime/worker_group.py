@@ -299,13 +299,13 @@ def _whereabouts(_: object) -> tuple[int, Address]:
 def _raised(name: str, phase: str, error: RayTaskError) -> Exception:
     """What an actor's method raised, as a typed error that names the actor."""
     cause = error.cause
+    if isinstance(cause, RayError):
+        # What it works with went with another actor or a node; it is alive itself.
+        return ActorLost(f"{name}, {phase}: {_on_one_line(cause)}", (), Loss.record)
     if isinstance(cause, DeviceLost):
         return ActorLost(f"{name} lost its device during {phase}: {cause}", (name,), Loss.device)
     if isinstance(cause, PeersLost):
         return ActorLost(f"{name} lost its peers during {phase}: {cause}", (name,), Loss.peers)
-    if isinstance(cause, RayError):
-        # What it works with went with another actor or a node; it is alive itself.
-        return ActorLost(f"{name}, {phase}: {_on_one_line(cause)}", (), Loss.record)
     if type(cause) is InputError:
         return InputError(f"{name}, {phase}: {cause}")
     if type(cause) is RunError:
