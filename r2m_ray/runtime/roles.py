@@ -16,7 +16,7 @@ from r2m_ray.core.batch import Annotation, Hidden, ReferenceLogprobs, SamplePlan
 from r2m_ray.core.roles import LabelledPairs, Ref, Shards, Stats
 from r2m_ray.errors import ActorLost, Loss
 from r2m_ray.runtime.recovery import Job, Redo
-from r2m_ray.runtime.worker_group import Actors
+from r2m_ray.runtime.worker_group import Actors, require_agreement
 
 
 class Stored:
@@ -181,7 +181,7 @@ class RewardRole:
         calls = self._actors.each("update", lambda i: (omega, step, len(own[i]) // 2, *own[i], *pairs[i]))
         stats: list[Stats] = await self._actors.settle("reward update", calls)
         if len(self._actors) > 1 and self._verify_every and step % self._verify_every == 0:
-            await self._actors.require_agreement("reward update", "head_digests")
+            await require_agreement(self._actors, "reward update", "head_digests")
         return stats[0]
 
     async def attention(self, hidden: Ref[Hidden], annotation: Ref[Annotation]) -> Tensor:

@@ -106,20 +106,6 @@ class Actors:
             for (name, _), task in zip(calls, tasks, strict=True)
         ]
 
-    async def require_agreement(self, phase: str, method: str) -> None:
-        """Compare the digests of every tensor, which ``method`` returns by name, between all actors.
-
-        Raises: RunError, naming the first tensor that differs and who holds another than most; of two actors,
-            another than rank 0.
-        """
-        difference = first_difference(self.names, await self.all(phase, method))
-        if difference:
-            raise RunError(
-                f"{phase}: {difference}. Their memory or a collective is broken: nothing of this step was "
-                "kept. Continue from the last checkpoint with run.resume=true, on other devices if it "
-                "happens again."
-            )
-
     async def _answer(self, name: str, phase: str, call: Awaitable[Any]) -> Any:
         try:
             return await call
@@ -263,6 +249,20 @@ def raises_peers_lost(kind: type[Kind]) -> type[Kind]:
         if inspect.isfunction(method) and not name.startswith("_"):
             setattr(kind, name, guarded(method))
     return kind
+
+
+async def require_agreement(actors: Actors, phase: str, method: str) -> None:
+    """Compare the digests of every tensor, which ``method`` returns by name, between all actors.
+
+    Raises: RunError, naming the first tensor that differs and who holds another than most; of two actors,
+        another than rank 0.
+    """
+    difference = first_difference(actors.names, await actors.all(phase, method))
+    if difference:
+        raise RunError(
+            f"{phase}: {difference}. Their memory or a collective is broken: nothing of this step was kept. "
+            "Continue from the last checkpoint with run.resume=true, on other devices if it happens again."
+        )
 
 
 def first_difference(names: Sequence[str], digests: Sequence[Mapping[str, str]]) -> str | None:
