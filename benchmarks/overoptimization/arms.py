@@ -32,18 +32,18 @@ CLEAN_LABELS = ("task.annotator_bias=0.0", "task.label_temperature=0.05")
 _READS_NOTE = (
     *CLEAN_LABELS,
     "task.reward_reads_prompt=true",
-    "prepare.reward_from_policy=true",
+    "lab.reward_from_policy=true",
     "prepare.reward_width=96",
     "prepare.reward_heads=3",
     "prepare.reward_layers=4",
-    "prepare.reward_auxiliary_truth=true",
+    "lab.reward_auxiliary_truth=true",
 )
-GOOD_REWARD = (*_READS_NOTE, "prepare.reward_auxiliary_steps=2000", "prepare.reward_steps=1000")
+GOOD_REWARD = (*_READS_NOTE, "lab.reward_auxiliary_steps=2000", "prepare.reward_steps=1000")
 """The negative control's: it starts as the policy, reads the note, counts wrong facts, and sees no bias."""
 BETTER_REWARD = (
     *_READS_NOTE,
     "prepare.pair_rows=60000",
-    "prepare.reward_auxiliary_steps=5000",
+    "lab.reward_auxiliary_steps=5000",
     "prepare.reward_steps=2500",
 )
 """The same from three times as many pairs, in two and a half times as many steps."""

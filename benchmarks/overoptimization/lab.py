@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from benchmarks.overoptimization import results
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.execute import Job, execute
 from benchmarks.overoptimization.gates import (
@@ -24,8 +25,9 @@ from benchmarks.overoptimization.gates import (
 )
 from benchmarks.overoptimization.information import Explained, Information
 from benchmarks.overoptimization.presets import Preset, World
-from benchmarks.overoptimization.results import GATES_FILE, find
+from benchmarks.overoptimization.results import GATES_FILE
 from benchmarks.overoptimization.runs import (
+    Models,
     Run,
     State,
     begin,
@@ -36,15 +38,17 @@ from benchmarks.overoptimization.runs import (
     used,
     world_overrides,
 )
+from benchmarks.overoptimization.worlds import POLICY, find, locate, recipe
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Preempted, RunError, refuse
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import replace_file
 from r2m_ray.run.resume import run_identity
-from r2m_ray.tasks.prepare.store import Prepared, locate
+from r2m_ray.tasks.prepare.store import Prepared
 
-R2M_RAY = (sys.executable, "-m", "r2m_ray")
+TRAIN = (sys.executable, "-m", "r2m_ray", "train")
+PREPARE = (sys.executable, "-m", "benchmarks.overoptimization.worlds")
 Precheck = Callable[[Config, Prepared, int, int], Information]
 """(config, prepared models, prompts, responses per prompt) → what H_last, h and both explain of gold."""
 
@@ -87,7 +91,7 @@ def check(lab: Lab) -> None:
         for run in lab.runs(world):
             try:
                 composed(run.overrides())
-                composed(run.reward_overrides)
+                recipe(run.reward_overrides)
             except InputError as error:
                 problems |= dict.fromkeys(
                     f"{run.name}: {line.strip()}" for line in str(error).splitlines()[1:]
@@ -113,7 +117,7 @@ def conduct(lab: Lab) -> Conducted:
             shut.append(world.name)
             continue
         failed += train(lab, [run for run in runs if run.arm.name == BASELINE])
-        curves = find(lab.preset, world, lab.root).curves.get(BASELINE, ())
+        curves = results.find(lab.preset, world, lab.root).curves.get(BASELINE, ())
         verdicts.append(_told(baseline_gate(curves, lab.preset.seeds(world))))
         if _closed(lab, world, verdicts):
             shut.append(world.name)
@@ -128,13 +132,13 @@ def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
     refuse_others(lab, runs, code)
 
     def job(run: Run, resume: bool) -> Job:
-        words = run.overrides(_reward(lab, run))
+        words = run.overrides(_models(lab, run))
         # Before the first one starts: what cannot be read is told then, and leaves nothing running.
         identity = run_identity(composed(words))
         again = ("run.resume=true",) if resume else ()
         return Job(
             name=f"{run.world.name}/{run.name}",
-            command=[*R2M_RAY, "train", *words, *again],
+            command=[*TRAIN, *words, *again],
             log=run.log,
             started=lambda: begin(run, identity, code, commit, words),
             ended=lambda exit_code, seconds: end(run, exit_code, seconds),
@@ -160,7 +164,7 @@ def refuse_others(lab: Lab, runs: Sequence[Run], code: str) -> None:
     problems = []
     for run in runs:
         if used(run):
-            identity = run_identity(composed(run.overrides(_reward(lab, run))))
+            identity = run_identity(composed(run.overrides(_models(lab, run))))
             problems += list(conflicts(run, identity, code))
     for problem in problems:
         if problem.warning:
@@ -176,15 +180,14 @@ def composed(overrides: tuple[str, ...]) -> Config:
 
 def prepare(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> dict[str, Prepared]:
     """The prepared models for each of some overrides, by its name; those that are missing are made."""
-    configs = {name: composed(tuple(words)) for name, words in overrides.items()}
     jobs = [
         Job(
             name=f"{world.name}/prepare-{name}",
-            command=[*R2M_RAY, "prepare", *overrides[name]],
+            command=[*PREPARE, *words],
             log=lab.root / world.name / f"prepare-{name}.log",
         )
-        for name, config in configs.items()
-        if not _prepared(config)
+        for name, words in overrides.items()
+        if not find(words)
     ]
     # One after another: each uses every core.
     outcome = execute(jobs, 1)
@@ -193,7 +196,7 @@ def prepare(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> d
         raise RunError(
             f"{', '.join(outcome.failed)}: models could not be prepared; see the end of the log above"
         )
-    return {name: locate(config) for name, config in configs.items()}
+    return {name: locate(words) for name, words in overrides.items()}
 
 
 def _early_gates(lab: Lab, world: World, prepared: Mapping[int, Prepared]) -> list[Verdict]:
@@ -224,7 +227,7 @@ def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Inform
         if known["asked"] == asked:
             return Information(**{name: Explained(**r2) for name, r2 in known["information"].items()})
     print(f"{world.name}, seed {seed}: the information pre-check", flush=True)
-    config = composed(world_overrides(world, seed, lab.extra))
+    config = recipe(world_overrides(world, seed, lab.extra)).config
     found = lab.precheck(config, prepared, world.precheck_prompts, world.precheck_responses)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps({"asked": asked, "information": asdict(found)}, indent=1) + "\n")
@@ -249,22 +252,14 @@ def _told(verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _reward(lab: Lab, run: Run) -> Path | None:
-    """The reward model of an arm that has a world of its own, made if it is missing."""
-    if not run.arm.reward_world:
-        return None
+def _models(lab: Lab, run: Run) -> Models:
+    """A run's models, made if they are missing; some arms have a reward model of their own."""
     (own,) = prepare(lab, run.world, {f"seed-{run.seed}": run.world_overrides}).values()
-    words = (*run.reward_overrides, f"prepare.policy='{own.policy_dir}'")
+    if not run.arm.reward_world:
+        return Models(policy=own.policy_dir, reward=own.reward_dir)
+    words = (*run.reward_overrides, f"{POLICY}={own.policy_dir}")
     (made,) = prepare(lab, run.world, {f"{run.name}-reward": words}).values()
-    return made.reward_dir
-
-
-def _prepared(config: Config) -> bool:
-    try:
-        locate(config)
-    except InputError:
-        return False
-    return True
+    return Models(policy=own.policy_dir, reward=made.reward_dir)
 
 
 def _go_on(stopped: bool) -> None:

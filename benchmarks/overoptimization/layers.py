@@ -1,8 +1,8 @@
 """Which layers know good responses from bad: similarity of hidden states by gold label, for a policy and the
 reward model that reads the same responses. In miniature the paper's Figures 1, 2 and 9 and its Table 5.
 
-    python -m benchmarks.overoptimization.layers experiment=overoptimization --seeds 0 1 2 --out layers.json
-    python -m benchmarks.overoptimization.layers experiment=overoptimization --seeds 0 --run runs/rloo-seed-0
+    python -m benchmarks.overoptimization.layers experiment=overoptimization lab.reward_auxiliary_steps=600
+    python -m benchmarks.overoptimization.layers … --seeds 0 --run runs/rloo-seed-0
 
 The labels are the better and the worse half of each prompt's responses. What the policy's embeddings show is
 in the words alone, and its layers have to show more; the reward model is read at the last token, whose
@@ -38,19 +38,20 @@ from benchmarks.overoptimization.samples import (
     sample,
 )
 from benchmarks.overoptimization.similarity import Labels, Similarity, halves, similarity
-from r2m_ray.config.compose import load_config, load_saved
+from benchmarks.overoptimization.worlds import prepare, recipe
+from r2m_ray.config.compose import load_saved
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.reward.trunk import RewardTrunk
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError, RunError, printable, redacted
-from r2m_ray.report.compare.curves import Series
 from r2m_ray.report.compare.pictures import SEED, mean_line, png
+from r2m_ray.report.data import Series
 from r2m_ray.report.plots import FROZEN, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.files import CONFIG_FILE
 from r2m_ray.tasks.models import Models
 from r2m_ray.tasks.prepare.measurement import prepared_trunk, seeded
-from r2m_ray.tasks.prepare.store import Prepared, prepare
+from r2m_ray.tasks.prepare.store import Prepared
 
 INITIAL, TRAINED = "initial policy", "after training"
 COLOURS = {INITIAL: OWN, TRAINED: FROZEN}
@@ -151,7 +152,8 @@ def trained_policy(run: Path, config: Config, prepared: Prepared) -> Path:
         start = Models.of(saved).policy
     except InputError as error:
         raise InputError(f"{run}: its world is another one, which is not here: {error}") from error
-    if start != str(prepared.policy_dir.resolve()):
+    # The folder is named by a digest of what the models are made of; where it lies may have changed since.
+    if Path(start).parts[-2:] != prepared.policy_dir.resolve().parts[-2:]:
         raise InputError(f"{run}: it started from {start} and not from {prepared.policy_dir}; name its world")
     checkpoint = Checkpoints(run / CHECKPOINTS, keep=1).newest()
     if checkpoint is None:
@@ -220,8 +222,8 @@ def measure(arguments: Sequence[str] | None) -> None:
     found: dict[int, dict[str, Layers]] = {}
     sources: dict[int, dict[str, str]] = {}
     for seed in parsed.seeds:
-        config = load_config([*parsed.overrides, f"run.seed={seed}"])
-        prepared = prepare(config)
+        words = (*parsed.overrides, f"run.seed={seed}")
+        config, prepared = recipe(words).config, prepare(words)
         policies = {INITIAL: prepared.policy_dir}
         if seed in runs:
             policies[TRAINED] = trained_policy(runs[seed], config, prepared)

@@ -1,6 +1,6 @@
 """The information pre-check of a prepared world: what H_last and h explain of gold in its policy's responses.
 
-    python -m benchmarks.overoptimization.precheck experiment=overoptimization --seeds 0 1 2 --out found.json
+    python -m benchmarks.overoptimization.precheck experiment=overoptimization lab.reward_auxiliary_steps=600
 
 Axes: N responses, L layers, S tokens of one row, P policy width, D reward width, Q queries, F features.
 """
@@ -24,11 +24,11 @@ from benchmarks.overoptimization.samples import (
     policy_rows,
     sample,
 )
-from r2m_ray.config.compose import load_config
+from benchmarks.overoptimization.worlds import prepare, recipe
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.reward.engine import gaussian_feedback
 from r2m_ray.tasks.prepare.measurement import prepared_trunk, seeded
-from r2m_ray.tasks.prepare.store import Prepared, prepare
+from r2m_ray.tasks.prepare.store import Prepared
 
 QUERIES = 4
 """Random queries that pool h by attention, the same ones for every response of a seed."""
@@ -87,8 +87,8 @@ def main() -> None:
     parsed = parser(__doc__, prompts=512, out="precheck.json").parse_args()
     found = {}
     for seed in parsed.seeds:
-        config = load_config([*parsed.overrides, f"run.seed={seed}"])
-        one = precheck(config, prepare(config), parsed.prompts, parsed.responses)
+        words = (*parsed.overrides, f"run.seed={seed}")
+        one = precheck(recipe(words).config, prepare(words), parsed.prompts, parsed.responses)
         found[seed] = {**asdict(one), "gains": one.gains}
         print(f"seed {seed}: {found[seed]}", flush=True)
     write(parsed.out, {"overrides": parsed.overrides, "seeds": found})

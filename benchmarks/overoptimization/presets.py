@@ -13,7 +13,8 @@ from r2m_ray.errors import InputError, hint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Where arms meet. regime: what it claims about h. overrides: what makes it, seeds aside.
+    """Where arms meet. regime: what it claims about h. overrides: what makes it, seeds aside,
+    as worlds.py takes them.
 
     precheck_prompts, precheck_responses: how many prompts, and responses to each, its pre-check samples.
     least_gate_seeds: how many seeds' models the gates before any run look at, at least. despite_gates:
@@ -29,18 +30,20 @@ class World:
     despite_gates: bool = False
 
 
-INFORMATIVE = World(name="informative", regime=Regime.informative, overrides=("experiment=overoptimization",))
+OVEROPTIMIZATION = ("experiment=overoptimization", "lab.reward_auxiliary_steps=600")
+"""The reward model's trunk learns to count before it sees a pair."""
+INFORMATIVE = World(name="informative", regime=Regime.informative, overrides=OVEROPTIMIZATION)
 UNINFORMATIVE = World(
     name="uninformative",
     regime=Regime.uninformative,
-    overrides=("experiment=overoptimization", "feedback.noise=1.0"),
+    overrides=(*OVEROPTIMIZATION, "feedback.noise=1.0"),
 )
 """The same models, but h is noise of h's own mean and spread: what an arm gains here it gains without h."""
 SELF_CORRECT = {
     rate: World(
         name=f"self_correct_{rate:g}",
         regime=Regime.informative,
-        overrides=("experiment=overoptimization", f"task.self_correct_prob={rate}"),
+        overrides=(*OVEROPTIMIZATION, f"task.self_correct_prob={rate}"),
         despite_gates=True,
     )
     for rate in (0.0, 0.3)

@@ -1,6 +1,6 @@
 """How fast, and on how many of people's pairs, a head is fitted best: asked of worlds in which no arm is run.
 
-    python -m benchmarks.overoptimization.rates experiment=overoptimization --seeds 5 --out rates.json
+    python -m benchmarks.overoptimization.rates experiment=overoptimization lab.reward_auxiliary_steps=600
 
 A head that reads h of the initial policy (static_h) and one that does not (refit) are fitted to the pairs
 that the reward model was trained on, each pair once, and judged on pairs of a split of their own that the
@@ -14,18 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from r2m_ray.driver.measures import pair_accuracy
 
 from benchmarks.measure import write
 from benchmarks.overoptimization.samples import hidden_states, load_policy
-from r2m_ray.config.compose import load_config
+from benchmarks.overoptimization.worlds import prepare, recipe
 from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import Hidden, RewardBatch
 from r2m_ray.driver.human_pairs import drawn
-from r2m_ray.driver.measures import pair_accuracy
 from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.tasks.data import PreferencePair, packed_pairs
 from r2m_ray.tasks.note2answer.samples import preference_pairs
-from r2m_ray.tasks.prepare.store import Prepared, prepare
+from r2m_ray.tasks.prepare.store import Prepared
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 MARKS = (1280, 4096, 8192)
@@ -117,20 +117,21 @@ def main() -> None:
     arg = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    arg.add_argument("overrides", nargs="*", help="the world, as `r2m-ray prepare` takes it")
+    arg.add_argument("overrides", nargs="*", help="the world, as worlds.py takes it")
     arg.add_argument("--seeds", nargs="+", type=int, default=[5])
     arg.add_argument("--out", default="rates.json")
     parsed = arg.parse_args()
     found: dict[int, dict[str, dict[str, list[float]]]] = {}
     for seed in parsed.seeds:
-        words = [*parsed.overrides, f"run.seed={seed}"]
-        prepared = prepare(load_config(words))
-        both = read(load_config([*words, "reward=static_h"]), prepared)
+        words = (*parsed.overrides, f"run.seed={seed}")
+        prepared = prepare(words)
+        both = read(recipe((*words, "reward=static_h")).config, prepared)
         found[seed] = {}
         for head, pairs in (("static_h", both), ("refit", without_h(both))):
             found[seed][head] = {}
             for rate in RATES:
-                config = load_config([*words, f"reward={head}", f"reward.warmup_learning_rate={rate}"])
+                choice = (f"reward={head}", f"reward.warmup_learning_rate={rate}")
+                config = recipe((*words, *choice)).config
                 found[seed][head][f"{rate:g}"] = fitted(config, prepared, pairs)
                 print(f"seed {seed}, {head} at {rate:g}: {found[seed][head][f'{rate:g}']}", flush=True)
     write(parsed.out, {"overrides": parsed.overrides, "pairs": [0, *MARKS], "seeds": found})

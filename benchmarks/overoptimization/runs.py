@@ -19,9 +19,9 @@ from typing import Any
 import r2m_ray
 from benchmarks.overoptimization.arms import Arm
 from benchmarks.overoptimization.presets import World
+from benchmarks.overoptimization.worlds import run_overrides
 from r2m_ray.errors import InputError, Problem
-from r2m_ray.run.files import METRICS_FILE, read_steps, replace_file
-from r2m_ray.run.lock import LOCK_FILE
+from r2m_ray.run.files import LOCK_FILE, METRICS_FILE, read_steps, replace_file
 from r2m_ray.run.resume import Identity, differences
 
 HOUSEKEEPING = ("checkpoint.every=5", "checkpoint.keep=1", "logging=disabled")
@@ -36,6 +36,14 @@ class State(StrEnum):
     absent = "not started"
     half = "half-finished"
     finished = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Directories of the prepared models that a run starts from."""
+
+    policy: Path
+    reward: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +86,13 @@ class Run:
         """What prepares the reward model that its arm scores with, the policy apart."""
         return (*self.world_overrides, *self.arm.reward_world)
 
-    def overrides(self, reward: Path | None = None) -> tuple[str, ...]:
-        """What `r2m-ray train` is told. reward: the model of an arm with a reward world of its own."""
+    def overrides(self, models: Models | None = None) -> tuple[str, ...]:
+        """The overrides of `r2m-ray train`; without models only to be checked, since they may not exist."""
         place = (f"run.root='{self.directory.parent}'", f"run.name={self.name}")
-        model = () if reward is None else (f"model.reward='{reward}'",)
+        paths = models and (f"model.policy='{models.policy}'", f"model.reward='{models.reward}'")
+        world = run_overrides(self.world_overrides)
         # An arm is what the table says: the command line's overrides come before it and cannot change it.
-        return (*self.world_overrides, *HOUSEKEEPING, *self.arm.overrides, *place, *model)
+        return (*world, *HOUSEKEEPING, *self.arm.overrides, *place, *(paths or ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from r2m_ray.cli.arguments import check, parser, run_directory
-from r2m_ray.cli.checks.exposure import exposure_problems
-from r2m_ray.cli.checks.preflight import data_problems, model_problems
+from r2m_ray.cli.checks.preflight import (
+    data_problems,
+    exposure_problems,
+    model_problems,
+    store_problems,
+)
 from r2m_ray.config.compose import load_saved
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import Problem
@@ -23,7 +27,12 @@ The run's own configuration is used; overrides set single fields of it.
 
 
 def _problems(config: Config) -> list[Problem]:
-    return [*model_problems(config), *data_problems(config), *exposure_problems(config.cluster)]
+    return [
+        *model_problems(config),
+        *data_problems(config),
+        *exposure_problems(config.cluster),
+        *store_problems(config.cluster),
+    ]
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -358,52 +358,6 @@ def _heads(config: Config) -> Iterator[Problem]:
 
 
 @rule(
-    "prepare.reward_from_policy", "prepare.policy", "prepare.policy_layers", "prepare.reward_layers",
-    "prepare.policy_width", "prepare.reward_width", "prepare.policy_heads", "prepare.reward_heads",
-)  # fmt: skip
-def _copied_trunk(config: Config) -> Iterator[Problem]:
-    prepare = config.prepare
-    if prepare.policy:
-        return  # Its shape is its own, and is compared where it is read.
-    for name, policy, reward in (
-        ("layers", prepare.policy_layers, prepare.reward_layers),
-        ("width", prepare.policy_width, prepare.reward_width),
-        ("heads", prepare.policy_heads, prepare.reward_heads),
-    ):
-        if prepare.reward_from_policy and (reward < policy if name == "layers" else reward != policy):
-            yield Problem(
-                f"prepare.reward_{name}",
-                f"{reward}, but with prepare.reward_from_policy=true the trunk is a copy of the policy's; "
-                f"use {policy}",
-            )
-
-
-@rule(
-    "prepare.reward_auxiliary_steps",
-    "prepare.reward_auxiliary_truth",
-    "task.name",
-    "task.reward_reads_prompt",
-)
-def _auxiliary(config: Config) -> Iterator[Problem]:
-    steps, truth = config.prepare.reward_auxiliary_steps, config.prepare.reward_auxiliary_truth
-    if config.task.name is not TaskName.note2answer and steps:
-        yield Problem(
-            "prepare.reward_auxiliary_steps",
-            f"{steps}, but only responses of note2answer can be counted exactly; use 0",
-        )
-    elif truth and not steps:
-        yield Problem(
-            "prepare.reward_auxiliary_truth",
-            "true, but there is no step to count in; give prepare.reward_auxiliary_steps",
-        )
-    elif truth and not config.task.reward_reads_prompt:
-        yield Problem(
-            "prepare.reward_auxiliary_truth",
-            "true, but a response alone does not tell right from wrong; use task.reward_reads_prompt=true",
-        )
-
-
-@rule(
     "prepare.policy_width", "prepare.policy_heads", "model.policy", "cluster.gpus_per_rollout",
 )  # fmt: skip
 def _head_size(config: Config) -> Iterator[Problem]:
@@ -487,9 +441,10 @@ def _engine_gpus(config: Config) -> Iterator[Problem]:
     if ranks > 1 and args.get("distributed_executor_backend") != "mp":
         yield Problem(
             "rollout.engine_args.distributed_executor_backend",
-            f"an engine of {ranks} GPUs runs inside the placement of its actor; set it to mp",
+            f"an engine of {ranks} ranks runs inside the placement of its actor; set it to mp",
         )
-    if ranks != max(gpus, 1) and (gpus <= 1 or gpus == int(gpus)):
+    # On CPUs the ranks share the cores of their actor.
+    if gpus and ranks != max(gpus, 1) and (gpus <= 1 or gpus == int(gpus)):
         yield Problem(
             "cluster.gpus_per_rollout",
             f"{gpus:g}, but an engine computes on tensor_parallel_size × pipeline_parallel_size = {ranks} "

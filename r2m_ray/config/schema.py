@@ -157,8 +157,6 @@ class PrepareConfig:
 
     root: Annotated[str, Resume.free, Prepares.never, Compare.never] = "prepared"
     """Directory of prepared models, one directory per digest of what went into them."""
-    policy: Annotated[str, Resume.free, Prepares.content, Compare.never] = ""
-    """Directory of a prepared policy to copy instead of training one, for another reward model to meet."""
     policy_layers: Count = 3
     """Layers of the policy."""
     policy_width: Count = 96
@@ -183,12 +181,6 @@ class PrepareConfig:
     """AdamW's learning rate in supervised fine-tuning."""
     pair_rows: Count = 20000
     """note2answer: preference pairs to generate."""
-    reward_from_policy: bool = False
-    """Whether the reward model's trunk starts as a copy of the fine-tuned policy's, in the same shape."""
-    reward_auxiliary_steps: Natural = 0
-    """note2answer: steps in which the reward model's trunk first learns to count features of a response."""
-    reward_auxiliary_truth: bool = False
-    """note2answer: whether it counts correct, wrong and corrected facts as well."""
     reward_steps: Natural = 300
     """Optimizer steps of reward-model training."""
     reward_batch: Count = 64

@@ -163,7 +163,6 @@ def test_no_valid_checkpoint_is_the_end(config: Config, tmp_path: Path) -> None:
     [
         (11, 10, None, True),  # Step 11 began after the commit of step 10.
         (10, 10, None, False),  # The crash may have come before the first commit.
-        (10, 10, "LATEST", True),
         (10, 10, ".damaged-step-000010-0", True),
         (60, 0, None, False),
         (60, 100, None, False),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from r2m_ray.errors import InputError, Preempted
-from r2m_ray.run.lock import run_lock
+from r2m_ray.run.files import run_lock
 from r2m_ray.run.stop import StopRequest
 
 SCRIPT = """

@@ -19,13 +19,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config
-from r2m_ray.engines.weights import WeightBucket, WeightDigest
+from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.actors import PolicyActor, RewardActor
-from r2m_ray.runtime.agreement import first_difference, require_agreement
-from r2m_ray.runtime.team import free_address
+from r2m_ray.runtime.device import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
-from r2m_ray.runtime.worker_group import Actors
+from r2m_ray.runtime.worker_group import Actors, first_difference
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 FLIPPED = "model.layers.1.mlp.down_proj.weight"
@@ -199,14 +198,21 @@ def test_reward_replicas_that_drift_apart_are_told_by_replica_and_parameter(
         address = free_address()
         starts = actors.each("start", lambda i: (config, str(tiny_reward_dir), 64, i, address, 0.0))
         asyncio.run(actors.settle("start", starts))
-        asyncio.run(require_agreement(actors, "reward update", "head_digests"))
+        asyncio.run(actors.require_agreement("reward update", "head_digests"))
         change = flip(lambda actor: actor._engine.head.w_v)
         ray.get(actors.handles[0].__ray_call__.remote(change), timeout=60)
         with pytest.raises(RunError, match=r"reward update: w_v of reward-1 is not that of reward-0"):
-            asyncio.run(require_agreement(actors, "reward update", "head_digests"))
+            asyncio.run(actors.require_agreement("reward update", "head_digests"))
     finally:
         for handle in actors.handles:
             ray.kill(handle)
+
+
+def test_a_rank_that_sends_nothing_takes_part_in_as_many_buckets() -> None:
+    tensors = [(f"w{n}", torch.ones(n)) for n in (0, 3, 1, 5, 2, 2)]
+    packed = list(pack_buckets(tensors, 48))
+    assert [bucket.names for bucket in packed] == [("w0", "w3", "w1"), ("w5", "w2"), ("w2",)]
+    assert list(pack_buckets(tensors, 48, pack=False)) == [None, None, None]
 
 
 def test_the_majority_is_right_and_the_first_tensor_is_named() -> None:

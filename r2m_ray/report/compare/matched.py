@@ -1,24 +1,25 @@
-"""Gold at matched KL: where a run's path first reaches a KL, and how far to go before it is called peak.
+"""Places on a run's path: gold at matched KL, the peak, the fall from it, and gold over a range of KL.
 
 A path goes from evaluation to evaluation, straight in KL and gold. KL does not always rise along it, so a KL
-may be passed several times: the **first passage** counts, because that is the policy one would have stopped
-at. A path that never gets as far is censored there: it has no value, and none is extrapolated.
+may be passed several times: the **first passage** counts, because one would have stopped at that policy. A
+path that never gets as far is censored there: it has no value, and none is extrapolated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.curves import Curve, Series
+from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.data import Series
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """Where a path first reaches a KL: ``fraction`` of the way from evaluation ``index`` to the next one."""
+    """A place on a path: ``fraction`` of the way from evaluation ``index`` to the next one."""
 
     index: int
     fraction: float
@@ -28,6 +29,15 @@ class Passage:
         if self.fraction == 0:
             return float(values[self.index])
         return float((1 - self.fraction) * values[self.index] + self.fraction * values[self.index + 1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A point of a path: gold, KL (nats per response) and training step, between evaluations perhaps."""
+
+    gold: float
+    kl: float
+    step: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,23 +105,70 @@ def area(curve: Curve, kl: float) -> float | None:
     return total
 
 
-def peak_of_mean(curves: Sequence[Curve]) -> Peak:
+def mean_gold(curve: Curve, kl: float) -> float | None:
+    """Area under gold over [0, kl], divided by ``kl``: comparable between ranges; None where censored.
+
+    Raises ValueError for a range without extent.
+    """
+    if not kl > 0:
+        raise ValueError(f"kl={kl}: a range of KL has a positive end")
+    total = area(curve, kl)
+    return None if total is None else total / kl
+
+
+def common_range(curves: Iterable[Curve]) -> float:
+    """The largest KL that every one of the curves reaches, nats per response."""
+    return min(curve.max_kl for curve in curves)
+
+
+def final(curve: Curve) -> Place:
+    """The last evaluation."""
+    return _evaluation(curve, -1)
+
+
+def peak(curve: Curve) -> Place:
+    """The evaluation with the highest gold, the earliest of equals.
+
+    The highest of many noisy values lies above the highest of their expectations, so a peak flatters.
+    """
+    return _evaluation(curve, int(np.argmax(curve.gold)))
+
+
+def fall(curve: Curve) -> float:
+    """Gold lost between the peak and the last evaluation; never negative."""
+    return peak(curve).gold - final(curve).gold
+
+
+def fallen(curve: Curve, amount: float) -> Place | None:
+    """Where the path, after its peak, first lies ``amount`` of gold below it; None if it never fell so far.
+
+    Raises ValueError for an amount that is not positive.
+    """
+    if not amount > 0:
+        raise ValueError(f"amount={amount}: a fall is positive")
+    top = int(np.argmax(curve.gold))
+    level = curve.gold[top] - amount
+    below = np.flatnonzero(curve.gold[top:] <= level)
+    if not len(below):
+        return None
+    index = top + int(below[0])
+    before, after = curve.gold[index - 1], curve.gold[index]
+    part = float((before - level) / (before - after))
+
+    def between(values: np.ndarray) -> float:
+        return float(values[index - 1] + part * (values[index] - values[index - 1]))
+
+    return Place(gold=float(level), kl=between(curve.kl), step=between(curve.steps))
+
+
+def mean_peak(curves: Sequence[Curve]) -> Peak | None:
     """KL* of an arm: the KL at which the mean over its seeds, step by step, is highest in gold.
 
-    The mean and not the best evaluation, which would be the luckiest one. Raises InputError where the curves
-    were not evaluated after the same steps, or where mean gold is highest before any training.
+    The mean and not the best evaluation, which would be the luckiest one. None without curves or gold, and
+    where mean gold is highest before any training. Raises InputError for curves of different steps.
     """
-    top = highest_of_mean(curves)
-    if top.kl == 0:
-        raise InputError(
-            f"arm {curves[0].arm!r}: mean gold is highest at KL 0, before training, so there is no KL* to "
-            "match at. The world fails its gate of a baseline that first improves."
-        )
-    return top
-
-
-def highest_of_mean(curves: Sequence[Curve]) -> Peak:
-    """Where the mean over seeds is highest in gold, at KL 0 perhaps; InputError for different steps."""
+    if not curves or not all(curve.knows_gold for curve in curves):
+        return None
     steps = curves[0].steps
     for curve in curves[1:]:
         if not np.array_equal(curve.steps, steps):
@@ -122,6 +179,8 @@ def highest_of_mean(curves: Sequence[Curve]) -> Peak:
     gold = np.mean([curve.gold for curve in curves], axis=0)
     kl = np.mean([curve.kl for curve in curves], axis=0)
     best = int(np.argmax(gold))
+    if kl[best] == 0:
+        return None
     return Peak(
         arm=curves[0].arm,
         kl=float(kl[best]),
@@ -129,3 +188,7 @@ def highest_of_mean(curves: Sequence[Curve]) -> Peak:
         step=int(steps[best]),
         share=float(steps[best] / steps[-1]),
     )
+
+
+def _evaluation(curve: Curve, index: int) -> Place:
+    return Place(gold=float(curve.gold[index]), kl=float(curve.kl[index]), step=float(curve.steps[index]))

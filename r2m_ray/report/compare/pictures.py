@@ -1,7 +1,7 @@
 """Pictures of a comparison: one panel per arm, every seed thin and their mean thick, or one bar per arm.
 
 Each arm's panel shows the baseline's mean in grey, so panels need not share an axis that the worst arm would
-stretch. A picture that would be empty is None.
+stretch. An empty picture is None.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -19,14 +19,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from r2m_ray.report.compare.curves import Curve, Series
+from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.study import Contrast, Endpoint, Study
 from r2m_ray.report.compare.tables import CENSORED
-from r2m_ray.report.compare.training import Training
+from r2m_ray.report.data import Series
 from r2m_ray.report.plots import FROZEN, GOLD, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish, moving_average
 
-Run = TypeVar("Run", Curve, Training)
-Arms = Mapping[str, Sequence[Run]]
+Arms = Mapping[str, Sequence[Curve]]
 
 COLUMNS = 4
 SEED: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.35}
@@ -39,17 +38,17 @@ WINDOW_SHARE = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line(Generic[Run]):
+class Line:
     """One line of every panel: where a run's values lie."""
 
     label: str
     colour: str
-    x: Callable[[Run], Series]
-    y: Callable[[Run], Series]
+    x: Callable[[Curve], Series]
+    y: Callable[[Curve], Series]
     style: str = "-"
 
 
-def frontiers(arms: Arms[Curve], baseline: str) -> Figure | None:
+def frontiers(arms: Arms, baseline: str) -> Figure | None:
     """Gold (solid) and the frozen proxy (dashed), as changes from the start, against √KL."""
 
     def distance(curve: Curve) -> Series:
@@ -68,7 +67,7 @@ def frontiers(arms: Arms[Curve], baseline: str) -> Figure | None:
     return _multiples(arms, baseline, lines, "√KL, per response", "change since the start")
 
 
-def rewards(arms: Arms[Curve], baseline: str) -> Figure | None:
+def rewards(arms: Arms, baseline: str) -> Figure | None:
     """Gold, the frozen proxy and the arm's own reward over the training steps."""
 
     def steps(curve: Curve) -> Series:
@@ -82,15 +81,15 @@ def rewards(arms: Arms[Curve], baseline: str) -> Figure | None:
     return _multiples(arms, baseline, lines, "training step", "score")
 
 
-def over_training(arms: Arms[Training], baseline: str, key: str, label: str) -> Figure | None:
+def over_training(arms: Arms, baseline: str, key: str, label: str) -> Figure | None:
     """One metric of the training steps; arms that lack it have no panel, thick lines are moving averages."""
-    line: Line[Training] = Line(
+    line = Line(
         label=label,
         colour=OWN,
-        x=lambda training: training.steps.astype(np.float64),
-        y=lambda training: training.series(key),
+        x=lambda curve: curve.training.steps.astype(np.float64),
+        y=lambda curve: curve.training.series(key),
     )
-    known = {arm: runs for arm, runs in arms.items() if any(np.isfinite(r.series(key)).any() for r in runs)}
+    known = {arm: curves for arm, curves in arms.items() if _known(line, curves)}
     return _multiples(known, baseline, [line], "training step", label, smooth=True)
 
 
@@ -130,16 +129,16 @@ def png(figure: Figure) -> bytes:
 def mean_line(values: Sequence[Series]) -> Series:
     """Mean over runs, entry by entry, of what is finite; NaN where nothing is."""
     stacked = np.stack(list(values))
-    finite = np.isfinite(stacked)
-    total, count = np.where(finite, stacked, 0.0).sum(axis=0), finite.sum(axis=0)
+    known = np.isfinite(stacked)
+    total, count = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
     mean: Series = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return mean
 
 
 def _multiples(
-    arms: Arms[Run],
+    arms: Arms,
     baseline: str,
-    lines: Sequence[Line[Run]],
+    lines: Sequence[Line],
     x_label: str,
     y_label: str,
     *,
@@ -166,7 +165,7 @@ def _multiples(
     return figure
 
 
-def _draw_line(axes: Axes, line: Line[Run], runs: Sequence[Run], *, smooth: bool) -> None:
+def _draw_line(axes: Axes, line: Line, runs: Sequence[Curve], *, smooth: bool) -> None:
     if not _known(line, runs):
         return
     for run in runs:
@@ -174,11 +173,11 @@ def _draw_line(axes: Axes, line: Line[Run], runs: Sequence[Run], *, smooth: bool
     axes.plot(*_mean(line, runs, smooth), line.style, color=line.colour, label=line.label)
 
 
-def _known(line: Line[Run], runs: Sequence[Run]) -> bool:
+def _known(line: Line, runs: Sequence[Curve]) -> bool:
     return any(np.isfinite(line.y(run)).any() for run in runs)
 
 
-def _mean(line: Line[Run], runs: Sequence[Run], smooth: bool) -> tuple[Series, Series]:
+def _mean(line: Line, runs: Sequence[Curve], smooth: bool) -> tuple[Series, Series]:
     x, y = mean_line([line.x(run) for run in runs]), mean_line([line.y(run) for run in runs])
     return x, moving_average(y, max(5, len(y) // WINDOW_SHARE)) if smooth else y
 

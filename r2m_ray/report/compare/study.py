@@ -1,32 +1,54 @@
 """The comparison that was decided on before the runs: endpoints, and each arm against the baseline.
 
-Primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the baseline's
-and counts as fixed: the intervals do not hold its own uncertainty. Gold at KLs between them tells whether
-much hangs on it, where the baseline's peak is flat.
+With gold, primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the
+baseline's and counts as fixed: the intervals do not hold its own uncertainty. Gold at KLs between them shows
+whether much depends on it, where the baseline's peak is flat.
+
+Without gold, the frozen reward model's score is compared at matched KL. It is a proxy that training exploits,
+so a higher score at the same KL is no proof of a better policy: those endpoints show how arms differ, and
+never which one is good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
+import numpy as np
+
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.comparison import Comparison
-from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import Peak, area, gold_at, peak_of_mean
-from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
-from r2m_ray.report.compare.statistics import RESAMPLES, Interval, holm, paired_interval, sign_flip_p
+from r2m_ray.report.compare.curves import Comparison, Curve, require_same
+from r2m_ray.report.compare.matched import (
+    Peak,
+    area,
+    common_range,
+    fall,
+    fallen,
+    final,
+    frozen_at,
+    gold_at,
+    mean_gold,
+    peak,
+)
+from r2m_ray.report.compare.statistics import Interval, holm, paired_interval, sign_flip_p
+from r2m_ray.run.vocabulary import metric
 
 MULTIPLES = (1, 2, 4)
 """Of KL*, where gold is matched; the area reaches to the last."""
 BETWEEN = (0.5, 1.5, 3)
-"""Of KL*, where gold is told beside the primary endpoints."""
+"""Of KL*, where gold is reported beside the primary endpoints."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of the largest KL that every run reaches, where the frozen score is matched without gold."""
 FALL = 0.5
-"""The fall of gold whose KL is told: what over-optimization must at least cost here."""
+"""The fall of gold whose KL is reported: what over-optimization must at least cost here."""
 SHARED_NAME = "shared_mean_gold"
 """The endpoint over the KL that an arm and the baseline both reach under every seed: a range per arm."""
+ACCURACIES = {
+    metric("pairs/accuracy"): "Accuracy of the arm's own reward model on held-out pairs, at the end",
+    metric("pairs/frozen_accuracy"): "Accuracy of the frozen reward model on the same pairs",
+}
 
 Values = tuple[float | None, ...]
 """One number per seed, in the order of the seeds; None where the arm is censored."""
@@ -83,49 +105,30 @@ class Study:
         return tuple(arm for arm in next(iter(self.values.values())) if arm != self.baseline)
 
 
-def study(
-    comparison: Comparison, *, top: Peak | None = None, seed: int = 0, resamples: int = RESAMPLES
-) -> Study:
-    """Compare every arm with the baseline in every endpoint.
+def study(comparison: Comparison, top: Peak | None) -> Study:
+    """Compare every arm with the baseline in the endpoints that the curves allow.
 
-    top: where KL* is, if more of the baseline's seeds are known than are compared here; by default it is of
-    the baseline's mean curve. seed: the bootstrap's. Raises InputError where there is no other arm, where a
-    run has no gold, or where the baseline has no KL* (see ``peak_of_mean``).
+    That is gold at matched KL; without a KL* unmatched endpoints alone; without gold the frozen score.
+
+    Args:
+        comparison: the curves, paired by seed.
+        top: where KL* is, of ``mean_peak`` over all seeds of the baseline, though fewer be compared here: a
+            peak that only some of them have is none.
+
+    Raises:
+        InputError: there is no other arm, or only some runs have gold; or, without gold, runs of one seed
+            have different reward models, whose scores have nothing in common.
     """
+    if not all(curve.knows_gold for curve in comparison.curves(comparison.baseline)):
+        return _contrasted(comparison, [*_proxy_endpoints(comparison)], top=None)
     for curve in (curve for curves in comparison.arms.values() for curve in curves):
         if not curve.knows_gold:
             raise InputError(f"{curve.source}: no gold score to compare at matched KL.")
-    top = top or peak_of_mean(comparison.curves(comparison.baseline))
-    found = contrasted(comparison, endpoints(top.kl), seed=seed, resamples=resamples)
-    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
-    shared = [draw(arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
-    contrasts = MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)})
-    return replace(found, peak=top, contrasts=contrasts)
-
-
-def contrasted(
-    comparison: Comparison, endpoints: Sequence[Endpoint], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Study:
-    """Every arm held against the baseline in the endpoints given; InputError where there is no other arm."""
-    if not comparison.challengers:
-        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
-    values: dict[str, Mapping[str, Values]] = {}
-    contrasts: dict[str, Mapping[str, Contrast]] = {}
-    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
-    for endpoint in endpoints:
-        values[endpoint.name] = MappingProxyType(
-            {arm: tuple(endpoint.value(curve) for curve in curves) for arm, curves in comparison.arms.items()}
-        )
-        contrasts[endpoint.name] = _corrected([draw(arm, endpoint) for arm in comparison.challengers])
-    return Study(
-        baseline=comparison.baseline,
-        seeds=comparison.seeds,
-        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
-        peak=None,
-        endpoints=tuple(endpoints),
-        values=MappingProxyType(values),
-        contrasts=MappingProxyType(contrasts),
-    )
+    if top is None:
+        return _contrasted(comparison, UNMATCHED, top)
+    found = _contrasted(comparison, endpoints(top.kl), top)
+    shared = [_contrast(comparison, arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
+    return replace(found, contrasts=MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)}))
 
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
@@ -191,7 +194,71 @@ def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
     )
 
 
-def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int, resamples: int) -> Contrast:
+def _proxy_endpoints(comparison: Comparison) -> Iterator[Endpoint]:
+    """Endpoints without gold; accuracies are left out where a run did not measure them."""
+    for runs in zip(*comparison.arms.values(), strict=True):
+        require_same(
+            runs, ("model.reward",), "without gold, runs of one seed are compared by one reward model"
+        )
+    curves = [curve for arm in comparison.arms.values() for curve in arm]
+    upper = common_range(curves)
+    for share in SHARES if upper > 0 else ():
+        kl = share * upper
+        yield Endpoint(
+            name=f"frozen_at_{share:g}_of_common_kl",
+            label=f"Score of the frozen reward model at {kl:.3g} nats",
+            primary=True,
+            value=partial(frozen_at, kl=kl),
+            kl=kl,
+        )
+    yield _secondary(
+        "final_frozen", "Final score of the frozen reward model", lambda curve: float(curve.frozen[-1])
+    )
+    yield _secondary("final_kl", "Final KL, nats", lambda curve: float(curve.kl[-1]))
+    yield _secondary(
+        "gap",
+        "Final score of the arm's own reward model minus the frozen one's",
+        lambda curve: float(curve.own[-1] - curve.frozen[-1]),
+    )
+    for name, label in ACCURACIES.items():
+        if all(np.isfinite(_last(curve, name)) for curve in curves):
+            yield _secondary(name, label, partial(_last, name=name))
+
+
+def _last(curve: Curve, name: str) -> float:
+    """A metric of the last evaluation, NaN where the run did not measure it."""
+    return float(curve.evaluations.series(name)[-1])
+
+
+def _contrasted(comparison: Comparison, endpoints: Sequence[Endpoint], top: Peak | None) -> Study:
+    if not comparison.challengers:
+        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
+    return Study(
+        baseline=comparison.baseline,
+        seeds=comparison.seeds,
+        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
+        peak=top,
+        endpoints=tuple(endpoints),
+        values=MappingProxyType(
+            {
+                endpoint.name: MappingProxyType(
+                    {arm: tuple(map(endpoint.value, curves)) for arm, curves in comparison.arms.items()}
+                )
+                for endpoint in endpoints
+            }
+        ),
+        contrasts=MappingProxyType(
+            {
+                endpoint.name: _corrected(
+                    [_contrast(comparison, arm, endpoint) for arm in comparison.challengers]
+                )
+                for endpoint in endpoints
+            }
+        ),
+    )
+
+
+def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint) -> Contrast:
     pairs = zip(comparison.curves(arm), comparison.curves(comparison.baseline), strict=True)
     differences = tuple(
         None if ours is None or theirs is None else ours - theirs
@@ -202,7 +269,7 @@ def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int
         arm=arm,
         endpoint=endpoint.name,
         differences=differences,
-        interval=paired_interval(known, seed=seed, resamples=resamples) if len(known) > 1 else None,
+        interval=paired_interval(known) if len(known) > 1 else None,
         p=sign_flip_p(known) if len(known) == len(differences) > 1 else None,
         p_holm=None,
         kl=endpoint.kl,

@@ -32,11 +32,6 @@ STYLE_WEIGHTS = {"courtesy": 1.5, "intensifiers": 0.7, "words": 1 / 12}
 """What a biased annotator likes, and how much."""
 
 
-TRUTH_COUNTS = ("correct", "wrong", "corrected")
-STYLE_COUNTS = ("courtesy", "intensifiers", "off_topic", "repeats")
-"""What else a response is made of; most of it shows without the note."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstrator:
     """Writes responses slot by slot, with mistakes and mannerisms.
@@ -163,13 +158,6 @@ def gold_pairs(config: Config, split: str, count: int) -> tuple[PreferencePair, 
             better = first.score.total > second.score.total
             pairs.append(_pair(first, second) if better else _pair(second, first))
     return tuple(pairs)
-
-
-def counts(prompt: str, response: str, *, truth: bool) -> list[float]:
-    """Words of a response and its ``STYLE_COUNTS``; with ``truth`` its ``TRUTH_COUNTS`` as well."""
-    parts = gold(prompt, response, False).parts()
-    names = (*STYLE_COUNTS, *TRUTH_COUNTS) if truth else STYLE_COUNTS
-    return [float(len(response.split())), *(parts[name] for name in names)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,58 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from r2m_ray.config.schema import Config, TaskName
-from r2m_ray.tasks.note2answer import samples as note2answer_samples
-from r2m_ray.tasks.prepare.copied_policy import copied_policy, require_same_trunk
 from r2m_ray.tasks.prepare.materials import Materials, materials
 from r2m_ray.tasks.prepare.measurement import demonstrated, policy_gold, reward_accuracy, seeded
-from r2m_ray.tasks.prepare.reward_auxiliary import learn_counts
-from r2m_ray.tasks.prepare.reward_model import fit_preferences
-from r2m_ray.tasks.prepare.sft import fine_tune
-from r2m_ray.tasks.prepare.training import UNTRAINED, Trained, Training, every_core
+from r2m_ray.tasks.prepare.trainers import Training, every_core, fine_tune, fit_preferences
 
 FEED_FORWARD = 4 / 3
 """Width of the feed-forward layers, in its widths: half of Llama's, since attention does the looking up."""
 
+Initialise = Callable[[LlamaForSequenceClassification], None]
+"""Changes a reward model in place after its weights are drawn and before it sees a pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Made:
+    """A model in memory. facts: what is known of its making, JSON-ready."""
+
+    model: PreTrainedModel
+    facts: dict[str, Any]
+
 
 def build(config: Config, directory: Path) -> dict[str, Any]:
     """Train policy and reward model, save them below ``directory``, and return the facts about them."""
-    disable_progress_bar()
     supplies = materials(config)
-    policy, policy_facts = _policy(config, supplies)
-    _save(policy, supplies.policy_tokenizer, directory / "policy")
-    reward, reward_facts = _reward(config, supplies, policy)
-    _save(reward, supplies.reward_tokenizer, directory / "reward")
-    facts = {"rows": supplies.counts, "policy": policy_facts, "reward": reward_facts}
+    return save(
+        config, supplies, trained_policy(config, supplies), trained_reward(config, supplies), directory
+    )
+
+
+def save(config: Config, supplies: Materials, policy: Made, reward: Made, directory: Path) -> dict[str, Any]:
+    """Save two models below ``directory`` as Hugging Face directories, and measure them.
+
+    Returns what ``facts.json`` says of them: rows used, training, gold of the policy where the task knows it,
+    accuracy of the reward model on held-out pairs.
+    """
+    disable_progress_bar()
+    for name, made, tokenizer in (
+        ("policy", policy, supplies.policy_tokenizer),
+        ("reward", reward, supplies.reward_tokenizer),
+    ):
+        made.model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
+    facts: dict[str, Any] = {"rows": supplies.counts, "policy": policy.facts, "reward": reward.facts}
     with every_core():
         if config.task.name is TaskName.note2answer:
-            policy_facts |= policy_gold(config, policy, supplies.policy_tokenizer)
+            facts["policy"] |= policy_gold(config, policy.model, supplies.policy_tokenizer)
             facts["demonstrator"] = demonstrated(supplies.demonstrations)
-        reward_facts["accuracy"] = reward_accuracy(config, directory / "reward", supplies.held_out)
+        facts["reward"]["accuracy"] = reward_accuracy(config, directory / "reward", supplies.held_out)
     return facts
 
 
-def _policy(config: Config, supplies: Materials) -> tuple[PreTrainedModel, dict[str, Any]]:
+def trained_policy(config: Config, supplies: Materials) -> Made:
+    """A policy of the configuration's shape, drawn from its seed and fine-tuned on the demonstrations."""
     make, tokenizer = config.prepare, supplies.policy_tokenizer
-    positions = config.task.max_prompt_tokens + config.task.max_new_tokens
-    if make.policy:
-        copied = copied_policy(Path(make.policy), tokenizer, positions=positions)
-        return copied, _facts(copied, UNTRAINED)
     with seeded(config.run.seed):
         model = LlamaForCausalLM(
             _architecture(
@@ -60,7 +77,7 @@ def _policy(config: Config, supplies: Materials) -> tuple[PreTrainedModel, dict[
                 layers=make.policy_layers,
                 width=make.policy_width,
                 heads=make.policy_heads,
-                positions=positions,
+                positions=config.task.max_prompt_tokens + config.task.max_new_tokens,
             )
         )
         training = Training(
@@ -70,12 +87,17 @@ def _policy(config: Config, supplies: Materials) -> tuple[PreTrainedModel, dict[
             seed=config.run.seed,
         )
         trained = fine_tune(model, tokenizer, supplies.demonstrations, training)
-    return model, _facts(model, trained)
+    return Made(model=model, facts={"parameters": model.num_parameters(), **trained.facts()})
 
 
-def _reward(
-    config: Config, supplies: Materials, policy: PreTrainedModel
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def trained_reward(config: Config, supplies: Materials, initialise: Initialise | None = None) -> Made:
+    """A reward model of the configuration's shape, drawn from its seed and fitted to the pairs.
+
+    Args:
+        config: says shape, steps and seed.
+        supplies: the pairs and the tokenizer.
+        initialise: called between, under the same seed; None leaves the weights as drawn.
+    """
     make, tokenizer = config.prepare, supplies.reward_tokenizer
     with seeded(config.run.seed):
         architecture = _architecture(
@@ -87,28 +109,21 @@ def _reward(
         )
         architecture.num_labels = 1
         model = LlamaForSequenceClassification(architecture)
-        if make.reward_from_policy:
-            require_same_trunk(policy.config, architecture)
-            model.base_model.load_state_dict(policy.base_model.state_dict(), strict=False)
-        training = Training(
-            steps=make.reward_steps,
-            batch=make.reward_batch,
-            learning_rate=make.reward_learning_rate,
-            seed=config.run.seed,
-        )
-        counted = _learn_counts(config, model, supplies, training)
-        trained = fit_preferences(model, tokenizer, supplies.pairs, training)
-    return model, _facts(model, trained) | {"auxiliary": _progress(counted)}
+        if initialise:
+            initialise(model)
+        trained = fit_preferences(model, tokenizer, supplies.pairs, reward_training(config))
+    return Made(model=model, facts={"parameters": model.num_parameters(), **trained.facts()})
 
 
-def _learn_counts(config: Config, model: PreTrainedModel, supplies: Materials, training: Training) -> Trained:
-    """Auxiliary pretraining on both responses of every pair."""
-    steps, truth = config.prepare.reward_auxiliary_steps, config.prepare.reward_auxiliary_truth
-    if steps == 0:
-        return UNTRAINED
-    texts = [(pair.prompt, text) for pair in supplies.pairs for text in (pair.chosen, pair.rejected)]
-    count_NC = [note2answer_samples.counts(*text, truth=truth) for text in texts]
-    return learn_counts(model, supplies.reward_tokenizer, texts, count_NC, replace(training, steps=steps))
+def reward_training(config: Config) -> Training:
+    """How a configuration fits its reward model."""
+    make = config.prepare
+    return Training(
+        steps=make.reward_steps,
+        batch=make.reward_batch,
+        learning_rate=make.reward_learning_rate,
+        seed=config.run.seed,
+    )
 
 
 def _architecture(
@@ -128,19 +143,3 @@ def _architecture(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-
-
-def _facts(model: PreTrainedModel, trained: Trained) -> dict[str, Any]:
-    return {"parameters": model.num_parameters(), **_progress(trained)}
-
-
-def _progress(trained: Trained) -> dict[str, Any]:
-    return {
-        "seconds": trained.seconds,
-        "losses": [{"step": step, "loss": loss} for step, loss in trained.losses],
-    }
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

@@ -2,7 +2,7 @@
 
 A directory ``<task>-<digest>`` under ``prepare.root`` holds ``policy`` and ``reward`` (Hugging Face
 directories, tokenizers included) and ``facts.json``: what they were trained on, for how long, and how
-good they are. It is built under a temporary name and renamed, so one with its final name is whole.
+good they are. It is built under a temporary name and renamed, so one with its final name is complete.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from r2m_ray.config.fields import names_of
 from r2m_ray.config.schema import Config, Prepares, TaskName
-from r2m_ray.engines.model_files import WEIGHTS
 from r2m_ray.errors import InputError, RunError
 
 FORMAT = 1
@@ -38,6 +38,10 @@ COMMAND_FIELDS: dict[str, tuple[str, ...]] = {
     "reward": names_of("reward", Prepares.always),
 }
 """What `r2m-ray prepare` must be given where it is not the default; none named means every field."""
+
+Build = Callable[[Config, Path], dict[str, Any]]
+"""Makes the models of a configuration in a directory and returns the facts about them."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +62,25 @@ class Prepared:
         return self.directory / "reward"
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, *, added: Mapping[str, Any] = NOTHING, build: Build | None = None) -> Prepared:
     """Train policy and reward model for ``config``, unless they are there already.
 
-    Several processes may prepare at once: one trains, the others wait and find its result. Raises InputError
-    for data that cannot serve and RunError if the result cannot be written.
+    Several processes may prepare at once: one trains, the others wait and find its result.
+
+    Args:
+        config: what the models are trained on and how.
+        added: what else they depend on, where ``build`` has settings of its own; part of the digest.
+        build: makes them; None trains both as the configuration says.
+
+    Raises:
+        InputError: data cannot serve.
+        RunError: the result cannot be written.
     """
-    directory = _directory(config)
+    directory = _directory(config, added)
     with _lock(directory):
         prepared = _complete(directory)
         if prepared is None:
-            _build(config, directory)
+            _build(config, added, build or _train, directory)
             prepared = _complete(directory)
         else:
             print(f"found {directory}", flush=True)
@@ -77,13 +89,18 @@ def prepare(config: Config) -> Prepared:
     return prepared
 
 
+def find(config: Config, *, added: Mapping[str, Any] = NOTHING) -> Prepared | None:
+    """What `prepare` made of the same arguments, None where it did not; InputError for unreadable facts."""
+    return _complete(_directory(config, added))
+
+
 def locate(config: Config) -> Prepared:
     """What `r2m-ray prepare` made for ``config``; InputError with the command to run if it did not."""
-    directory = _directory(config)
-    prepared = _complete(directory)
+    prepared = find(config)
     if prepared is None:
         raise InputError(
-            f"{directory}: no prepared models for this configuration; make them by: {_command(config)}"
+            f"{_directory(config, NOTHING)}: no prepared models for this configuration; make them by: "
+            f"{_command(config)}"
         )
     return prepared
 
@@ -110,8 +127,8 @@ def source_digest(source: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """Everything that prepared models depend on; as JSON it is what the digest is of."""
+def _settings(config: Config, added: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that prepared models depend on; the digest is that of its JSON."""
     task, name = asdict(config.task), config.task.name
     settings = {field: task[field] for field in (*SHARED_FIELDS, *TASK_FIELDS[name])}
     if name is TaskName.preferences:
@@ -119,32 +136,17 @@ def _settings(config: Config) -> dict[str, Any]:
         settings |= {field: source_digest(source) for field, source in sources.items()}
     prepare = asdict(config.prepare)
     del prepare["root"]
-    copied = prepare.pop("policy")
-    if copied:
-        prepare["policy"] = _policy_digests(Path(copied))
     return {
         "format": FORMAT,
         "seed": config.run.seed,
         "reward.max_length": config.reward.max_length,
         "task": settings,
-        "prepare": prepare,
+        "prepare": prepare | dict(added),
     }
 
 
-def _policy_digests(directory: Path) -> dict[str, str]:
-    """Digests of a policy to copy, by file; what else it needs is asked when it is copied."""
-    files = [directory / name for name in ("config.json", WEIGHTS)]
-    for file in files:
-        if not file.is_file():
-            raise InputError(
-                f"prepare.policy={directory}: there is no {file.name}; name the `policy` folder of prepared "
-                "models"
-            )
-    return {file.name: source_digest(str(file)) for file in files}
-
-
-def _directory(config: Config) -> Path:
-    settings = json.dumps(_settings(config), sort_keys=True)
+def _directory(config: Config, added: Mapping[str, Any]) -> Path:
+    settings = json.dumps(_settings(config, added), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
     return Path(config.prepare.root) / f"{config.task.name.value}-{digest[:12]}"
 
@@ -168,25 +170,29 @@ def _complete(directory: Path) -> Prepared | None:
         sizes = facts["files"].items()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete {directory} and prepare again") from error
-    whole = all(_size(directory / name) == size for name, size in sizes)
-    return Prepared(directory=directory, facts=facts) if whole else None
+    is_complete = all(_size(directory / name) == size for name, size in sizes)
+    return Prepared(directory=directory, facts=facts) if is_complete else None
 
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _build(config: Config, directory: Path) -> None:
+def _train(config: Config, directory: Path) -> dict[str, Any]:
     # TRL takes seconds to import, and every run that only looks for its models would pay them.
     from r2m_ray.tasks.prepare.build import build
 
+    return build(config, directory)
+
+
+def _build(config: Config, added: Mapping[str, Any], build: Build, directory: Path) -> None:
     building = directory.with_name(f".tmp-{directory.name}")
     start = time.monotonic()
     try:
-        # What an interrupted preparation left; the lock says that nobody is at it.
+        # What an interrupted preparation left; the lock says that no process is writing it.
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        facts = {"settings": _settings(config), **build(config, building)}
+        facts = {"settings": _settings(config, added), **build(config, building)}
         facts["seconds"] = time.monotonic() - start
         facts["files"] = {
             str(path.relative_to(building)): path.stat().st_size

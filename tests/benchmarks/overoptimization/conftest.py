@@ -31,7 +31,7 @@ GOOD = [1.0, 1.3, 1.5, 1.4, 1.2, 1.0, 0.9, 0.8, 0.8, 0.7, 0.6]
 SCRIPT = """
 import json, os, pathlib, sys
 root = pathlib.Path(os.environ["LAB_TEST"])
-words = dict(word.partition("=")[::2] for word in sys.argv[2:])
+words = dict(word.partition("=")[::2] for word in sys.argv[1:])
 name = words["run.name"]
 with (root / "order").open("a") as order:
     order.write(name + (" again" if words.get("run.resume") else "") + "\\n")
@@ -48,9 +48,9 @@ if words.get("run.resume"):
     last = 10
 with (directory / "metrics.jsonl").open("w") as metrics:
     for t in range(last + 1):
-        rows = [{"step": t, "kind": "eval", "gold": gold[t] + int(seed) / 10, "kl_sequence": float(t),
-                 "reward": t / 2, "frozen_reward": t / 3, "rm_accuracy": 0.6 + t / 100,
-                 "rm_accuracy_frozen": 0.7}]
+        rows = [{"step": t, "kind": "eval", "gold/mean": gold[t] + int(seed) / 10, "kl/sequence": float(t),
+                 "reward/mean": t / 2, "reward/frozen_mean": t / 3, "pairs/accuracy": 0.6 + t / 100,
+                 "pairs/frozen_accuracy": 0.7}]
         if t:
             rows.insert(0, {"step": t, "kind": "step", "time/step": 2.0 if "r2m" in name else 1.0,
                             "time/reward": 0.5, "alarm/kl": float(t >= plan.get("alarm", 99))})
@@ -78,7 +78,7 @@ def make_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., L
             "commit", "packages")  # fmt: skip
     (home / "environment.json").write_text(json.dumps({"starts": [dict.fromkeys(keys, "")]}))
     monkeypatch.setenv("LAB_TEST", str(home))
-    monkeypatch.setattr(lab_module, "R2M_RAY", (sys.executable, "-S", str(home / "train.py")))
+    monkeypatch.setattr(lab_module, "TRAIN", (sys.executable, "-S", str(home / "train.py")))
     monkeypatch.setattr(lab_module, "run_identity", identity)
 
     def made(

@@ -19,7 +19,8 @@ from benchmarks.overoptimization.presets import (
     World,
     chosen,
 )
-from benchmarks.overoptimization.runs import Run
+from benchmarks.overoptimization.runs import Models, Run
+from benchmarks.overoptimization.worlds import recipe
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Advantage, Config
 from r2m_ray.errors import InputError
@@ -93,19 +94,23 @@ def test_the_command_line_cannot_change_what_an_arm_is(tmp_path: Path) -> None:
         root=tmp_path,
         extra=("algo.kl_weight=0.5", "algo.steps=7"),
     )
-    config = load_config(run.overrides(reward=tmp_path / "reward"))
+    config = load_config(run.overrides(Models(policy=tmp_path / "policy", reward=tmp_path / "reward")))
     assert (config.algo.kl_weight, config.algo.steps) == (0.1, 7)
-    assert config.model.reward == str(tmp_path / "reward")
+    assert (config.model.policy, config.model.reward) == (str(tmp_path / "policy"), str(tmp_path / "reward"))
 
 
 @pytest.mark.parametrize("arm", ["good_reward", "better_reward"])
 def test_a_good_reward_model_reads_the_note_and_sees_no_bias(arm: str) -> None:
     run = Run(world=INFORMATIVE, arm=ARMS[arm], seed=0, root=Path("root"))
-    own, scored = load_config(run.world_overrides), load_config(run.reward_overrides)
+    (own, plain), (scored, added) = (
+        (made_of.config, made_of.additions)
+        for made_of in (recipe(run.world_overrides), recipe(run.reward_overrides))
+    )
     assert (own.task.reward_reads_prompt, own.task.annotator_bias) == (False, 0.2)
     assert (scored.task.reward_reads_prompt, scored.task.annotator_bias) == (True, 0.0)
-    assert (scored.prepare.reward_from_policy, scored.prepare.reward_auxiliary_truth) == (True, True)
-    trained = load_config(run.overrides(reward=Path("elsewhere")))
+    assert (plain.reward_from_policy, plain.reward_auxiliary_steps) == (False, 600)
+    assert (added.reward_from_policy, added.reward_auxiliary_truth) == (True, True)
+    trained = load_config(run.overrides(Models(policy=Path("here"), reward=Path("elsewhere"))))
     assert trained.task == own.task
 
 

@@ -222,7 +222,7 @@ def run(tiny_config: Config, tiny_prepared: Prepared, tmp_path: Path) -> Path:
 @pytest.fixture
 def prepared_worlds(tiny_config: Config, tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every seed's world is the tiny one, and none is trained."""
-    monkeypatch.setattr(layers_module, "prepare", lambda config: tiny_prepared)
+    monkeypatch.setattr(layers_module, "prepare", lambda words: tiny_prepared)
 
 
 @pytest.mark.usefixtures("prepared_worlds")

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.overoptimization import rates as rates_module
 from benchmarks.overoptimization.rates import Pairs, fitted, main, read, without_h
+from benchmarks.overoptimization.worlds import Additions, Recipe
 from r2m_ray.config.schema import Config
 from r2m_ray.tasks.note2answer.samples import preference_pairs
 from r2m_ray.tasks.prepare.measurement import reward_accuracy
@@ -68,14 +69,14 @@ def test_a_head_that_is_shown_the_same_pairs_again_learns_them(
 def test_the_command_writes_every_rate_of_both_heads(
     config: Config, tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def composed(words: list[str]) -> Config:
+    def composed(words: tuple[str, ...]) -> Recipe:
         chosen = replace(config, reward=replace(config.reward))
         rate = next((word for word in words if "warmup_learning_rate" in word), "=0.01")
         chosen.reward.warmup_learning_rate = float(rate.partition("=")[2])
         chosen.reward.omega_floor = 1.0 if "reward=refit" in words else 0.6
-        return chosen
+        return Recipe(config=chosen, additions=Additions())
 
-    monkeypatch.setattr(rates_module, "load_config", composed)
+    monkeypatch.setattr(rates_module, "recipe", composed)
     monkeypatch.setattr(rates_module, "prepare", lambda _: tiny_prepared)
     monkeypatch.setattr(rates_module, "RATES", (1e-3, 1e-2))
     out = tmp_path / "rates.json"

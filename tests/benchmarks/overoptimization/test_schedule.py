@@ -88,7 +88,7 @@ def test_an_arm_whose_own_reward_model_cannot_be_made_stops_no_other(
             assert overrides["pretrained_rm-seed-0-reward"][-3:] == (
                 "task.annotator_bias=0.0",
                 "task.label_temperature=0.05",
-                f"prepare.policy='{tmp_path / 'seed-0' / 'policy'}'",
+                f"lab.policy={tmp_path / 'seed-0' / 'policy'}",
             )
             raise RunError("models could not be prepared")
         return usual(lab, world, overrides)

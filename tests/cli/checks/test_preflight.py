@@ -7,19 +7,26 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from told import only
 
-from r2m_ray.cli.checks.preflight import engine_problems, model_problems, preflight
+from r2m_ray.cli.checks.preflight import (
+    SLOW_STORE,
+    engine_problems,
+    model_problems,
+    preflight,
+    store_problems,
+)
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.model_files import ModelFiles, local_directory, open_model
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_policy_dir: Path, tiny_reward_dir: Path) -> Config:
-    """A run with whole models, copied so that a test may damage them."""
+    """A run with complete models, copied so that a test may damage them."""
     config = Config()
     config.run.root = str(tmp_path / "runs")
     config.model.policy = str(shutil.copytree(tiny_policy_dir, tmp_path / "policy"))
@@ -34,11 +41,11 @@ def edit(directory: str, **changes: Any) -> None:
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
-def test_whole_models_have_no_problem(config: Config) -> None:
+def test_complete_models_have_no_problem(config: Config) -> None:
     assert preflight(config) == []
 
 
-def test_everything_is_told_at_once(config: Config, tmp_path: Path) -> None:
+def test_everything_is_reported_at_once(config: Config, tmp_path: Path) -> None:
     edit(config.model.reward, id2label={"0": "a", "1": "b"})
     (Path(config.model.policy) / "tokenizer.json").unlink()
     (tmp_path / "runs" / "run").mkdir(parents=True)
@@ -151,9 +158,9 @@ def shorten(policy: Path) -> None:
         (list_config, "config.json: not a JSON object"),
         (pickle_weights, "pytorch_model.bin: only pickled weights, which are never loaded"),
         (drop_weights, "model.safetensors: no weights here; save the model with save_pretrained"),
-        (cut_weights, "bytes where its header says"),
-        (cut_header, "model.safetensors: cut off: 20 bytes end inside its header; copy the file again"),
-        (overwrite_weights, "its header is not that of a safetensors file"),
+        (cut_weights, "model.safetensors: not a complete safetensors file"),
+        (cut_header, "model.safetensors: not a complete safetensors file"),
+        (overwrite_weights, "model.safetensors: not a complete safetensors file"),
         (drop_shard, "model-00002-of-00002.safetensors: missing; copy the file again"),
         (break_index, "model.safetensors.index.json: has no weight_map"),
         (drop_tokenizer, "tokenizer.json: no tokenizer here; save it beside the model"),
@@ -207,7 +214,7 @@ def test_the_length_of_a_reward_model_that_reads_prompts_is_a_warning(config: Co
     assert problems[0].warning
 
 
-def test_what_a_config_file_tells(config: Config) -> None:
+def test_what_a_config_file_says(config: Config) -> None:
     policy = open_model("model.policy", Path(config.model.policy))
     assert isinstance(policy, ModelFiles)
     assert (policy.positions, policy.vocabulary, policy.architecture) == (256, 160, "LlamaForCausalLM")
@@ -237,3 +244,30 @@ def test_prepared_models_that_are_missing_name_the_command(tmp_path: Path) -> No
 def test_deepspeed_options_that_contradict_ours(config: Config) -> None:
     config.policy.deepspeed = {"optimizer": {"params": {"lr": 1e-3}}}
     assert only(engine_problems(config)).startswith("policy.deepspeed.optimizer.params.lr: ")
+
+
+@pytest.mark.parametrize(
+    ("address", "gib", "allowed", "refused"),
+    [
+        ("local", 64, "", True),
+        ("local", 9, "", False),
+        # Up to 10 GB Ray uses a disk instead, and beyond it where the user allows that.
+        ("local", 64, "1", False),
+        ("auto", 64, "", False),
+    ],
+)
+def test_an_object_store_larger_than_shared_memory(
+    address: str, gib: int, allowed: str, refused: bool, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=16 * 2**30 if gib > 9 else 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    monkeypatch.setenv(SLOW_STORE, allowed)
+    config.cluster.address, config.cluster.object_store_gb = address, gib
+    found = store_problems(config.cluster)
+    assert bool(found) is refused
+    if found:
+        text = only(found)
+        assert text.startswith("cluster.object_store_gb: 64, but /dev/shm has 16.0 GiB free")
+        assert "use 14 or less" in text
+        assert "--shm-size=80g or --ipc=host" in text
+        assert not found[0].warning

@@ -207,24 +207,22 @@ def test_a_second_exporting_engine_in_this_process_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("engine_args", "hidden_norm", "message"),
+    ("engine_args", "message"),
     [
-        ({"max_num_seq": 4}, "post", r"engine_args\.max_num_seq: .*max_num_seqs"),
-        ({"trust_remote_code": True}, "post", "sets this itself"),
-        ({"pipeline_parallel_size": 2}, "post", r"pipeline_parallel_size=2: .*with 1 only"),
-        ({"enforce_eager": False}, "pre", "enforce_eager=true"),
+        ({"max_num_seq": 4}, r"engine_args\.max_num_seq: .*max_num_seqs"),
+        ({"trust_remote_code": True}, "sets this itself"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2: .*with 1 only"),
     ],
 )
 def test_engine_arguments_that_cannot_work_are_refused(
     start_engine: Callable[..., Any],
     policy_dir: Path,
     engine_args: dict[str, Any],
-    hidden_norm: str,
     message: str,
 ) -> None:
     with (
         pytest.raises(InputError, match=message),
-        start_engine(policy_dir, engine_args=engine_args, hidden_norm=hidden_norm),
+        start_engine(policy_dir, engine_args=engine_args),
     ):
         pass
 

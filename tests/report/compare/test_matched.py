@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 
 from r2m_ray.errors import InputError
 from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import Passage, area, first_passage, gold_at, peak_of_mean
-from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
+from r2m_ray.report.compare.matched import (
+    Passage,
+    area,
+    common_range,
+    fall,
+    fallen,
+    final,
+    first_passage,
+    gold_at,
+    mean_gold,
+    mean_peak,
+    peak,
+)
 
 MakeCurve = Callable[..., Curve]
 
@@ -110,16 +121,18 @@ def test_area_adds_up_and_follows_gold(
 def test_kl_star_is_of_the_mean_curve_and_not_of_the_luckiest_evaluation(make_curve: MakeCurve) -> None:
     lucky = make_curve([0, 2, 6, 10], [0, 1.0, 0.8, 5.0], seed=0)
     others = [make_curve([0, 4, 8, 30], [0, 2.0, 1.2, -6.0], seed=s) for s in (1, 2)]
-    top = peak_of_mean([lucky, *others])
+    top = mean_peak([lucky, *others])
+    assert top is not None
     assert (top.step, top.share) == (5, pytest.approx(1 / 3))
     assert (top.kl, top.gold) == (pytest.approx(10 / 3), pytest.approx(5 / 3))
 
 
 def test_without_a_rise_or_a_mean_there_is_no_kl_star(make_curve: MakeCurve) -> None:
-    with pytest.raises(InputError, match="highest at KL 0"):
-        peak_of_mean([make_curve([0, 2, 6], [3, 1, 2])])
+    assert mean_peak([make_curve([0, 2, 6], [3, 1, 2])]) is None, "highest before training"
+    assert mean_peak([make_curve([0, 2, 6], [math.nan] * 3)]) is None
+    assert mean_peak([]) is None
     with pytest.raises(InputError, match="evaluated after other steps"):
-        peak_of_mean([make_curve([0, 2, 6], [0, 1, 2]), make_curve([0, 2], [0, 1], seed=1)])
+        mean_peak([make_curve([0, 2, 6], [0, 1, 2]), make_curve([0, 2], [0, 1], seed=1)])
 
 
 def test_end_peak_and_fall(make_curve: MakeCurve) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,49 +96,6 @@ def test_the_same_settings_elsewhere_give_the_same_weights(prepared: Prepared, t
     for name in ("policy/model.safetensors", "reward/model.safetensors"):
         digests = {hashlib.sha256((p.directory / name).read_bytes()).hexdigest() for p in (prepared, again)}
         assert len(digests) == 1, name
-
-
-def test_another_reward_model_meets_the_same_policy(prepared: Prepared, tmp_path: Path) -> None:
-    # Of its own it would train for one step instead of twelve.
-    copied = (f"prepare.policy='{prepared.policy_dir}'", "prepare.sft_steps=1")
-    other = prepare(note2answer(tmp_path, *copied, "task.annotator_bias=0"))
-    hashes = [
-        [hashlib.sha256((one / "model.safetensors").read_bytes()).digest() for one in directories]
-        for directories in zip(
-            *((made.policy_dir, made.reward_dir) for made in (prepared, other)), strict=True
-        )
-    ]
-    assert hashes[0][0] == hashes[0][1]
-    assert hashes[1][0] != hashes[1][1]
-    assert other.facts["policy"]["seconds"] == 0
-    assert other.facts["policy"]["gold"] == prepared.facts["policy"]["gold"]
-    again = locate(note2answer(tmp_path, *copied, "task.annotator_bias=0"))
-    assert again.directory == other.directory
-    with pytest.raises(InputError, match=r"prepare\.policy=.*no config\.json"):
-        locate(note2answer(tmp_path, f"prepare.policy='{tmp_path}'"))
-
-
-def test_what_is_no_policy_of_this_task_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    def complaint(directory: Path, *overrides: str) -> str:
-        with pytest.raises(InputError) as refused:
-            prepare(note2answer(tmp_path / "root", f"prepare.policy='{directory}'", *overrides))
-        return str(refused.value)
-
-    assert "holds LlamaForSequenceClassification" in complaint(prepared.reward_dir)
-    assert "task.max_new_tokens are" in complaint(prepared.policy_dir, "task.max_new_tokens=500")
-    wide = ("prepare.reward_from_policy=true", "prepare.reward_width=32", "prepare.reward_heads=2")
-    assert "hidden_size would be 32, and the policy's is 96" in complaint(prepared.policy_dir, *wide)
-    shallow = ("prepare.reward_from_policy=true", "prepare.reward_width=96", "prepare.reward_heads=3")
-    assert "prepare.reward_layers=2" in complaint(prepared.policy_dir, *shallow)
-    other = tmp_path / "other"
-    shutil.copytree(prepared.policy_dir, other)
-    words = json.loads((other / "tokenizer.json").read_text())
-    ids = words["model"]["vocab"]
-    ids |= {"fox": ids["."], ".": ids["fox"]}
-    (other / "tokenizer.json").write_text(json.dumps(words))
-    assert "its tokenizer is not this task's" in complaint(other)
-    (other / "model.safetensors").write_bytes(b"x" * 100)
-    assert "copy the file again" in complaint(other)
 
 
 def test_a_missing_file_means_preparing_again(tmp_path: Path) -> None:
