@@ -83,7 +83,7 @@ def deciding(*answers: Resume | Prepares | Compare) -> tuple[str, ...]:
 
 
 def compared(path: str) -> Compare:
-    """In which compared runs a setting must agree; one that this version lacks answers as its section does."""
+    """In which compared runs a setting must agree; an unknown one answers as its section does."""
     field = fields().get(field_of(path))
     section = _infos(Config).get(path.partition(".")[0])
     return field.compare if field else _answer(Compare.never, *filter(None, (section,)))
