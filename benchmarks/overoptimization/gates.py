@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.overoptimization.information import Information, Regime, precheck_failures
 from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import fall, peak
+from r2m_ray.report.compare.matched import fall, highest
 from r2m_ray.report.data import Series
 
 LEAST_GOLD = 0.8
@@ -152,9 +152,9 @@ def baseline_gates(curves: Sequence[Curve]) -> tuple[BaselineGate, ...]:
         BaselineGate(
             seed=curve.seed,
             proxy_trend=rank_correlation(curve.steps.astype(np.float64), curve.frozen),
-            rise=peak(curve).gold - float(curve.gold[0]),
+            rise=float(curve.gold[highest(curve)] - curve.gold[0]),
             fall=fall(curve),
-            peak_share=peak(curve).step / float(curve.steps[-1]),
+            peak_share=float(curve.steps[highest(curve)] / curve.steps[-1]),
         )
         for curve in curves
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.overoptimization.arms import ARMS, BASELINE
 from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import Peak, final, gold_at
+from r2m_ray.report.compare.matched import Peak, gold_at
 from r2m_ray.report.compare.tables import mean
 from r2m_ray.report.html import Table
 from r2m_ray.run.vocabulary import metric
@@ -58,7 +58,7 @@ def _arms(curves: Curves, top: Peak | None) -> Table:
         cells = [
             NONE if top is None else _against(ours, baseline, partial(gold_at, kl=top.kl)),
             NONE if top is None else _against(ours, baseline, partial(gold_at, kl=2 * top.kl)),
-            _against(ours, baseline, lambda curve: final(curve).gold),
+            _against(ours, baseline, lambda curve: float(curve.gold[-1])),
         ]
         rows.append((arm.paper, *ALPACA_EVAL.get(arm.paper, (NONE, NONE)), *cells, str(len(ours))))
     return Table(

@@ -31,10 +31,6 @@ class Guards:
         self._config = config
         self._nonfinite: list[str] = []
 
-    def rewind(self) -> None:
-        """Forget every step: the run returned to a checkpoint."""
-        self._nonfinite.clear()
-
     def versions(self, step: int, versions: Sequence[int]) -> None:
         """Every shard of a step must be sampled with the weights of the step before."""
         for shard, version in enumerate(versions):

@@ -114,22 +114,18 @@ class Watch:
 
     A step calls ``versions`` before it learns from the rows, ``observe`` before it logs its row (the alarms
     belong to that row), and ``news`` and ``guard`` after it, so that the log holds the row of a step that
-    ends the run. ``ends_run`` and ``error`` are for after the step's checkpoint.
+    ends the run. ``ends_run`` asks for the step's checkpoint, and ``check`` comes after it.
 
     Args:
         config: its ``monitor`` and ``guard`` are used.
-        rows: of the training steps so far, in their order.
+        rows: of the training steps so far, in their order. A run that returns to a checkpoint makes a new
+            watch from the rows up to it.
     """
 
     def __init__(self, config: Config, rows: Iterable[Row] = ()) -> None:
         self._config = config.monitor
         self._guards = Guards(config.guard)
-        self.rewind(rows)
-
-    def rewind(self, rows: Iterable[Row]) -> None:
-        """Start again from the training steps in ``rows``: the run returned to a checkpoint."""
-        self._guards.rewind()
-        self._monitor = Monitor(self._config)
+        self._monitor = Monitor(config.monitor)
         self._last = Reading(step=0, levels={})
         for row in rows:
             self._last = self._monitor.observe(int(row["step"]), row)
@@ -162,10 +158,12 @@ class Watch:
         """Whether an alarm is on that must end the run (``monitor.on_alarm=stop``)."""
         return self._config.on_alarm is OnAlarm.stop and bool(self._last.alarms)
 
-    def error(self) -> Alarmed:
-        """The error that ends a run after the last step."""
+    def check(self) -> None:
+        """Raise Alarmed where an alarm must end the run; call it once the last step is saved."""
+        if not self.ends_run:
+            return
         alarms = "\n".join(self._text(name) for name in self._last.alarms)
-        return Alarmed(
+        raise Alarmed(
             f"{alarms}\nThe run ended here, and its last step is saved (monitor.on_alarm=stop). To go on "
             "unchanged, use run.resume=true with monitor.on_alarm=warn or a higher bound. To change what it "
             "learns, start a run under another run.name."

@@ -99,11 +99,15 @@ class RunLog:
         return self._clock.phase(name)
 
     def step(
-        self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rollouts: Iterable[Mapping[str, Any]] = (),
+        alarms: Iterable[str] = (),
     ) -> None:
         """Write a training step with the times of its phases and the driver's resident memory (bytes).
 
-        Call it before the step is committed, or a crash in between loses the row.
+        Call it before the step is committed, or a crash in between loses the row. alarms: texts to show.
         Raises RunError naming the file that cannot be written.
         """
         resident = float(psutil.Process().memory_info().rss)
@@ -113,6 +117,8 @@ class RunLog:
         self._logged = step
         self.finished = max(self.finished, step)
         self._progress.step(step, metrics)
+        for text in alarms:
+            self.message(text)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write an evaluation of the state after ``step``; call it before that step is committed."""

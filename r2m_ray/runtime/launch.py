@@ -17,7 +17,8 @@ from r2m_ray.config.schema import Config
 from r2m_ray.core.roles import Roles
 from r2m_ray.driver.evaluate import Evaluator
 from r2m_ray.driver.human_pairs import HumanPairs
-from r2m_ray.driver.loop import omega_at, train
+from r2m_ray.driver.loop import train
+from r2m_ray.driver.step import omega_at
 from r2m_ray.errors import ActorLost, InputError, printable, redacted
 from r2m_ray.report.run_page import write_report
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints

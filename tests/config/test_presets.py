@@ -29,7 +29,7 @@ from r2m_ray.config.schema import (
     WandbMode,
     WoInit,
 )
-from r2m_ray.driver.loop import omega_at
+from r2m_ray.driver.step import omega_at
 from r2m_ray.errors import InputError
 
 PACKAGE = Path(r2m_ray.__file__).parent

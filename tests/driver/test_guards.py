@@ -46,15 +46,6 @@ def test_each_count_stops_the_run_after_so_many_steps_in_a_row(key: str) -> None
     assert str(caught.value).count(f"2 {NONFINITE[key]}") == 3
 
 
-def test_a_run_that_returned_to_a_checkpoint_counts_again_from_zero() -> None:
-    watched = watch(nonfinite_steps=2)
-    check(watched, 1, "policy/skipped_steps")
-    watched.rewind([])
-    check(watched, 1, "policy/skipped_steps")
-    with pytest.raises(RunError, match="2 steps in a row"):
-        check(watched, 2, "policy/skipped_steps")
-
-
 def test_at_most_eight_rows_are_named_each_with_its_prompt() -> None:
     rows = [row_label(n, f"prompt {n}\x1b[31m") for n in range(9)]
     with pytest.raises(RunError) as caught:

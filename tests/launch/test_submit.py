@@ -198,9 +198,9 @@ def test_a_head_that_is_gone_ends_the_wait(
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert submit.followed(Client(port, []), "raysubmit_1") == 3
-    told = capsys.readouterr().err
-    assert f"the head of the cluster (http://127.0.0.1:{port}) was gone" in told
-    assert "run.resume=true" in told
+    printed = capsys.readouterr().err
+    assert f"the head of the cluster (http://127.0.0.1:{port}) was gone" in printed
+    assert "run.resume=true" in printed
 
 
 def test_a_server_that_does_not_answer_is_a_mistake_in_the_address(

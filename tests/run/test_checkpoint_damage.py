@@ -29,7 +29,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda step: (step / "reward_head/state.json").unlink(),
         "reward_head/state.json is missing",
     ),
-    "cursor": (lambda step: flip(step / "driver.json"), "driver.json does not match its sha256"),
+    "driver state": (lambda step: flip(step / "driver.json"), "driver.json does not match its sha256"),
     "no manifest": (lambda step: (step / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
     "cut manifest": (lambda step: os.truncate(step / "MANIFEST.json", 40), "MANIFEST.json is unreadable"),
     "manifest without files": (
@@ -58,7 +58,7 @@ def test_damage_is_named_and_an_older_checkpoint_is_used(
     assert warning.startswith("checkpoint step-000002 is not used: ")
     assert reason in warning
     assert warning.endswith("; falling back to step-000001")
-    # The run goes on and saves the damaged step anew; what was there stays for whoever wants to look.
+    # The run goes on and saves the damaged step again; the damaged one stays beside it.
     save(checkpoints, 2)
     assert restored(checkpoints) == (2, 2)
     assert [name[:20] for name in names(tmp_path)] == [

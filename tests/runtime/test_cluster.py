@@ -1,4 +1,4 @@
-"""A cluster of one's own: nothing is left of it, its loss is told, and Ray's memory monitor is understood."""
+"""A run's own cluster: it leaves nothing, its loss is reported, and Ray's memory monitor is named."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_server_that_ends_ends_the_run_with_three() -> None:
     ("raised", "expected"),
     [(Exception("the node timed out"), RunError), (Preempted("stopped by SIGINT"), Preempted)],
 )
-def test_what_ends_rays_start_is_told_as_what_it_is(
+def test_what_ends_rays_start_keeps_its_type(
     raised: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(**_: object) -> None:

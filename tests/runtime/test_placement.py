@@ -20,7 +20,7 @@ def test_every_role_is_demanded_once_per_actor() -> None:
     assert found == {"policy": (4, 1.0), "rollout": (3, 0.5), "reward": (2, 0.0), "reference": (1, 0.0)}
 
 
-def test_a_shortage_is_told_with_numbers_and_roles() -> None:
+def test_a_shortage_is_reported_with_numbers_and_roles() -> None:
     wanted = [
         Demand(role="policy", count=2, cpus=1, gpus=1.0),
         Demand(role="rollout", count=1, cpus=1, gpus=0.5),

@@ -22,7 +22,7 @@ from r2m_ray.runtime.worker_group import WorkerGroup
 
 
 class Worker:
-    """Answers with a number; dies when it is told to."""
+    """Answers with a number; dies when it is asked to."""
 
     def start(self, rank: int, meeting: Address, model: Path) -> str:
         self.rank = rank
@@ -94,35 +94,35 @@ def jobs(group: WorkerGroup, deadly: dict[int, int]) -> list[Job]:
     return [job(n) for n in range(4)]
 
 
-def in_place(group: WorkerGroup, told: list[str], limit: int = 2) -> InPlace:
+def in_place(group: WorkerGroup, messages: list[str], limit: int = 2) -> InPlace:
     async def revive(lost: ActorLost) -> None:
-        await recovery.replace(group, lost, told.append)
+        await recovery.replace(group, lost, messages.append)
 
     return InPlace(group, revive, limit=limit)
 
 
 def test_the_work_of_a_dead_actor_is_done_by_its_successor(group: WorkerGroup) -> None:
-    async def work(told: list[str]) -> list[int]:
+    async def work(messages: list[str]) -> list[int]:
         before = await group.actors.all("ask", "whoami")
-        answers = await in_place(group, told)("score", jobs(group, {2: 1}))
+        answers = await in_place(group, messages)("score", jobs(group, {2: 1}))
         after = await group.actors.all("ask", "whoami")
         assert after[1] == before[1]
         assert after[0][0] == before[0][0] == 0
         assert after[0][1] != before[0][1]
         return [await record for (record,) in answers]
 
-    told: list[str] = []
-    assert asyncio.run(work(told)) == [0, 2, 4, 6]
-    assert len(told) == 1
-    assert "reference-0 died during score" in told[0]
-    assert "reference-0 replaced after " in told[0]
+    messages: list[str] = []
+    assert asyncio.run(work(messages)) == [0, 2, 4, 6]
+    assert len(messages) == 1
+    assert "reference-0 died during score" in messages[0]
+    assert "reference-0 replaced after " in messages[0]
 
 
 def test_work_that_ends_every_actor_is_named(group: WorkerGroup) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     with pytest.raises(RunError, match=r"score: shard 1 ended 3 actors in a row.*max_recoveries=2"):
-        asyncio.run(in_place(group, told)("score", jobs(group, {1: 99})))
-    assert len(told) == 2
+        asyncio.run(in_place(group, messages)("score", jobs(group, {1: 99})))
+    assert len(messages) == 2
 
 
 def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(group: WorkerGroup) -> None:
@@ -131,12 +131,12 @@ def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(group: Worker
             "freeze", [("reference-1", group.actors.handles[1].freeze.remote())], timeout_s=1
         )
         group.actors.timeout_s = 3
-        answers = await in_place(group, told)("score", jobs(group, {}))
+        answers = await in_place(group, messages)("score", jobs(group, {}))
         return [await record for (record,) in answers]
 
-    told: list[str] = []
+    messages: list[str] = []
     assert asyncio.run(work()) == [0, 2, 4, 6]
-    assert "score: no answer from reference-1 within 3 s" in told[0]
+    assert "score: no answer from reference-1 within 3 s" in messages[0]
 
 
 def test_a_sync_that_an_engine_did_not_survive_is_done_again(group: WorkerGroup) -> None:
@@ -148,8 +148,8 @@ def test_a_sync_that_an_engine_did_not_survive_is_done_again(group: WorkerGroup)
             raise ActorLost("reference-1 died during weight sync", ("reference-1",))
         return {"bytes": 7.0}
 
-    told: list[str] = []
-    reliable = ReliableSync(sync, group, limit=2, notify=told.append)
+    messages: list[str] = []
+    reliable = ReliableSync(sync, group, limit=2, notify=messages.append)
     assert asyncio.run(reliable(version=4)) == {"bytes": 7.0}
     assert versions == [4, 4]
     asyncio.run(reliable.revive(ActorLost("reference-0 died", ("reference-0",))))

@@ -1,6 +1,6 @@
 """Weights from two real learner ranks over Ray, and what happens when ranks or replicas no longer agree.
 
-The engines are stood in for by a receiver that keeps what it is sent and compares digests as they do;
+The engines are replaced by a receiver that keeps what it is sent and compares digests as they do;
 the engines themselves are tested beside their own code.
 """
 
@@ -101,7 +101,7 @@ def meeting_point(local_cluster: None) -> tuple[str, int]:
 def policy(
     request: pytest.FixtureRequest, ranks: Actors, meeting_point: tuple[str, int], model_dir: Path
 ) -> Actors:
-    """Two ranks of a ZeRO stage, started anew in the same processes.
+    """Two ranks of a ZeRO stage, started again in the same processes.
 
     Under ZeRO-3 every parameter is partitioned, and gathered by both ranks for each bucket.
     """
@@ -152,7 +152,7 @@ def test_both_ranks_make_each_bucket_and_every_engine_gets_all_weights(
 
 
 @pytest.mark.parametrize("policy", [0], indirect=True)
-def test_a_flipped_bit_of_one_rank_is_told_by_rank_and_tensor(policy: Actors, receivers: Actors) -> None:
+def test_a_flipped_bit_of_one_rank_is_reported_by_rank_and_tensor(policy: Actors, receivers: Actors) -> None:
     """A ZeRO-3 rank holds no copy of another's parameters; the other stages do."""
     change = flip(lambda actor: actor._learner._engine.parameters[FLIPPED])
     sync = sync_of(policy, receivers)
@@ -188,7 +188,7 @@ def test_weights_that_are_not_finite_never_arrive(policy: Actors, receivers: Act
         assert FLIPPED not in arrived
 
 
-def test_reward_replicas_that_drift_apart_are_told_by_replica_and_parameter(
+def test_reward_replicas_that_drift_apart_are_reported_by_replica_and_parameter(
     local_cluster: None, tiny_reward_dir: Path
 ) -> None:
     config = Config()

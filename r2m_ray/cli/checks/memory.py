@@ -101,23 +101,36 @@ class ModelSizes:
 class ActorMemory:
     """One of ``count`` actors of a role.
 
-    On a CPU everything is in the machine's memory, and `buffers` is part of `working`. With ``gpu``, process
-    and buffers are in the machine's memory and the rest is on each of the actor's GPUs. cache: keys and
-    values of the rollout engine; exports: its side buffer of hidden states, beside the cache. Both are None
-    where they share what vLLM takes of the GPU.
+    On a CPU everything is in the machine's memory. With ``gpu``, process and buffers are in the machine's
+    memory, and the rest is on each of the actor's GPUs. cache: keys and values of the rollout engine;
+    exports: its side buffer of hidden states, beside the cache. Both are None where they share what vLLM
+    takes of the GPU. phases: what each phase needs for a while, beside the model and in the machine's memory.
     """
 
     role: str
     count: int
     gpu: bool
-    process: int
     weights: int
-    gradients: int
-    optimizer: int
-    cache: int | None
-    exports: int | None
-    working: int
-    buffers: int
+    gradients: int = 0
+    optimizer: int = 0
+    cache: int | None = 0
+    exports: int | None = 0
+    phases: tuple[tuple[int, int], ...]
+
+    @property
+    def process(self) -> int:
+        """Bytes of the process itself."""
+        return PROCESS_BYTES[self.role]
+
+    @property
+    def working(self) -> int:
+        """Bytes of the largest phase; on a CPU its buffers too."""
+        return max(there + (0 if self.gpu else host) for there, host in self.phases)
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of the machine's memory that phases on a GPU need."""
+        return max(host for _, host in self.phases) if self.gpu else 0
 
     @property
     def host(self) -> int:
@@ -202,19 +215,19 @@ def learner(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
     tokens = pass_tokens(config.policy.tokens_per_microbatch, batch.rows_per_rank, batch.row_tokens)
     state = min(STATE_BYTES * parameters, FILE_BYTES + STATE_BYTES * model.largest) if gpu or stage else 0
     moments = MASTER * (3 * share if stage else 2 * parameters)
-    return _actor(
-        "policy",
-        ranks,
-        gpu,
+    return ActorMemory(
+        role="policy",
+        count=ranks,
+        gpu=gpu,
         weights=parameters * b if stage < 3 else (share + min(live, parameters)) * b,
         gradients=MASTER * (share if stage >= 2 else parameters),
         optimizer=moments,
-        phases=[
+        phases=(
             (activations(model, tokens, b, config.policy.gradient_checkpointing) + reduction, fresh),
             (moments, fresh),
             (0, bucket_bytes(config, model)),
             (0, state + (parameters * b if gpu or stage == 3 else 0)),
-        ],
+        ),
     )
 
 
@@ -241,17 +254,17 @@ def rollout(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
     side = width // columns * b + SOURCE_BYTES * (1 if gpu else tensor)
     exported = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
     logits = LOGIT_COPIES * 4 * rows * model.vocabulary
-    return _actor(
-        "rollout",
-        config.rollout.replicas,
-        gpu,
+    return ActorMemory(
+        role="rollout",
+        count=config.rollout.replicas,
+        gpu=gpu,
         weights=model.parameters * b // divided,
         cache=None if slots is None else slots * model.layers * model.key_value * b // divided,
         exports=(None if slots is None else slots * side) if exported else 0,
-        phases=[
+        phases=(
             (inference(model, tokens, b) + logits, answers),
             (model.largest * b, bucket_bytes(config, model)),
-        ],
+        ),
     )
 
 
@@ -259,12 +272,12 @@ def reference(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]
     """One reference replica: weights P·b, and the forward pass of one shard with its logits."""
     model, b = models["reference"], itemsize(config.model.dtype)
     tokens = pass_tokens(config.reference.tokens_per_microbatch, batch.rows_per_shard, batch.row_tokens)
-    return _actor(
-        "reference",
-        config.reference.replicas,
-        config.cluster.gpus_per_reference > 0,
+    return ActorMemory(
+        role="reference",
+        count=config.reference.replicas,
+        gpu=config.cluster.gpus_per_reference > 0,
         weights=model.parameters * b,
-        phases=[(inference(model, tokens, b) + logits_bytes(model, tokens), 0)],
+        phases=((inference(model, tokens, b) + logits_bytes(model, tokens), 0),),
     )
 
 
@@ -280,15 +293,15 @@ def reward(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) -
     states = batch.rows_per_shard * batch.row_tokens * feedback_width(config, models) * 4
     noise = 3 * states if config.feedback.noise else 0
     gpu = config.cluster.gpus_per_reward > 0
-    return _actor(
-        "reward",
-        config.reward.replicas,
-        gpu,
+    return ActorMemory(
+        role="reward",
+        count=config.reward.replicas,
+        gpu=gpu,
         weights=model.parameters * b + head,
         gradients=2 * head,
         optimizer=2 * head,
         # On a CPU h is read where it lies, in the object store.
-        phases=[(inference(model, tokens, b), 0), (3 * head + noise + (states if gpu else 0), 0)],
+        phases=((inference(model, tokens, b), 0), (3 * head + noise + (states if gpu else 0), 0)),
     )
 
 
@@ -384,31 +397,3 @@ def checkpoint_bytes(config: Config, models: Mapping[str, ModelSizes]) -> int:
     """Bytes of one checkpoint: the policy in its own dtype, its exact state, the head and its moments."""
     policy = models["policy"].parameters * (itemsize(config.model.dtype) + STATE_BYTES)
     return policy + STATE_BYTES * head_parameters(config, models)
-
-
-def _actor(
-    role: str,
-    count: int,
-    gpu: bool,
-    *,
-    weights: int,
-    phases: list[tuple[int, int]],
-    gradients: int = 0,
-    optimizer: int = 0,
-    cache: int | None = 0,
-    exports: int | None = 0,
-) -> ActorMemory:
-    """``phases``: what each needs for a while, beside the model and in the machine's memory."""
-    return ActorMemory(
-        role=role,
-        count=count,
-        gpu=gpu,
-        process=PROCESS_BYTES[role],
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        cache=cache,
-        exports=exports,
-        working=max(there + (0 if gpu else host) for there, host in phases),
-        buffers=max(host for _, host in phases) if gpu else 0,
-    )

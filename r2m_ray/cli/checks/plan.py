@@ -72,7 +72,12 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
-        actors = [{**asdict(a), "host": a.host, "device": a.device} for a in self.actors]
+        actors = [
+            asdict(a)
+            | {"process": a.process, "working": a.working, "buffers": a.buffers}
+            | {"host": a.host, "device": a.device}
+            for a in self.actors
+        ]
         own = {"driver": PROCESS_BYTES["driver"], "ray": PROCESS_BYTES["ray"], "host": self.host}
         warnings = [str(problem) for problem in self.warnings]
         return {**asdict(self), **own, "actors": actors, "warnings": warnings}

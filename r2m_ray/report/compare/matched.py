@@ -32,15 +32,6 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A point of a path: gold, KL (nats per response) and training step, between evaluations perhaps."""
-
-    gold: float
-    kl: float
-    step: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
     """Where the mean curve of several seeds is highest in gold.
 
@@ -67,10 +58,7 @@ def first_passage(curve: Curve, kl: float) -> Passage | None:
     if not len(beyond):
         return None
     index = int(beyond[0])
-    if index == 0:
-        return Passage(index=0, fraction=0.0)
-    before, after = curve.kl[index - 1], curve.kl[index]
-    return Passage(index=index - 1, fraction=float((kl - before) / (after - before)))
+    return _between(curve.kl, index, kl) if index else Passage(index=0, fraction=0.0)
 
 
 def gold_at(curve: Curve, kl: float) -> float | None:
@@ -121,44 +109,30 @@ def common_range(curves: Iterable[Curve]) -> float:
     return min(curve.max_kl for curve in curves)
 
 
-def final(curve: Curve) -> Place:
-    """The last evaluation."""
-    return _evaluation(curve, -1)
-
-
-def peak(curve: Curve) -> Place:
-    """The evaluation with the highest gold, the earliest of equals.
+def highest(curve: Curve) -> int:
+    """Index of the evaluation with the highest gold, the earliest of equals.
 
     The highest of many noisy values lies above the highest of their expectations, so a peak flatters.
     """
-    return _evaluation(curve, int(np.argmax(curve.gold)))
+    return int(np.argmax(curve.gold))
 
 
 def fall(curve: Curve) -> float:
-    """Gold lost between the peak and the last evaluation; never negative."""
-    return peak(curve).gold - final(curve).gold
+    """Gold lost between the highest evaluation and the last one; never negative."""
+    return float(curve.gold[highest(curve)] - curve.gold[-1])
 
 
-def fallen(curve: Curve, amount: float) -> Place | None:
-    """Where the path, after its peak, first lies ``amount`` of gold below it; None if it never fell so far.
+def fallen(curve: Curve, amount: float) -> Passage | None:
+    """Where the path first lies ``amount`` of gold below its highest evaluation, after that one.
 
-    Raises ValueError for an amount that is not positive.
+    None where it never fell so far. Raises ValueError for an amount that is not positive.
     """
     if not amount > 0:
         raise ValueError(f"amount={amount}: a fall is positive")
-    top = int(np.argmax(curve.gold))
-    level = curve.gold[top] - amount
+    top = highest(curve)
+    level = float(curve.gold[top]) - amount
     below = np.flatnonzero(curve.gold[top:] <= level)
-    if not len(below):
-        return None
-    index = top + int(below[0])
-    before, after = curve.gold[index - 1], curve.gold[index]
-    part = float((before - level) / (before - after))
-
-    def between(values: np.ndarray) -> float:
-        return float(values[index - 1] + part * (values[index] - values[index - 1]))
-
-    return Place(gold=float(level), kl=between(curve.kl), step=between(curve.steps))
+    return _between(curve.gold, top + int(below[0]), level) if len(below) else None
 
 
 def mean_peak(curves: Sequence[Curve]) -> Peak | None:
@@ -190,5 +164,7 @@ def mean_peak(curves: Sequence[Curve]) -> Peak | None:
     )
 
 
-def _evaluation(curve: Curve, index: int) -> Place:
-    return Place(gold=float(curve.gold[index]), kl=float(curve.kl[index]), step=float(curve.steps[index]))
+def _between(values: Series, index: int, value: float) -> Passage:
+    """Where a series takes ``value`` on the way to its entry ``index`` from the one before."""
+    before, after = values[index - 1], values[index]
+    return Passage(index=index - 1, fraction=float((value - before) / (after - before)))

@@ -19,18 +19,17 @@ from types import MappingProxyType
 import numpy as np
 
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.curves import Comparison, Curve, require_same
+from r2m_ray.report.compare.curves import FROZEN, OWN, Comparison, Curve, require_same
 from r2m_ray.report.compare.matched import (
     Peak,
     area,
     common_range,
     fall,
     fallen,
-    final,
     frozen_at,
     gold_at,
+    highest,
     mean_gold,
-    peak,
 )
 from r2m_ray.report.compare.statistics import Interval, holm, paired_interval, sign_flip_p
 from r2m_ray.run.vocabulary import metric
@@ -54,15 +53,15 @@ Values = tuple[float | None, ...]
 """One number per seed, in the order of the seeds; None where the arm is censored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A number that a curve has or is censored in. label: for a reader. kl: nats it is taken at or up to."""
 
     name: str
     label: str
-    primary: bool
     value: Callable[[Curve], float | None]
     kl: float | None = None
+    primary: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,15 +133,10 @@ def study(comparison: Comparison, top: Peak | None) -> Study:
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
     """The endpoints of a comparison whose baseline peaks at KL* nats per response, the primary ones first."""
     widest = MULTIPLES[-1] * kl_star
-    under = Endpoint(
-        name="area",
-        label=f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats",
-        primary=True,
-        value=partial(area, kl=widest),
-        kl=widest,
-    )
-    matched = [_at(n, kl_star, primary=True) for n in MULTIPLES]
-    between = [_at(n, kl_star, primary=False) for n in BETWEEN]
+    label = f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats"
+    under = Endpoint("area", label, partial(area, kl=widest), widest, primary=True)
+    matched = [_gold_at(multiple, kl_star, primary=True) for multiple in MULTIPLES]
+    between = [_gold_at(multiple, kl_star, primary=False) for multiple in BETWEEN]
     return (*matched, under, *between, *UNMATCHED)
 
 
@@ -151,78 +145,56 @@ def of_kl_star(multiple: float) -> str:
     return "KL*" if multiple == 1 else f"{multiple:g} KL*"
 
 
-def _at(multiple: float, kl_star: float, *, primary: bool) -> Endpoint:
+def _gold_at(multiple: float, kl_star: float, *, primary: bool) -> Endpoint:
     kl = multiple * kl_star
-    return Endpoint(
-        name=f"gold_at_{multiple:g}_kl_star",
-        label=f"Gold at {of_kl_star(multiple)} = {kl:.3g} nats",
-        primary=primary,
-        value=partial(gold_at, kl=kl),
-        kl=kl,
-    )
+    label = f"Gold at {of_kl_star(multiple)} = {kl:.3g} nats"
+    return Endpoint(f"gold_at_{multiple:g}_kl_star", label, partial(gold_at, kl=kl), kl, primary)
 
 
 def _fall_kl(curve: Curve) -> float | None:
     place = fallen(curve, FALL)
-    return None if place is None else place.kl
+    return None if place is None else place.of(curve.kl)
 
 
-def _secondary(name: str, label: str, value: Callable[[Curve], float | None]) -> Endpoint:
-    return Endpoint(name=name, label=label, primary=False, value=value)
-
-
+FINAL_KL = Endpoint("final_kl", "Final KL, nats", lambda curve: float(curve.kl[-1]))
 UNMATCHED = (
-    _secondary("final_gold", "Final gold", lambda curve: final(curve).gold),
-    _secondary("final_kl", "Final KL, nats", lambda curve: final(curve).kl),
-    _secondary("peak_gold", "Highest evaluation of gold", lambda curve: peak(curve).gold),
-    _secondary("peak_kl", "KL of that evaluation, nats", lambda curve: peak(curve).kl),
-    _secondary("fall", "Fall of gold from there to the end", fall),
-    _secondary("fall_kl", f"KL at which gold had fallen by {FALL:g}, nats", _fall_kl),
+    Endpoint("final_gold", "Final gold", lambda curve: float(curve.gold[-1])),
+    FINAL_KL,
+    Endpoint("peak_gold", "Highest evaluation of gold", lambda curve: float(curve.gold[highest(curve)])),
+    Endpoint("peak_kl", "KL of that evaluation, nats", lambda curve: float(curve.kl[highest(curve)])),
+    Endpoint("fall", "Fall of gold from there to the end", fall),
+    Endpoint("fall_kl", f"KL at which gold had fallen by {FALL:g}, nats", _fall_kl),
 )
 """Endpoints that need no KL*."""
 
 
 def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
-    pair = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
-    upper = min(MULTIPLES[-1] * kl_star, common_range(pair))
-    return Endpoint(
-        name=SHARED_NAME,
-        label="Mean gold over the KL that both reach",
-        primary=False,
-        value=lambda curve: mean_gold(curve, upper) if upper > 0 else None,
-        kl=upper,
-    )
+    both = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
+    upper = min(MULTIPLES[-1] * kl_star, common_range(both))
+    value = partial(mean_gold, kl=upper) if upper > 0 else lambda curve: None
+    return Endpoint(SHARED_NAME, "Mean gold over the KL that both reach", value, upper)
 
 
 def _proxy_endpoints(comparison: Comparison) -> Iterator[Endpoint]:
     """Endpoints without gold; accuracies are left out where a run did not measure them."""
     for runs in zip(*comparison.arms.values(), strict=True):
-        require_same(
-            runs, ("model.reward",), "without gold, runs of one seed are compared by one reward model"
-        )
+        rule = "without gold, runs of one seed are compared by one reward model"
+        require_same(runs, ("model.reward",), rule)
     curves = [curve for arm in comparison.arms.values() for curve in arm]
     upper = common_range(curves)
     for share in SHARES if upper > 0 else ():
         kl = share * upper
+        label = f"Score of the frozen reward model at {kl:.3g} nats"
         yield Endpoint(
-            name=f"frozen_at_{share:g}_of_common_kl",
-            label=f"Score of the frozen reward model at {kl:.3g} nats",
-            primary=True,
-            value=partial(frozen_at, kl=kl),
-            kl=kl,
+            f"frozen_at_{share:g}_of_common_kl", label, partial(frozen_at, kl=kl), kl, primary=True
         )
-    yield _secondary(
-        "final_frozen", "Final score of the frozen reward model", lambda curve: float(curve.frozen[-1])
-    )
-    yield _secondary("final_kl", "Final KL, nats", lambda curve: float(curve.kl[-1]))
-    yield _secondary(
-        "gap",
-        "Final score of the arm's own reward model minus the frozen one's",
-        lambda curve: float(curve.own[-1] - curve.frozen[-1]),
-    )
+    yield Endpoint("final_frozen", "Final score of the frozen reward model", partial(_last, name=FROZEN))
+    yield FINAL_KL
+    label = "Final score of the arm's own reward model minus the frozen one's"
+    yield Endpoint("gap", label, lambda curve: _last(curve, OWN) - _last(curve, FROZEN))
     for name, label in ACCURACIES.items():
         if all(np.isfinite(_last(curve, name)) for curve in curves):
-            yield _secondary(name, label, partial(_last, name=name))
+            yield Endpoint(name, label, partial(_last, name=name))
 
 
 def _last(curve: Curve, name: str) -> float:
@@ -233,28 +205,22 @@ def _last(curve: Curve, name: str) -> float:
 def _contrasted(comparison: Comparison, endpoints: Sequence[Endpoint], top: Peak | None) -> Study:
     if not comparison.challengers:
         raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
+    values, contrasts = {}, {}
+    for endpoint in endpoints:
+        values[endpoint.name] = {
+            arm: tuple(map(endpoint.value, curves)) for arm, curves in comparison.arms.items()
+        }
+        contrasts[endpoint.name] = _corrected(
+            [_contrast(comparison, arm, endpoint) for arm in comparison.challengers]
+        )
     return Study(
         baseline=comparison.baseline,
         seeds=comparison.seeds,
         gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
         peak=top,
         endpoints=tuple(endpoints),
-        values=MappingProxyType(
-            {
-                endpoint.name: MappingProxyType(
-                    {arm: tuple(map(endpoint.value, curves)) for arm, curves in comparison.arms.items()}
-                )
-                for endpoint in endpoints
-            }
-        ),
-        contrasts=MappingProxyType(
-            {
-                endpoint.name: _corrected(
-                    [_contrast(comparison, arm, endpoint) for arm in comparison.challengers]
-                )
-                for endpoint in endpoints
-            }
-        ),
+        values=MappingProxyType(values),
+        contrasts=MappingProxyType(contrasts),
     )
 
 
