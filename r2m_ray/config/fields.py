@@ -82,6 +82,18 @@ def deciding(*answers: Resume | Prepares | Compare) -> tuple[str, ...]:
     )
 
 
+def compared(path: str) -> Compare:
+    """In which compared runs a setting must agree; an unknown one answers as its section does."""
+    field = fields().get(field_of(path))
+    section = _infos(Config).get(path.partition(".")[0])
+    return field.compare if field else _answer(Compare.never, *filter(None, (section,)))
+
+
+def field_of(path: str) -> str:
+    """The path of the field that a path is of, or lies inside of."""
+    return ".".join(path.split(".")[:2])
+
+
 def names_of(section: str, answer: Resume | Prepares | Compare) -> tuple[str, ...]:
     """Names of the fields of a section that give this answer."""
     return tuple(fields()[path].name for path in deciding(answer) if path.startswith(f"{section}."))

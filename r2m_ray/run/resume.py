@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from r2m_ray.config.fields import deciding, fields
+from r2m_ray.config.fields import deciding, field_of, fields
 from r2m_ray.config.schema import RESHARD_OPTIONS, Config, Resume, TaskName
 from r2m_ray.errors import InputError, Problem, redacted, shown
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, driver_state
@@ -75,7 +75,7 @@ def differences(stored: Identity, current: Identity, *, reshard: bool) -> Iterat
 
     reshard: whether `Resume.reshard` fields may differ. Versions of libraries that differ are warnings.
     """
-    gone = [path for path in stored["config"] if _field(path) not in fields()]
+    gone = [path for path in stored["config"] if field_of(path) not in fields()]
     if gone:
         message = f"an earlier version started this run: it has {gone[0]}, and this version has no such field"
         yield Problem("run.resume", f"{message}; finish it with that version, or give another run.name")
@@ -175,7 +175,7 @@ def _config_differences(
     # A field that this version added had no value then; its default stands for how things were.
     for path, before, after in _changed({**flat_config(Config()), **stored}, current):
         may_reshard = any(path == option or path.startswith(f"{option}.") for option in RESHARD_OPTIONS)
-        answer = Resume.reshard if may_reshard else fields()[_field(path)].resume
+        answer = Resume.reshard if may_reshard else fields()[field_of(path)].resume
         change = f"{shown(before)} -> {shown(after)}"
         if answer is Resume.never:
             yield Problem(path, f"{change}; a run goes on with what it began with, or gets another run.name")
@@ -197,11 +197,6 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tu
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
         if old != new:
             yield key, old, new
-
-
-def _field(path: str) -> str:
-    """The field of the schema that a path is of, or is inside of."""
-    return ".".join(path.split(".")[:2])
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

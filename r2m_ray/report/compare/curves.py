@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from r2m_ray.config.fields import deciding
+from r2m_ray.config.fields import compared
 from r2m_ray.config.schema import Compare
 from r2m_ray.errors import InputError, hint
 from r2m_ray.report.compare.statistics import MOST_FLIPPED
@@ -26,13 +26,6 @@ KL, GOLD = metric("kl/sequence"), metric("gold/mean")
 FROZEN, OWN = metric("reward/frozen_mean"), metric("reward/mean")
 START_KL = 0.1
 """Nats per response that two engines may disagree by on one policy; more means a start off the reference."""
-
-WORLD = deciding(Compare.always)
-"""Settings that are the same in every run: the world, its models, the budget, and how it is measured."""
-START = deciding(Compare.seed)
-"""Settings that are the same in every run of a seed; the reward model may be what an arm is about."""
-METHOD = deciding(Compare.arm)
-"""Settings that are the same under every seed of an arm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -233,11 +226,24 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _check_alike(arms: Mapping[str, tuple[Curve, ...]]) -> None:
     everyone = [curve for curves in arms.values() for curve in curves]
-    require_same(everyone, WORLD, "runs of one comparison share their world, budget and measurement")
+    require_same(
+        everyone,
+        _settings(everyone, Compare.always),
+        "runs of one comparison share their world, budget and measurement",
+    )
     for curves in zip(*arms.values(), strict=True):
-        require_same(curves, START, "runs of one seed start from the same policy")
+        require_same(curves, _settings(curves, Compare.seed), "runs of one seed start from the same policy")
     for arm, curves in arms.items():
-        require_same(curves, METHOD, f"the runs of arm {arm!r} are one method under several seeds")
+        require_same(
+            curves,
+            _settings(curves, Compare.arm),
+            f"the runs of arm {arm!r} are one method under several seeds",
+        )
+
+
+def _settings(curves: Sequence[Curve], answer: Compare) -> list[str]:
+    """Paths of the settings whose fields give this answer."""
+    return [path for curve in curves for path in curve.settings if compared(path) is answer]
 
 
 def _check_steps(file: Path, run: RunRecord) -> None:
