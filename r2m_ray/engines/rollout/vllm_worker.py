@@ -257,7 +257,13 @@ class RolloutWorker(PlatformWorker):  # type: ignore[misc]
     def take_exports(self) -> Mapping[str, Export]:
         """The hidden states of the requests that finished since the last call, by request id."""
         exports: Mapping[str, Export] = get_kv_transfer_group().take_exports()
-        return exports
+        if self.parallel_config.world_size == 1:
+            return exports
+        # To another process a view is sent with all of its storage.
+        return {
+            name: Export(e.hidden_TP.clone(), e.token_T.clone(), e.position_T.clone())
+            for name, e in exports.items()
+        }
 
     def forget_hidden(self) -> None:
         """Invalidate every row of the buffer."""
