@@ -12,17 +12,20 @@ else
 TORCH := --torch-backend=cpu
 endif
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-cluster lint format clean
 
 demo: $(STAMP)
 	$(BIN)/r2m-ray prepare experiment=demo
 	$(BIN)/r2m-ray train experiment=demo run.name=demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not cluster"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not cluster"
+
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -q -s -m cluster tests/cluster
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -74,7 +74,6 @@ def serve(side: str, model_dir: str, arguments: argparse.Namespace) -> None:
         seed=0,
         max_model_len=PROMPT_TOKENS + arguments.new_tokens,
         export_hidden=side == "export",
-        hidden_norm="post",
         engine_args={"enforce_eager": True},
     )
     prompts = tuple(

@@ -5,8 +5,8 @@
 Random models are saved and trained for two steps by `r2m-ray train`, in processes of their own; this one
 reads the memory of each actor every third of a second and keeps the largest. An actor's memory is its USS:
 what would be freed if it ended, so neither the object store nor libraries that several actors share.
-`--case tiny` is what PROCESS_BYTES of r2m_ray/cli/checks/plan_memory.py was set from, so it is no check
-of the plan.
+`--case tiny` is what PROCESS_BYTES of r2m_ray/cli/checks/memory.py was set from, so it is no check of the
+plan.
 """
 
 from __future__ import annotations
@@ -46,19 +46,18 @@ COMMON = [
     "evaluate.every=0",
     "evaluate.prompts=8",
     "evaluate.pairs=8",
-    # The whole cache is in use within two steps.
+    # Every slot of the cache is in use within two steps.
     "rollout.engine_args.num_gpu_blocks_override=192",
     "cluster.cpus=4",
 ]
 
 
-def save_models(directory: Path, case: str) -> list[str]:
-    """Save a random policy and reward model with tokenizers; returns the overrides that name them."""
+def model_configs(case: str) -> dict[str, LlamaConfig]:
+    """Configurations of the policy and the reward model."""
     width, layers, reward_width = CASES[case]
-    torch.manual_seed(0)
-    for name, role_width, template in (("policy", width, None), ("reward", reward_width, RESPONSE_ONLY)):
-        tokenizer = note2answer.tokenizer(template)
-        config = LlamaConfig(
+    tokenizer = note2answer.tokenizer()
+    return {
+        role: LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=role_width,
             intermediate_size=round(role_width * 8 / 3),
@@ -70,9 +69,18 @@ def save_models(directory: Path, case: str) -> list[str]:
             eos_token_id=tokenizer.eos_token_id,
             num_labels=1,
         )
-        kind = LlamaForCausalLM if name == "policy" else LlamaForSequenceClassification
-        kind(config).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
+        for role, role_width in (("policy", width), ("reward", reward_width))
+    }
+
+
+def save_models(directory: Path, case: str) -> list[str]:
+    """Save a random policy and reward model with tokenizers; returns the overrides that name them."""
+    torch.manual_seed(0)
+    configs = model_configs(case)
+    LlamaForCausalLM(configs["policy"]).save_pretrained(directory / "policy")
+    LlamaForSequenceClassification(configs["reward"]).save_pretrained(directory / "reward")
+    note2answer.tokenizer().save_pretrained(directory / "policy")
+    note2answer.tokenizer(RESPONSE_ONLY).save_pretrained(directory / "reward")
     return [f"model.policy={directory / 'policy'}", f"model.reward={directory / 'reward'}"]
 
 

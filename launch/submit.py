@@ -1,32 +1,55 @@
 """Submit a run to a Ray cluster: what is uploaded is small and known, and your runtime_env stays yours.
 
-    python launch/submit.py --address http://head:8265 -- train experiment=tldr_pythia_2_8b cluster=gpu_node
+    python launch/submit.py --address http://head:8265 -- train experiment=tldr_pythia_2_8b
+    cluster=gpu_cluster \
+      run.root=/shared/runs task.train_file=/shared/train.jsonl task.eval_file=/shared/test.jsonl
 
-The working tree is uploaded without data, runs, results, checkpoints, virtual environments and caches,
-after its size was checked. A runtime_env of your own (``--runtime-env env.yaml``) is merged: its entries
-win, its excludes are added to ours. Secrets do not belong into it, because a cluster shows and stores
-it; set them on the nodes. A configuration that is wrong is refused here, before anything is uploaded.
+The working tree is uploaded without data, runs, results, checkpoints, virtual environments and caches, after
+its size was checked. A runtime_env of your own (``--runtime-env env.yaml``) is merged: its entries win, its
+excludes are added to ours. Secrets do not belong into it, because a cluster shows and stores it; set them on
+the nodes. A configuration that is wrong, or whose paths only this machine knows, is refused here, before
+anything is uploaded.
+
+The exit code is the run's: 0 done, 2 wrong configuration or input, 3 failed or the head is gone, 4 ended by
+an alarm, 75 stopped and saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import fnmatch
 import json
 import os
-import subprocess
+import shlex
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import PREPARED, ClusterConfig, Config
 from r2m_ray.config.sweep import sweep
-from r2m_ray.errors import InputError, names_secret, printable, redacted, redacted_command
+from r2m_ray.errors import (
+    InputError,
+    Preempted,
+    Problem,
+    RunError,
+    names_secret,
+    printable,
+    redacted,
+    redacted_command,
+    refuse,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 EXCLUDES = (
@@ -36,40 +59,184 @@ EXCLUDES = (
 )  # fmt: skip
 """What is not uploaded: names wherever they lie, and paths from the top; patterns as in .gitignore."""
 LARGEST = 8
+JOINING = ("train", "evaluate")
+"""Commands that compute on the cluster's nodes."""
+DATA_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""How long Ray lets a stopped job save before it kills it: by itself 3 seconds."""
+STOP_MARGIN_S = 60
+POLL_S = 2.0
+HEAD_SILENCE_S = 60.0
+NO_SUCH_COMMAND = 127
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submit by ``ray job submit``; returns its exit code, 2 for a mistake found here."""
+    """Submit a command and follow it to its end; returns the exit code of the run."""
     options, command = _arguments(sys.argv[1:] if arguments is None else arguments)
+    command = joining(command)
     try:
-        check_command(command)
-        environment = merged(_read(options.runtime_env))
+        configs = checked(command)
+        grace_s = max((c.cluster.stop_grace_s for c in configs), default=ClusterConfig().stop_grace_s)
+        environment = merged(_read(options.runtime_env), grace_s)
         refuse_secrets(environment, command)
         check_size(Path(environment["working_dir"]), environment["excludes"], options.max_mib)
+        entrypoint = shlex.join([options.python, "-m", "r2m_ray", *command])
+        if options.dry_run:
+            submission = {"entrypoint": entrypoint, "runtime_env": environment}
+            print(json.dumps(submission, indent=2, ensure_ascii=False))
+            return 0
+        client, job = submitted(options.address, entrypoint, environment)
     except InputError as error:
         print(f"error: {printable(redacted(str(error)), lines=True)}", file=sys.stderr)
         return error.exit_code
-    submission = submit_command(environment, command, address=options.address, wait=not options.no_wait)
-    if options.dry_run:
-        print(json.dumps(submission, indent=2, ensure_ascii=False))
-        return 0
-    return subprocess.run(submission, check=False).returncode
+    print(f"submitted as {job}; `ray job stop --address {client.get_address()} {job}` stops and saves it")
+    return 0 if options.no_wait else followed(client, job)
 
 
-def check_command(command: Sequence[str]) -> None:
-    """Refuse a `train` or `prepare` whose configuration is wrong; its models and data lie on the cluster."""
+def joining(command: Sequence[str]) -> list[str]:
+    """The command, made to join the cluster that it is submitted to."""
+    named = any(argument.startswith("cluster.address=") for argument in command)
+    return [*command, *(["cluster.address=auto"] if command[0] in JOINING and not named else [])]
+
+
+def checked(command: Sequence[str]) -> list[Config]:
+    """The configurations of a `train` or `prepare`; InputError for what is wrong or not on the cluster."""
     overrides = [argument for argument in command[1:] if argument not in ("-m", "--multirun")]
+    configs = []
     if command[0] in ("train", "prepare"):
-        if len(overrides) < len(command) - 1:
-            sweep(overrides)
-        else:
-            load_config(overrides)
+        swept = len(overrides) < len(command) - 1
+        configs = [job.config for job in sweep(overrides)] if swept else [load_config(overrides)]
+    problems = [
+        problem for config in configs for problem in path_problems(config, trains=command[0] == "train")
+    ]
+    if command[0] not in ("train", "prepare"):
+        problems = [
+            Problem(
+                argument, "is relative to a directory of this machine; give its absolute path on the cluster"
+            )
+            for argument in command[1:]
+            if "=" not in argument and not argument.startswith(("-", "/"))
+        ]
+    refuse(dict.fromkeys(problems), "what the cluster must find")
+    return configs
 
 
-def merged(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's runtime_env with our excludes, and with the working tree unless it names a directory."""
+def path_problems(config: Config, *, trains: bool) -> Iterator[Problem]:
+    """Every path that is relative, and so would lead into Ray's copy of the upload, which is not kept."""
+    prepares = not trains or PREPARED in (config.model.policy, config.model.reward)
+    paths = {"run.root": config.run.root} if trains else {}
+    paths |= {"prepare.root": config.prepare.root} if prepares else {}
+    data = {"task.train_file": config.task.train_file, "task.eval_file": config.task.eval_file}
+    paths |= {field: name for field, name in data.items() if name and _is_file(name)}
+    models = {
+        "model.policy": config.model.policy,
+        "model.reward": config.model.reward,
+        "model.reference": config.model.reference,
+        "prepare.policy": config.prepare.policy,
+    }
+    paths |= {
+        field: name for field, name in models.items() if name and (name[0] in "./~" or Path(name).is_dir())
+    }
+    for field, value in paths.items():
+        if not Path(value).is_absolute():
+            yield Problem(
+                field,
+                f"{value} is relative, so on the cluster it would lie in Ray's copy of the upload, which is "
+                "not kept; give the absolute path of a place that every node sees, such as "
+                f"{field}=/shared/{Path(value).name}",
+            )
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name of data is a file's, and no dataset's on the hub."""
+    return name[0] in "./~" or name.lower().endswith(DATA_SUFFIXES) or Path(name).exists()
+
+
+def submitted(
+    address: str | None, entrypoint: str, environment: Mapping[str, Any]
+) -> tuple[JobSubmissionClient, str]:
+    """The client of the cluster's job server, and the job's id; InputError where the server refuses it."""
+    try:
+        client = JobSubmissionClient(address)
+        return client, str(client.submit_job(entrypoint=entrypoint, runtime_env=dict(environment)))
+    except (RuntimeError, OSError) as error:
+        raise InputError(
+            f"--address {address or os.environ.get('RAY_API_SERVER_ADDRESS', '(not given)')}: {error}; check "
+            "the address of the cluster's job server (port 8265 of its head), RAY_AUTH_MODE and the token"
+        ) from error
+
+
+def followed(client: JobSubmissionClient, job: str) -> int:
+    """Print what a job prints until it ends; returns its exit code, 3 where the head is gone."""
+    logs = threading.Thread(target=lambda: asyncio.run(_print_logs(client, job)), daemon=True)
+    logs.start()
+    answered = time.monotonic()
+    try:
+        while time.monotonic() - answered < HEAD_SILENCE_S:
+            if details := _details(client, job):
+                answered = time.monotonic()
+                if details.status.is_terminal():
+                    logs.join(HEAD_SILENCE_S)
+                    return exit_code(details)
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        print(f"{job} goes on; stop it with `ray job stop`", file=sys.stderr)
+        return INTERRUPTED
+    print(
+        f"error: the head of the cluster ({client.get_address()}) was gone for {HEAD_SILENCE_S:.0f} s, and "
+        f"{job} with it. The last commit is kept; continue with run.resume=true on a new cluster.",
+        file=sys.stderr,
+    )
+    return RunError.exit_code
+
+
+def exit_code(details: JobDetails) -> int:
+    """The exit code of a job that has ended: the run's own, 75 for one that was stopped."""
+    if details.status is JobStatus.STOPPED:
+        print("stopped; submit again with run.resume=true to continue", file=sys.stderr)
+        return Preempted.exit_code
+    if details.status is JobStatus.SUCCEEDED:
+        return 0
+    code = details.driver_exit_code
+    if code == NO_SUCH_COMMAND:
+        print(
+            "error: the cluster's nodes do not find that Python; start Ray there with the environment "
+            "active, or name it with --python /path/to/python",
+            file=sys.stderr,
+        )
+    elif code is None:
+        print(
+            f"error: {printable(redacted(details.message or 'the job failed'), lines=True)}", file=sys.stderr
+        )
+    # A negative code names the signal that ended the process.
+    return code if code is not None and code > 0 else RunError.exit_code
+
+
+def _details(client: JobSubmissionClient, job: str) -> JobDetails | None:
+    """What the job server says about a job; None while the head cannot be reached."""
+    server = urlsplit(client.get_address())
+    try:
+        # The client's own requests have no deadline.
+        socket.create_connection((server.hostname or "", server.port or 443), POLL_S).close()
+        return client.get_job_info(job)
+    except (RuntimeError, OSError):
+        return None
+
+
+async def _print_logs(client: JobSubmissionClient, job: str) -> None:
+    try:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+    except (RuntimeError, OSError) as error:
+        print(f"the job's log ended early: {printable(str(error))}", file=sys.stderr)
+
+
+def merged(own: Mapping[str, Any], grace_s: float) -> dict[str, Any]:
+    """The user's runtime_env with our excludes, our working tree unless it names one, and time to save."""
     excludes = list(dict.fromkeys([*EXCLUDES, *own.get("excludes", ())]))
-    return {"working_dir": str(ROOT), **own, "excludes": excludes}
+    variables = {STOP_WAIT: str(round(grace_s + STOP_MARGIN_S)), **own.get("env_vars", {})}
+    return {"working_dir": str(ROOT), **own, "excludes": excludes, "env_vars": variables}
 
 
 def refuse_secrets(environment: Mapping[str, Any], command: Sequence[str]) -> None:
@@ -135,25 +302,6 @@ def uploaded(directory: Path, excludes: Sequence[str]) -> Iterator[Path]:
                 yield path
 
 
-def submit_command(
-    environment: Mapping[str, Any], command: Sequence[str], *, address: str | None, wait: bool
-) -> list[str]:
-    """The `ray job submit` command line; the run joins the cluster that it is submitted to."""
-    joins = (
-        []
-        if any(argument.startswith("cluster.address=") for argument in command)
-        else ["cluster.address=auto"]
-    )
-    return [
-        *("ray", "job", "submit"),
-        *(("--address", address) if address else ()),
-        *(() if wait else ("--no-wait",)),
-        *("--runtime-env-json", json.dumps(environment)),
-        *("--", "python", "-m", "r2m_ray", *command),
-        *(joins if command[0] in ("train", "evaluate") else ()),
-    ]
-
-
 def _arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="submit.py",
@@ -163,6 +311,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     )
     parser.add_argument("--address", help="the cluster's job server; RAY_API_SERVER_ADDRESS by default")
     parser.add_argument("--runtime-env", type=Path, help="YAML file with a runtime_env to merge")
+    parser.add_argument("--python", default="python", help="Python of the cluster's nodes (default: python)")
     parser.add_argument("--max-mib", type=float, default=20, help="largest upload in MiB (default: 20)")
     parser.add_argument("--no-wait", action="store_true", help="return when the job is queued")
     parser.add_argument("--dry-run", action="store_true", help="print the submission instead of making it")

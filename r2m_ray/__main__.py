@@ -1,36 +1,26 @@
 """The command line, `r2m-ray` or ``python -m r2m_ray``.
 
-Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 4 an alarm ended it, 75 told to stop and
-resumable, 130 interrupted elsewhere.
+Exit codes: 0 done, 2 bad configuration or input, 3 the run failed, 4 an alarm ended it, 75 stopped by a
+signal and resumable, 130 interrupted elsewhere.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from r2m_ray import __version__
-from r2m_ray.cli import checkpoint, compare, doctor, evaluate, plan, prepare, report, train
+from r2m_ray.cli.commands import COMMANDS, complete
 from r2m_ray.engines.faults import refuse_faults
 from r2m_ray.errors import InputError, Preempted, RunError, hint, printable, redacted
 
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "prepare": (prepare.SUMMARY, prepare.run),
-    "train": (train.SUMMARY, train.run),
-    "evaluate": (evaluate.SUMMARY, evaluate.run),
-    "report": (report.SUMMARY, report.run),
-    "compare": (compare.SUMMARY, compare.run),
-    "checkpoint": (checkpoint.SUMMARY, checkpoint.run),
-    "plan": (plan.SUMMARY, plan.run),
-    "doctor": (doctor.SUMMARY, doctor.run),
-}
 INTERRUPTED = 130
 
 
 def usage() -> str:
     """The help of `r2m-ray` itself."""
-    lines = [f"  {name:<12}{summary}" for name, (summary, _) in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: r2m-ray COMMAND …",
@@ -52,16 +42,18 @@ def dispatch(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(f"r2m-ray {__version__}")
         return 0
+    if arguments[0] in ("-sc", "--shell-completion"):
+        return complete()
     name = arguments[0]
     if name not in COMMANDS:
         raise InputError(
             f"{name}: no such command; there are {', '.join(COMMANDS)}.{hint(name, [*COMMANDS])}"
         )
-    return COMMANDS[name][1](arguments[1:])
+    return COMMANDS[name].run(arguments[1:])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code; a mistake is told in a few lines, without a traceback."""
+    """Run a command line and return its exit code; a mistake is a few lines, not a traceback."""
     try:
         refuse_faults(os.environ)
         return dispatch(sys.argv[1:] if arguments is None else arguments)

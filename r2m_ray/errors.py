@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 SHOWN_LENGTH = 120
 _UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -42,19 +43,53 @@ class RunError(Exception):
     exit_code = 3
 
 
-class ActorLost(RunError):
-    """Actors died, or did not answer before a deadline; what they were doing can be done again by others.
+class Loss(StrEnum):
+    """How an actor was lost: what the runtime decides by, and what a message may name."""
 
-    actors: their names, such as ``rollout-0``.
+    died = "died"
+    """Its process or its node ended."""
+    device = "device"
+    """Its device failed, so its process must be replaced."""
+    peers = "peers"
+    """It lives, but a peer of its collective is gone."""
+    silent = "silent"
+    """It did not answer before its deadline."""
+    record = "record"
+    """It lives, but a record that it works on went with another actor or node."""
+
+
+class ActorLost(RunError):
+    """Actors cannot go on with what they were doing; others can do it again.
+
+    Args:
+        message: names the actor, the phase and the remedy.
+        actors: the names of the actors to replace, such as ``rollout-0``; empty where a record was lost.
+        cause: how they were lost.
     """
 
-    def __init__(self, message: str, actors: tuple[str, ...]) -> None:
+    def __init__(self, message: str, actors: tuple[str, ...], cause: Loss = Loss.died) -> None:
         super().__init__(message)
         self.actors = actors
+        self.cause = cause
 
     def concerns(self, role: str) -> bool:
         """Whether all of them play this role."""
         return bool(self.actors) and all(name.rpartition("-")[0] == role for name in self.actors)
+
+
+class DeviceLost(RunError):
+    """A device that an engine computes on failed, or one of its worker processes or peers; exit code 3.
+
+    Nothing in the process can be trusted afterwards. Another process can do the same work again, so the
+    runtime ends this one and replaces it, as if it had died.
+    """
+
+
+class PeersLost(RunError):
+    """A collective failed in a process that lives itself; exit code 3.
+
+    A consequence: one of its peers died, or cannot be reached.
+    """
 
 
 class Alarmed(RunError):

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.overoptimization.arms import ARMS
 from benchmarks.overoptimization.presets import PRESETS, chosen
 from r2m_ray.errors import InputError, Preempted, RunError, printable, redacted, redacted_command
-from r2m_ray.run.lock import run_lock
+from r2m_ray.run.files import run_lock
 
 PROGRAM = "python -m benchmarks.overoptimization"
 

@@ -11,20 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Drawing
 
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.presets import INFORMATIVE, SELF_CORRECT
+from r2m_ray.report.compare.compare import write_pictures
 from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import Peak, gold_at
-from r2m_ray.report.compare.outcome import kl_star, write_pictures
-from r2m_ray.report.compare.page import Section
+from r2m_ray.report.compare.matched import Peak, gold_at, mean_peak
 from r2m_ray.report.compare.pictures import png
 from r2m_ray.report.compare.study import MULTIPLES, Values, of_kl_star
-from r2m_ray.report.compare.tables import Table, mean, number
-from r2m_ray.report.html import Figure
-from r2m_ray.report.plots import GOLD, HEIGHT, OWN, STYLE, WIDTH, cell, finish
+from r2m_ray.report.compare.tables import mean, number
+from r2m_ray.report.html import Figure, Section, Table
+from r2m_ray.report.plots import GOLD, OWN, STYLE, finish, grid
 from r2m_ray.run.files import replace_file
 
 COLOURS = (OWN, GOLD)
@@ -77,16 +74,16 @@ KNOBS = (
 
 def dose_sections(curves: Curves, out: Path) -> list[Section]:
     """Write what each knob does below ``out``, and return it for the page; nothing without doses."""
-    found = responses(curves, kl_star(curves.get(INFORMATIVE.name, {}).get(BASELINE, ())))
+    found = responses(curves, mean_peak(curves.get(INFORMATIVE.name, {}).get(BASELINE, ())))
     if not found:
         return []
     drawn = {f"doses-{one.knob.setting.rpartition('.')[2]}": figure(one) for one in found}
-    told = tuple(map(table, found))
+    shown = tuple(map(table, found))
     write_pictures(drawn, out)
     replace_file(out / "doses.json", json.dumps([asdict(one) for one in found], indent=1) + "\n")
-    texts = (f"# {one.heading}\n\n{one.note}\n\n{one.markdown()}\n" for one in told)
+    texts = (f"# {one.heading}\n\n{one.note}\n\n{one.markdown()}\n" for one in shown)
     replace_file(out / "doses.md", "\n".join(texts))
-    return [Section(heading="Dose–response", tables=told, figures=tuple(drawn.values()))]
+    return [Section(heading="Dose–response", tables=shown, figures=tuple(drawn.values()))]
 
 
 def responses(curves: Curves, top: Peak | None) -> list[Response]:
@@ -101,7 +98,7 @@ def responses(curves: Curves, top: Peak | None) -> list[Response]:
 def table(response: Response) -> Table:
     """Each line's mean gold by dose, and every seed's."""
 
-    def told(values: Values) -> str:
+    def cell_of(values: Values) -> str:
         return f"{mean(values)} ({', '.join(map(number, values))})"
 
     return Table(
@@ -110,7 +107,7 @@ def table(response: Response) -> Table:
         f"{', '.join(map(str, response.seeds))}, and each seed's; KL* is {response.kl_star:.2f} nats.",
         head=("arm", "dose", *(f"gold at {of_kl_star(multiple)}" for multiple in MULTIPLES)),
         rows=tuple(
-            (line, f"{dose:g}", *map(told, gold))
+            (line, f"{dose:g}", *map(cell_of, gold))
             for line, doses in response.gold.items()
             for dose, gold in doses.items()
         ),
@@ -120,10 +117,8 @@ def table(response: Response) -> Table:
 def figure(response: Response) -> Figure:
     """A panel per multiple of KL*: gold over the dose, seeds as dots and their mean as a line."""
     with rc_context(STYLE):
-        drawing = Drawing(figsize=(WIDTH, HEIGHT))
-        FigureCanvasAgg(drawing)
-        for place, multiple in enumerate(MULTIPLES):
-            axes = drawing.add_axes(cell(place, 0, len(MULTIPLES), 1))
+        drawing, cells = grid(len(MULTIPLES), len(MULTIPLES))
+        for place, (multiple, axes) in enumerate(zip(MULTIPLES, cells, strict=True)):
             for colour, (line, doses) in zip(COLOURS, response.gold.items(), strict=False):
                 seen = {dose: [g for g in gold[place] if g is not None] for dose, gold in doses.items()}
                 means = {dose: sum(known) / len(known) for dose, known in seen.items() if known}

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from r2m_ray.config.sweep import STOPPED
-from r2m_ray.errors import printable, redacted
+from r2m_ray.errors import Preempted, printable, redacted
 from r2m_ray.run.stop import SIGNALS
 
+STOPPED = (Preempted.exit_code, 130)
+"""Exit codes of a command that was stopped: pre-empted and saved, or interrupted."""
 SHOWN_BYTES = 2000
 """Of the end of a failed job's log."""
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from r2m_ray.report.compare.curves import Series
+from r2m_ray.report.data import Series
 
 PENALTIES = tuple(float(p) for p in np.logspace(-4, 4, 17))
 """Ridge penalties to choose from, relative to the number of training responses."""

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
@@ -44,9 +43,9 @@ from r2m_ray.config.schema import Config
 from r2m_ray.engines.reward.trunk import RewardTrunk
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError, RunError, printable, redacted
-from r2m_ray.report.compare.curves import Series
 from r2m_ray.report.compare.pictures import SEED, mean_line, png
-from r2m_ray.report.plots import FROZEN, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish
+from r2m_ray.report.data import Series
+from r2m_ray.report.plots import FROZEN, GREY, OWN, STYLE, finish, grid
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.files import CONFIG_FILE
 from r2m_ray.tasks.models import Models
@@ -164,10 +163,8 @@ def trained_policy(run: Path, config: Config, prepared: Prepared) -> Path:
 def picture(found: Mapping[int, Mapping[str, Layers]]) -> Figure:
     """By layer how much more alike states of the same label are; every seed thin, their mean thick."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        FigureCanvasAgg(figure)
-        for place, (title, read) in enumerate(PANELS):
-            axes = figure.add_axes(cell(place, 0, len(PANELS), 1))
+        figure, cells = grid(len(PANELS), len(PANELS))
+        for place, ((title, read), axes) in enumerate(zip(PANELS, cells, strict=True)):
             axes.axhline(0, color=GREY, linewidth=0.8)
             for name, colour in COLOURS.items():
                 lines = [read(seed[name]).difference_L for seed in found.values() if name in seed]

@@ -15,9 +15,9 @@ import numpy as np
 from benchmarks.overoptimization.arms import ARMS, BASELINE
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Peak, gold_at
-from r2m_ray.report.compare.measures import final
-from r2m_ray.report.compare.tables import Table, mean
-from r2m_ray.report.compare.training import Training
+from r2m_ray.report.compare.tables import mean
+from r2m_ray.report.html import Table
+from r2m_ray.run.vocabulary import metric
 
 NONE = "–"
 ALPACA_EVAL = {
@@ -38,15 +38,14 @@ UPDATE = "7 s, 10 GB (13 s, 65 GB for the whole model)"
 
 Read = Callable[[Curve], float | None]
 Curves = Mapping[str, Sequence[Curve]]
-Trainings = Mapping[str, Sequence[Training]]
 
 
-def paper_tables(curves: Curves, trainings: Trainings, top: Peak | None) -> tuple[Table, ...]:
+def paper_tables(curves: Curves, top: Peak | None) -> tuple[Table, ...]:
     """Arms and ablations, reward-model accuracy, and cost; rows without a finished run say so.
 
     top: the baseline's KL*, None where it has none.
     """
-    return _arms(curves, top), _accuracy(curves.get("rloo_r2m", ())), _cost(trainings)
+    return _arms(curves, top), _accuracy(curves.get("rloo_r2m", ())), _cost(curves)
 
 
 def _arms(curves: Curves, top: Peak | None) -> Table:
@@ -59,15 +58,15 @@ def _arms(curves: Curves, top: Peak | None) -> Table:
         cells = [
             NONE if top is None else _against(ours, baseline, partial(gold_at, kl=top.kl)),
             NONE if top is None else _against(ours, baseline, partial(gold_at, kl=2 * top.kl)),
-            _against(ours, baseline, lambda curve: final(curve).gold),
+            _against(ours, baseline, lambda curve: float(curve.gold[-1])),
         ]
         rows.append((arm.paper, *ALPACA_EVAL.get(arm.paper, (NONE, NONE)), *cells, str(len(ours))))
     return Table(
         heading="The paper's arms and ablations",
         note="The paper: AlpacaEval with LLaMA3-8B, percent. Here: mean gold over the seeds, 3.4 at most, "
         "and in brackets the difference from RLOO under the same seeds: rows of other seeds have other "
-        "means. The two are different measures of different models; only the order of rows can be held "
-        "against each other.",
+        "means. The two are different measures of different models; only the order of rows can "
+        "be compared.",
         head=(
             "arm", "paper: LC win rate", "paper: win rate", "here: gold at KL*", "here: gold at 2 KL*",
             "here: final gold", "here: seeds",
@@ -78,7 +77,7 @@ def _arms(curves: Curves, top: Peak | None) -> Table:
 
 def _accuracy(curves: Sequence[Curve]) -> Table:
     def percent(key: str, place: int) -> str:
-        values = [float(curve.metrics[key][place]) for curve in curves if key in curve.metrics]
+        values = [float(curve.evaluations.series(metric(key))[place]) for curve in curves]
         known = [value for value in values if np.isfinite(value)]
         return f"{100 * statistics.mean(known):.1f}" if known else NONE
 
@@ -88,19 +87,19 @@ def _accuracy(curves: Sequence[Curve]) -> Table:
         "training. The frozen model is the same throughout.",
         head=("reward model", "paper", "here, RLOO+R2M"),
         rows=(
-            ("frozen (vanilla)", ACCURACY["frozen"], percent("rm_accuracy_frozen", -1)),
-            ("R2M before training", ACCURACY["before"], percent("rm_accuracy", 0)),
-            ("R2M after training", ACCURACY["after"], percent("rm_accuracy", -1)),
+            ("frozen (vanilla)", ACCURACY["frozen"], percent("pairs/frozen_accuracy", -1)),
+            ("R2M before training", ACCURACY["before"], percent("pairs/accuracy", 0)),
+            ("R2M after training", ACCURACY["after"], percent("pairs/accuracy", -1)),
         ),
     )
 
 
-def _cost(trainings: Trainings) -> Table:
-    shared = set.intersection(*({one.seed for one in trainings.get(arm, ())} for arm in HOURS))
+def _cost(curves: Curves) -> Table:
+    shared = set.intersection(*({curve.seed for curve in curves.get(arm, ())} for arm in HOURS))
 
     def seconds(arm: str, key: str) -> float | None:
-        runs = [one for one in trainings.get(arm, ()) if len(one.steps) and one.seed in shared]
-        medians = [float(np.nanmedian(one.series(key))) for one in runs]
+        runs = [curve.training for curve in curves.get(arm, ()) if curve.seed in shared]
+        medians = [float(np.nanmedian(rows.series(metric(key)))) for rows in runs]
         return statistics.mean(medians) if medians else None
 
     step = {arm: seconds(arm, "time/step") for arm in HOURS}
@@ -128,8 +127,8 @@ def _against(ours: Sequence[Curve], baseline: Sequence[Curve], read: Read) -> st
     theirs = {curve.seed: read(curve) for curve in baseline}
     pairs = [(read(curve), theirs.get(curve.seed)) for curve in ours if curve.arm != BASELINE]
     differences = [own - other for own, other in pairs if own is not None and other is not None]
-    told = f" [{statistics.mean(differences):+.3f}]" if differences else ""
-    return f"{mean(tuple(map(read, ours)))}{told}"
+    against = f" [{statistics.mean(differences):+.3f}]" if differences else ""
+    return f"{mean(tuple(map(read, ours)))}{against}"
 
 
 def _seconds(value: float | None) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from r2m_ray.driver.measures import pair_accuracy
 
 from benchmarks.measure import write
 from benchmarks.overoptimization.samples import hidden_states, load_policy
@@ -21,7 +22,6 @@ from benchmarks.overoptimization.worlds import prepare, recipe
 from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import Hidden, RewardBatch
 from r2m_ray.driver.human_pairs import drawn
-from r2m_ray.driver.measures import pair_accuracy
 from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.tasks.data import PreferencePair, packed_pairs
 from r2m_ray.tasks.note2answer.samples import preference_pairs

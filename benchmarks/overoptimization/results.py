@@ -14,21 +14,18 @@ from typing import Any
 
 from benchmarks.measure import machine
 from benchmarks.overoptimization.arms import ARMS, BASELINE
-from benchmarks.overoptimization.curves_record import curves_record, first_alarms
+from benchmarks.overoptimization.curves_record import ALARMS, curves_record, first_alarms
 from benchmarks.overoptimization.doses import dose_sections
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
 from benchmarks.overoptimization.runs import Run, State, read_ticket, standing
-from r2m_ray.driver.monitor import ALARMS
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.report.compare.comparison import comparison
-from r2m_ray.report.compare.curves import Curve, read_curve
-from r2m_ray.report.compare.matched import Peak
-from r2m_ray.report.compare.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
-from r2m_ray.report.compare.page import Section, page
-from r2m_ray.report.compare.study import Study
-from r2m_ray.report.compare.tables import Table, markdown, preface, record, tables
-from r2m_ray.report.compare.training import Training, read_training
+from r2m_ray.report.compare.compare import effects_figure, gallery, write_pictures
+from r2m_ray.report.compare.curves import Curve, comparison, read_curve, require_gold
+from r2m_ray.report.compare.matched import Peak, mean_peak
+from r2m_ray.report.compare.study import Study, study
+from r2m_ray.report.compare.tables import markdown, preface, record, tables
+from r2m_ray.report.html import Section, Table, comparison_page
 from r2m_ray.run.environment import environment, versions
 from r2m_ray.run.files import replace_file
 
@@ -40,13 +37,12 @@ PAGE_FILE = "report.html"
 class Found:
     """What lies on disk of one world's schedule.
 
-    curves, trainings: of each arm with a finished run, by seed in order. missing: name of each other run and
-    why it is missing. tickets: of every run that was started, by name.
+    curves: of each arm with a finished run, by seed in order. missing: name of each other run and why it is
+    missing. tickets: of every run that was started, by name.
     """
 
     world: World
     curves: Mapping[str, Sequence[Curve]]
-    trainings: Mapping[str, Sequence[Training]]
     missing: Sequence[tuple[str, str]]
     tickets: Mapping[str, Mapping[str, Any]]
 
@@ -54,7 +50,6 @@ class Found:
 def find(preset: Preset, world: World, root: Path) -> Found:
     """Read every run of a world's schedule that is finished."""
     curves: dict[str, list[Curve]] = {}
-    trainings: dict[str, list[Training]] = {}
     missing, tickets = [], {}
     for arm, seed in preset.runs(world):
         run = Run(world=world, arm=arm, seed=seed, root=root)
@@ -65,18 +60,18 @@ def find(preset: Preset, world: World, root: Path) -> Found:
             missing.append((run.name, str(where)))
             continue
         try:
-            curve, training = read_curve(run.directory, arm.name), read_training(run.directory, arm.name)
+            curve = read_curve(run.directory, arm.name)
+            require_gold(curve)
         except InputError as error:
             missing.append((run.name, f"finished, but cannot be compared: {error}"))
             continue
         curves.setdefault(arm.name, []).append(curve)
-        trainings.setdefault(arm.name, []).append(training)
     ordered = {
         arm.name: sorted(curves[arm.name], key=lambda curve: curve.seed)
         for arm in preset.arms(world)
         if arm.name in curves
     }
-    return Found(world=world, curves=ordered, trainings=trainings, missing=missing, tickets=tickets)
+    return Found(world=world, curves=ordered, missing=missing, tickets=tickets)
 
 
 def studies(found: Found) -> tuple[Peak | None, list[Study]]:
@@ -86,7 +81,7 @@ def studies(found: Found) -> tuple[Peak | None, list[Study]]:
     seeds are one family; the family with most seeds comes first.
     """
     baseline = {curve.seed: curve for curve in found.curves.get(BASELINE, ())}
-    top = kl_star([*baseline.values()])
+    top = mean_peak([*baseline.values()])
     families: dict[tuple[int, ...], list[str]] = {}
     for arm, curves in found.curves.items():
         shared = tuple(curve.seed for curve in curves if curve.seed in baseline)
@@ -95,12 +90,12 @@ def studies(found: Found) -> tuple[Peak | None, list[Study]]:
     done = []
     for seeds, arms in sorted(families.items(), key=lambda family: (-len(family[0]), family[0])):
         members = (c for arm in (BASELINE, *arms) for c in found.curves[arm] if c.seed in seeds)
-        done.append(best_study(comparison(members, BASELINE), top))
+        done.append(study(comparison(members, BASELINE), top))
     return top, done
 
 
 def against_controls(found: Found, top: Peak | None) -> list[Study]:
-    """Each arm that reads h held against the one that learns the same without it, under all seeds of both.
+    """Each arm that reads h compared with the one that learns the same without it, under all seeds of both.
 
     top: the baseline's KL*, so that these differences are at the KLs of all others.
     """
@@ -112,7 +107,7 @@ def against_controls(found: Found, top: Peak | None) -> list[Study]:
         seeds = set.intersection(*({curve.seed for curve in curves} for curves in both))
         members = [curve for curves in both for curve in curves if curve.seed in seeds]
         if members:
-            done.append(best_study(comparison(members, arm.without_h), top))
+            done.append(study(comparison(members, arm.without_h), top))
     return done
 
 
@@ -141,7 +136,7 @@ def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]
     sections += dose_sections({name: found.curves for name, found in every.items()}, out)
     _write_json(out / "record.json", {**made, "preset": preset.name, "runs": runs})
     title = f"Over-optimization: {preset.name}"
-    text = page(title, kind="r2m_ray lab", facts=_facts(made), sections=sections)
+    text = comparison_page(title, kind="r2m_ray lab", facts=_facts(made), sections=sections)
     replace_file(out / PAGE_FILE, text)
     return out / PAGE_FILE
 
@@ -176,9 +171,9 @@ def warnings(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[str, 
     for ticket in found.tickets.values():
         commits.setdefault(ticket["code"], set()).add(str(ticket["commit"]))
     if len(commits) > 1:
-        told = sorted(" or ".join(sorted(same)) for same in commits.values())
+        made = sorted(" or ".join(sorted(same)) for same in commits.values())
         said.append(
-            f"These runs were made by {len(commits)} versions of r2m_ray, by commit: {'; '.join(told)}."
+            f"These runs were made by {len(commits)} versions of r2m_ray, by commit: {'; '.join(made)}."
         )
     return tuple(said)
 
@@ -187,19 +182,19 @@ def _world_sections(preset: Preset, found: Found, root: Path, directory: Path) -
     gates = root / found.world.name / GATES_FILE
     verdicts: list[dict[str, Any]] = json.loads(gates.read_text()) if gates.is_file() else []
     top, compared = studies(found)
-    figures = gallery(found.curves, found.trainings, BASELINE)
-    for study in compared:
-        if (bars := effects_figure(study)) is not None:
-            figures[f"effects-seeds-{'-'.join(map(str, study.seeds))}"] = bars
-    paper = paper_tables(found.curves, found.trainings, top)
+    figures = gallery(found.curves, BASELINE)
+    for one in compared:
+        if (bars := effects_figure(one)) is not None:
+            figures[f"effects-seeds-{'-'.join(map(str, one.seeds))}"] = bars
+    paper = paper_tables(found.curves, top)
     said = warnings(found, verdicts)
     compared += against_controls(found, top)
     titles = [_title(one) for one in compared]
     write_pictures(figures, directory)
-    _write_json(directory / "curves.json", curves_record(found.curves, found.trainings))
+    _write_json(directory / "curves.json", curves_record(found.curves))
     _write_json(directory / GATES_FILE, verdicts)
     _write_json(directory / "comparison.json", {"warnings": said, "families": [*map(record, compared)]})
-    texts = [f"# {title}\n\n{markdown(study)}" for title, study in zip(titles, compared, strict=True)]
+    texts = [f"# {title}\n\n{markdown(one)}" for title, one in zip(titles, compared, strict=True)]
     texts += [f"# {table.heading}\n\n{table.note}\n\n{table.markdown()}\n" for table in paper]
     texts += [f"# {table.heading}\n\n{table.markdown()}\n" for table in _state_tables(found, verdicts)]
     replace_file(directory / "comparison.md", "\n".join([*(f"**{text}**\n" for text in said), *texts]))
@@ -211,16 +206,16 @@ def _world_sections(preset: Preset, found: Found, root: Path, directory: Path) -
         figures=tuple(figures.values()),
     )
     families = [
-        Section(heading=title, notes=tuple(preface(study)), tables=tuple(tables(study)))
-        for title, study in zip(titles, compared, strict=True)
+        Section(heading=title, notes=tuple(preface(one)), tables=tuple(tables(one)))
+        for title, one in zip(titles, compared, strict=True)
     ]
     beside = Section(heading=f"The paper's tables in miniature, {found.world.name}", tables=paper)
     return [overview, *families, beside]
 
 
-def _title(study: Study) -> str:
-    against = f" against {study.baseline}" if study.baseline != BASELINE else ""
-    return f"{', '.join(study.challengers)}{against} under seeds {', '.join(map(str, study.seeds))}"
+def _title(found: Study) -> str:
+    against = f" against {found.baseline}" if found.baseline != BASELINE else ""
+    return f"{', '.join(found.challengers)}{against} under seeds {', '.join(map(str, found.seeds))}"
 
 
 def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[Table, ...]:
@@ -243,20 +238,17 @@ def _state_tables(found: Found, verdicts: Sequence[Mapping[str, Any]]) -> tuple[
 
 
 def _alarms(found: Found) -> Table:
-    def told(runs: Sequence[Training], name: str) -> str:
-        first = [alarms[name] for alarms in map(first_alarms, runs) if name in alarms]
-        return f"{len(first)} of {len(runs)}" + (f", from step {min(first)}" if first else "")
+    def shown(curves: Sequence[Curve], name: str) -> str:
+        every = (first_alarms(curve.training) for curve in curves)
+        first = [alarms[name] for alarms in every if name in alarms]
+        return f"{len(first)} of {len(curves)}" + (f", from step {min(first)}" if first else "")
 
     return Table(
         heading="Alarms",
         note="Runs in which each alarm was ever on, and the earliest step of any. They watch the arm's own "
         "reward and the KL, and know nothing of gold.",
         head=("arm", *ALARMS),
-        rows=tuple(
-            (arm, *(told(found.trainings[arm], name) for name in ALARMS))
-            for arm in found.curves
-            if arm in found.trainings
-        ),
+        rows=tuple((arm, *(shown(curves, name) for name in ALARMS)) for arm, curves in found.curves.items()),
     )
 
 

@@ -21,8 +21,7 @@ from benchmarks.overoptimization.arms import Arm
 from benchmarks.overoptimization.presets import World
 from benchmarks.overoptimization.worlds import run_overrides
 from r2m_ray.errors import InputError, Problem
-from r2m_ray.run.files import METRICS_FILE, read_steps, replace_file
-from r2m_ray.run.lock import LOCK_FILE
+from r2m_ray.run.files import LOCK_FILE, METRICS_FILE, read_steps, replace_file
 from r2m_ray.run.resume import Identity, differences
 
 HOUSEKEEPING = ("checkpoint.every=5", "checkpoint.keep=1", "logging=disabled")

@@ -20,7 +20,7 @@ from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.policy.causal import load_causal
 from r2m_ray.engines.text import policy_prompt_ids, policy_response_ids
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.curves import Series
+from r2m_ray.report.data import Series
 from r2m_ray.tasks.note2answer import world as note2answer
 from r2m_ray.tasks.note2answer.gold import gold
 from r2m_ray.tasks.prepare.measurement import sampled

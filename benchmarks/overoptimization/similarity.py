@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from r2m_ray.report.compare.curves import Series
+from r2m_ray.report.data import Series
 
 Labels = NDArray[np.int8]
 HIGH, LOW, NEITHER = 1, 0, -1

@@ -1,8 +1,7 @@
 """From YAML files and command-line overrides to a typed, checked configuration.
 
-hydra merges the files of ``conf/`` without a schema; every value is then put into the schema by
-itself. So a typo in a file and one on the command line are reported alike, and all at once. hydra
-writes nothing: there is no ``outputs/`` directory, and the working directory stays where it is.
+hydra merges the files of ``conf/`` over the schema's defaults, without types; every value is then put into
+the schema by itself. So a typo in a file and one on the command line are reported alike, and all at once.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
@@ -19,13 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from r2m_ray.config.read import typed
+from r2m_ray.config.fields import fields, read
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Problem, hint, refuse, shown
 
+DEFAULTS = "schema"
+"""Name under which conf/config.yaml finds the schema's defaults."""
 _SUBJECT = "the configuration"
 _UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError)
+
+
+def store_defaults() -> None:
+    """Let hydra know every field with its default, for overrides, ``--cfg`` and tab completion."""
+    plain = OmegaConf.to_container(OmegaConf.structured(Config()), enum_to_str=True)
+    ConfigStore.instance().store(name=DEFAULTS, node=plain)
 
 
 def config_dir() -> Path:
@@ -80,6 +88,37 @@ def load_saved(path: Path, overrides: Sequence[str]) -> Config:
     return _checked(tree, [override for override in values if not override.is_sweep_override()], problems)
 
 
+def composed_config(tree: DictConfig) -> Config:
+    """The configuration in what hydra composed; InputError with every problem at once."""
+    return _checked(tree, [], [])
+
+
+def for_hydra(overrides: Sequence[str]) -> list[str]:
+    """The overrides as hydra's main takes them: options that no file names are added, others are set."""
+    lines = []
+    for override in parse_overrides(overrides)[0]:
+        path, _, value = _text(override).lstrip("+").partition("=")
+        if override.is_hydra_override() or override.is_delete():
+            lines.append(_text(override))
+        elif _is_choice(override):
+            lines.append(_line(override))
+        else:
+            lines.append(f"{'' if path in fields() else '++'}{path}={value}")
+    return lines
+
+
+def sweeper(overrides: Sequence[str]) -> str:
+    """The name of hydra's sweeper that files and overrides choose; ``basic`` is a grid."""
+    choices = [_line(override) for override in parse_overrides(overrides)[0] if _is_choice(override)]
+    store_defaults()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            tree = compose("config", overrides=choices, return_hydra_config=True)
+        except _UNREADABLE:
+            return "basic"
+    return str(tree.hydra.runtime.choices["hydra/sweeper"])
+
+
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     """The overrides that follow hydra's grammar, and a problem for each that does not."""
     parser = OverridesParser.create()
@@ -104,6 +143,7 @@ def _composed(choices: Sequence[Override]) -> tuple[DictConfig, list[Problem]]:
     """The files that were chosen, merged; a choice that cannot be merged becomes a problem."""
     lines: list[str] = []
     problems: list[Problem] = []
+    store_defaults()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
             return _merged([_line(choice) for choice in choices]), problems
@@ -139,7 +179,7 @@ def _checked(tree: DictConfig, values: Sequence[Override], problems: list[Proble
         refuse([*problems, Problem(error.full_key or _SUBJECT, _one_line(error))], _SUBJECT)
         raise
     assert isinstance(plain, dict)
-    config, unread = typed(plain, groups())
+    config, unread = read(plain, groups())
     wrong = {problem.path for problem in unread}
     refuse([*problems, *unread, *validate(config, wrong)], _SUBJECT)
     return config

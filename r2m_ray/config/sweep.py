@@ -1,16 +1,12 @@
-"""Sweeps: several values in an override become one run each, with a name of its own."""
+"""What a sweep adds to hydra's: the jobs of a grid before the first one starts, and their run names."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import re
-import signal
-import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from dataclasses import dataclass, replace
 
 from hydra.core.override_parser.types import Glob, Override
 
@@ -19,8 +15,6 @@ from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Problem, refuse
 
 NAME_LENGTH = 100
-STOPPED = (75, 130)
-"""Exit codes of a run that was told to stop: pre-empted and saved, or interrupted."""
 _DIGEST_LENGTH = 8
 
 
@@ -41,7 +35,7 @@ def sweep(overrides: Sequence[str]) -> list[Job]:
     parsed, problems = parse_overrides(overrides)
     refuse(problems, "the sweep")
     swept = [override for override in parsed if override.is_sweep_override()]
-    fixed = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    fixed = fixed_overrides(parsed)
     jobs: list[Job] = []
     faults: dict[str, None] = {}
     for values in itertools.product(*[list(_values(override)) for override in swept]):
@@ -51,62 +45,31 @@ def sweep(overrides: Sequence[str]) -> list[Job]:
         except InputError as error:
             faults |= dict.fromkeys(str(error).splitlines()[1:])
             continue
-        suffixes = [
-            f"{override.key_or_group}-{value}"
-            for override, value in zip(swept, values, strict=True)
-            if override.key_or_group != "run.name"
-        ]
-        name = job_name(config.run.name, suffixes)
-        if any(job.config.run.name == name for job in jobs):
-            name = job_name(name, [str(len(jobs))])
-        config.run.name = name
-        jobs.append(Job(config, (*fixed, *chosen, f"run.name={name}")))
+        name = job_name(config.run.name, chosen)
+        named = replace(config, run=replace(config.run, name=name))
+        jobs.append(Job(named, (*fixed, *chosen, f"run.name={name}")))
     if faults:
         raise InputError("\n".join(["problems in the sweep:", *faults]))
     return jobs
 
 
-def job_name(base: str, suffixes: Sequence[str]) -> str:
-    """A legal run name of at most 100 characters; a long one is cut and told apart by a digest."""
-    words = (re.sub(r"[^A-Za-z0-9.-]+", "_", suffix.replace("'", "")) for suffix in suffixes)
-    name = "-".join([base, *words])
-    if len(name) <= NAME_LENGTH:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:_DIGEST_LENGTH]
-    return f"{name[: NAME_LENGTH - _DIGEST_LENGTH - 1]}-{digest}"
+def fixed_overrides(parsed: Sequence[Override]) -> list[str]:
+    """The overrides with one value."""
+    return [str(override.input_line) for override in parsed if not override.is_sweep_override()]
 
 
-def run_in_turn(commands: Sequence[Sequence[str]]) -> list[int]:
-    """Run each command in a process of its own; returns the exit codes, negative for a signal.
+def job_name(base: str, overrides: Sequence[str]) -> str:
+    """``base`` and what distinguishes a job, as a legal run name of at most 100 characters.
 
-    A command that fails does not stop those after it; one that was told to stop does. SIGTERM is passed on
-    to the command that runs, which ends in order; a terminal's SIGINT reaches it anyway.
+    A name that had to lose characters ends in a digest of what it stands for.
     """
-    codes = []
-    for command in commands:
-        with subprocess.Popen(command) as process, _passing_on(process) as told:
-            codes.append(process.wait())
-        if told or codes[-1] in STOPPED:
-            break
-    return codes
-
-
-@contextmanager
-def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Within, signals to this process end the command; yields those that came."""
-    told: list[int] = []
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        told.append(number)
-        if number == signal.SIGTERM:
-            process.terminate()
-
-    former = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield told
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    words = sorted(o.lstrip("+").replace("=", "-", 1) for o in overrides if not o.startswith("run.name="))
+    full = "-".join([base, *words])
+    name = "-".join([base, *(re.sub(r"[^A-Za-z0-9._-]+", "_", word) for word in words)])
+    if name == full and len(name) <= NAME_LENGTH:
+        return name
+    digest = hashlib.sha256(full.encode()).hexdigest()[:_DIGEST_LENGTH]
+    return f"{name[: NAME_LENGTH - _DIGEST_LENGTH - 1]}-{digest}"
 
 
 def _values(override: Override) -> Iterator[str]:

@@ -1,24 +1,28 @@
 """The R2M head: one cross-attention from the reward token embedding to the policy's hidden states, and φ.
 
 Axes: N rows, T packed tokens (row n is `offsets[n]:offsets[n+1]`), P policy width, D reward-model width,
-E attention width.
+E attention width; B rows of about one length, padded to L states.
 
 A row asks a single query, so keys and values of the T states need never be formed: with
 `u = (H_last W_q) W_kᵀ / √E`, the scores are `h u` and the feedback is `(a h) W_v W_o`, which is Eq. 3
-with its products in another order. Hidden states are read once, in the type they come in.
+with its products in another order. Rows of about one length are attended to together, so that the number of
+operations does not grow with the number of rows.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from r2m_ray.core.segment import segment_sum
+from r2m_ray.core.packing import segment_sum
+
+STATES_AT_ONCE = 2**24
+"""Numbers of hidden states that are copied at a time: 64 MiB in float32."""
 
 
 def omega(step: int, total_steps: int, floor: float) -> float:
@@ -34,25 +38,82 @@ def omega(step: int, total_steps: int, floor: float) -> float:
     return max((math.cos(math.pi * step / total_steps) + 1) / 2, floor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """B rows of about one length, padded to L states: row_B their numbers, token_BL where each state lies in
+    the packed axis, real_BL false where a row has ended; there token_BL repeats the row's own last state."""
+
+    row_B: Tensor
+    token_BL: Tensor
+    real_BL: Tensor
+
+
+def _blocks(offsets: Tensor, width: int) -> Iterator[_Block]:
+    """All rows that have states, in blocks of at most `STATES_AT_ONCE` numbers or of one longer row.
+
+    A row is padded to a multiple of 16, or of an eighth of its length where that is more. So its padding
+    depends on its own length alone, and no sum runs over several rows: its numbers are the same whatever lies
+    beside it.
+    """
+    lengths_N = offsets.diff()
+    padded: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths_N.tolist()):
+        if length:
+            step = 2 ** max(4, length.bit_length() - 4)
+            padded.setdefault(math.ceil(length / step) * step, []).append(row)
+    order = torch.tensor([row for rows in padded.values() for row in rows], dtype=torch.int64)
+    order = order.to(offsets.device)
+    start = 0
+    for length, rows in padded.items():
+        at_once = max(1, STATES_AT_ONCE // (length * max(1, width)))
+        for row_B in order[start : start + len(rows)].split(at_once):
+            step_L = torch.arange(length, device=offsets.device)
+            last_B1 = lengths_N[row_B, None] - 1
+            token_BL = offsets[row_B, None] + torch.minimum(step_L, last_B1)
+            yield _Block(row_B=row_B, token_BL=token_BL, real_BL=step_L <= last_B1)
+        start += len(rows)
+
+
 def attention(u_NP: Tensor, hidden_TP: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """`a = softmax(h u)` over each row's states and `c = a h`, without gradients.
 
-    Returns weight_T and context_NP in u's dtype, in which all arithmetic is done. A row without states has
-    context 0. Rows are computed one by one: states of a narrower type are widened one row at a time, no row
-    reads another's states, and at the widths of real models (multiples of 16) a row's result is the same to
-    the last bit whatever lies beside it.
+    Args:
+        u_NP: queries in the policy's space, as `R2MHead.query` returns them.
+        hidden_TP: states of any float type; a block of rows at a time is widened to u's dtype, in which all
+            arithmetic is done.
+        offsets: int64 [N+1].
+
+    Returns weight_T and context_NP in u's dtype. A row without states has context 0. No row reads another's
+    states, and at the widths of real models (multiples of 16) a row's result is the same to the last bit
+    whatever lies beside it.
     """
-    weight_T = u_NP.new_empty(hidden_TP.shape[0])
+    tokens = hidden_TP.shape[0]
+    # What lies beyond a row's end is written behind the last token.
+    weight_T = u_NP.new_empty(tokens + 1)
     context_NP = torch.zeros_like(u_NP)
-    bounds = offsets.tolist()
-    for row, (start, stop) in enumerate(pairwise(bounds)):
-        if start == stop:
-            continue
-        states = hidden_TP[start:stop].to(u_NP.dtype)
-        weights = torch.softmax(torch.mv(states, u_NP[row]), 0)
-        weight_T[start:stop] = weights
-        context_NP[row] = torch.mv(states.T, weights)
-    return weight_T, context_NP
+    for block in _blocks(offsets, u_NP.shape[1]):
+        state_BLP = _states(hidden_TP, block, u_NP.dtype)
+        score_BL = _products(state_BLP, u_NP[block.row_B])
+        weight_BL = torch.softmax(score_BL.masked_fill(~block.real_BL, -torch.inf), 1)
+        weight_T[torch.where(block.real_BL, block.token_BL, tokens)] = weight_BL
+        context_NP[block.row_B] = _weighted_sums(weight_BL, state_BLP)
+    return weight_T[:tokens], context_NP
+
+
+def _states(hidden_TP: Tensor, block: _Block, dtype: torch.dtype) -> Tensor:
+    """The block's states [B, L, P]."""
+    state_SP = hidden_TP.index_select(0, block.token_BL.flatten())
+    return state_SP.view(*block.token_BL.shape, -1).to(dtype)
+
+
+def _products(state_BLP: Tensor, vector_BP: Tensor) -> Tensor:
+    """`h v` of each row, [B, L]."""
+    return torch.bmm(vector_BP[:, None], state_BLP.transpose(1, 2))[:, 0]
+
+
+def _weighted_sums(weight_BL: Tensor, state_BLP: Tensor) -> Tensor:
+    """`a h` of each row, [B, P]."""
+    return torch.bmm(weight_BL[:, None], state_BLP)[:, 0]
 
 
 class _Attend(torch.autograd.Function):
@@ -69,11 +130,12 @@ class _Attend(torch.autograd.Function):
         """`∂u = Σ_t a_t (s_t − a·s) h_t` with `s = h g`, g the gradient of c."""
         hidden_TP, offsets, weight_T = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_u_NP = torch.zeros_like(grad_NP)
-        bounds = offsets.tolist()
-        for row, (start, stop) in enumerate(pairwise(bounds)):
-            states = hidden_TP[start:stop].to(grad_NP.dtype)
-            weights, slope = weight_T[start:stop], torch.mv(states, grad_NP[row])
-            grad_u_NP[row] = torch.mv(states.T, weights * (slope - torch.dot(weights, slope)))
+        for block in _blocks(offsets, grad_NP.shape[1]):
+            state_BLP = _states(hidden_TP, block, grad_NP.dtype)
+            weight_BL = torch.where(block.real_BL, weight_T[block.token_BL], 0)
+            slope_BL = _products(state_BLP, grad_NP[block.row_B])
+            mean_B1 = (weight_BL * slope_BL).sum(1, keepdim=True)
+            grad_u_NP[block.row_B] = _weighted_sums(weight_BL * (slope_BL - mean_B1), state_BLP)
         return grad_u_NP, None, None
 
 

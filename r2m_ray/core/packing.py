@@ -1,6 +1,7 @@
-"""Micro-batches of packed rows by a token budget, and the indices that packing needs.
+"""Packed rows: micro-batches by a token budget, the indices that packing needs, and sums over each row.
 
-Axes: N rows, T packed tokens. Row n is `offsets[n]:offsets[n+1]` of the packed axis.
+Axes: N rows, T packed tokens; a trailing `…` may hold anything. Row n is `offsets[n]:offsets[n+1]` of the
+packed axis, offsets int64 [N+1].
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def microbatches(lengths_N: Sequence[int] | Tensor, token_budget: int) -> list[l
     return [sorted(batch) for batch in batches]
 
 
+def row_index(offsets: Tensor) -> Tensor:
+    """The row each token belongs to, int64 [T], from offsets int64 [N+1]."""
+    return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
+
+
 def position_ids(offsets: Tensor) -> Tensor:
     """Positions that restart at 0 with each row, int64 [T], from offsets int64 [N+1]."""
     positions_T = torch.arange(int(offsets[-1]), device=offsets.device)
@@ -58,3 +64,11 @@ def select_rows(offsets: Tensor, rows: Sequence[int] | Tensor) -> tuple[Tensor, 
     torch.cumsum(lengths_M, 0, out=selected[1:])
     start_T = torch.repeat_interleave(offsets[:-1][rows_M], lengths_M)
     return start_T + position_ids(selected), selected
+
+
+def segment_sum(value_T: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of each row's entries, value_T [T, …] → [N, …]; 0 for a row without tokens.
+
+    Terms are added in token order without atomics, so a sum repeats to the last bit.
+    """
+    return torch.segment_reduce(value_T, "sum", offsets=offsets, axis=0, initial=0)

@@ -4,7 +4,7 @@ Axes: N rows, T packed tokens; row n is `offsets[n]:offsets[n+1]`. action_T is t
 of the response; `clipped_surrogate` ignores log-probs elsewhere whatever they hold, `row_total` drops finite
 ones.
 
-Nothing here divides by the number of rows at hand. With R rows in the whole optimizer step, over all
+Nothing here divides by the number of rows at hand. With R rows in the complete optimizer step, over all
 micro-batches and ranks, the policy loss is
 
     loss = −(1/R) Σ_n objective_N[n]  +  (β/R) Σ_n row_total(kl_T)[n]
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from r2m_ray.core.segment import row_index, segment_sum
+from r2m_ray.core.packing import row_index, segment_sum
 
 MAX_LOG_RATIO = 20.0
 RATIOS = ("sequence", "token", "geometric")
@@ -184,3 +184,14 @@ def kl_penalty(logp_T: Tensor, ref_logp_T: Tensor, estimator: str) -> Tensor:
         case "k3":
             return torch.expm1(-bounded_T) + bounded_T
     raise ValueError(f"estimator must be one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
+
+
+def row_kl(logp_T: Tensor, ref_logp_T: Tensor, action_T: Tensor, offsets: Tensor, estimator: str) -> Tensor:
+    """`Σ_t kl_penalty(logp_t, ref_logp_t)` over each row's response tokens, float32 [N].
+
+    logp_T: log-probs under the policy that sampled the rows; ref_logp_T: under π_ref, same temperature.
+    With k1 the sum is `log π_old(y|x) − log π_ref(y|x)`, whose expectation is the KL of complete responses; β
+    times it, subtracted from the reward, gives the same expected gradient as the KL of Eq. 2.
+    Raises ValueError for an estimator other than k1, k2 and k3.
+    """
+    return row_total(kl_penalty(logp_T, ref_logp_T, estimator), action_T, offsets)

@@ -1,7 +1,7 @@
 """GREBT, the reward head's loss: Bradley–Terry on each group's best and worst row plus group reward entropy.
 
 Axes: G groups, K rows per group. Losses come as sums and counts over *valid* groups, so that replicas
-which skip different groups can add both up and still take the mean of the whole batch.
+which skip different groups can add both up and still take the mean of the full batch.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def grebt_mix(
 
     bradley_terry, entropy: sums over `pairs` and `groups` of the two losses, or, as means are linear, of
     their gradients, any shape. Where replicas hold shares of the batch, the counts must be those of all of
-    them; their mixes then add up to that of the whole batch.
+    them; their mixes then add up to that of the full batch.
     """
     return (1 - entropy_weight) * (bradley_terry / pairs.clamp(min=1)) + entropy_weight * (
         entropy / groups.clamp(min=1)
@@ -181,7 +181,7 @@ def grebt(
     detach_stats: bool = False,
     min_margin: float = 0.0,
 ) -> tuple[Tensor, GrebtSums]:
-    """GREBT of a whole batch (Eq. 7): the scalar loss, and the sums it was made of as statistics."""
+    """GREBT of a full batch (Eq. 7): the scalar loss, and the sums it was made of as statistics."""
     sums = grebt_sums(
         reward_GK, pair_reward_GK, response_id_GK, detach_stats=detach_stats, min_margin=min_margin
     )

@@ -1,12 +1,14 @@
-"""What this machine offers: cores that this process may use, and accelerators."""
+"""What this machine offers: cores of this process, accelerators, and memory that they copy to."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def usable_cores() -> int:
@@ -27,3 +29,14 @@ def accelerators() -> list[str]:
         return names
     kind = torch.accelerator.current_accelerator()
     return [str(kind)] * torch.accelerator.device_count()
+
+
+def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros on the CPU, in memory that ``device`` can write to while this process goes on."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type != "cpu")
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Wait until every copy to the host that was started on this device has arrived."""
+    if device.type != "cpu":
+        torch.accelerator.current_stream(device).synchronize()

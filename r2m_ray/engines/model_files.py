@@ -1,20 +1,23 @@
-"""What a Hugging Face model directory tells before anything loads it: JSON files and weight headers.
+"""What a Hugging Face model directory says before anything loads it: JSON files and headers of weight files.
 
-Nothing here imports torch or unpickles, and no code of a model is run. A directory is judged in milliseconds,
-or at the speed of the disk where its weights are few enough to be read for NaN.
+Nothing here unpickles, and no code of a model is run. Reading JSON and headers takes milliseconds and imports
+no torch. The weights of a small model are also searched for NaN, at the speed of the disk.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from r2m_ray.engines.weight_files import SCANNED_BYTES, damage, nonfinite_tensor, stored_tensors
-from r2m_ray.errors import Problem
+from safetensors import SafetensorError, safe_open
+
+from r2m_ray.errors import Problem, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -26,12 +29,17 @@ LARGEST_JSON = 256 * 2**20
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_LABELS = 2
 """transformers leaves `id2label` out of config.json where a model has its default of two labels."""
+SCANNED_BYTES = 2 * 2**30
+"""Larger models are not searched for NaN: that would delay every start, and the first step finds it too."""
+CHUNK_NUMBERS = 4 * 2**20
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that the search for NaN reads, by the format's names."""
 
 
 def local_directory(name: str) -> Path | None:
     """The directory that a model name means; None where it can only be an id of the model hub.
 
-    ``org/model`` is taken for a directory that is missing if a directory ``org`` lies here.
+    ``org/model`` means a missing directory if a directory ``org`` exists here.
     """
     path = Path(name)
     is_id = HUB_ID.fullmatch(name) and not ("/" in name and path.parent.is_dir())
@@ -54,12 +62,12 @@ class ModelFiles:
 
     @property
     def positions(self) -> int | None:
-        """Longest input in tokens; None for a model that states none."""
+        """Longest input in tokens; None where config.json does not state it."""
         return self._number("max_position_embeddings") or self._number("n_positions")
 
     @property
     def vocabulary(self) -> int | None:
-        """Rows of the embedding; None for a model that does not state them."""
+        """Rows of the embedding; None where config.json does not state them."""
         return self._number("vocab_size")
 
     @property
@@ -120,13 +128,12 @@ class ModelFiles:
         for name, fault in faults.items():
             if fault:
                 yield self.problem(name, f"{fault}; copy the file again")
-        if not any(faults.values()):
-            yield from self._nonfinite([self.directory / name for name in faults])
-
-    def _nonfinite(self, files: Sequence[Path]) -> Iterator[Problem]:
-        if sum(file.stat().st_size for file in files) > SCANNED_BYTES:
+        if any(faults.values()):
             return
-        for file in files:
+        paths = [self.directory / name for name in faults]
+        if sum(file.stat().st_size for file in paths) > SCANNED_BYTES:
+            return
+        for file in paths:
             if tensor := nonfinite_tensor(file):
                 message = f"{tensor} holds NaN or infinity; use weights from before it diverged"
                 yield self.problem(file.name, message)
@@ -164,12 +171,12 @@ class ModelFiles:
     def _embedding_problems(self, ids: int) -> Iterator[Problem]:
         """Whether the stored embedding has a row for each id, whatever config.json says."""
         for file in sorted(self.directory.glob("*.safetensors")):
-            for tensor in [] if damage(file) else stored_tensors(file):
-                if tensor.name.endswith(EMBEDDINGS) and tensor.shape and tensor.shape[0] < ids:
+            for name, shape in {} if damage(file) else stored_shapes(file).items():
+                if name.endswith(EMBEDDINGS) and shape and shape[0] < ids:
                     yield self.problem(
                         "tokenizer.json",
-                        f"has ids up to {ids - 1}, but {tensor.name} in {file.name} has {tensor.shape[0]} "
-                        "rows; use the model's own tokenizer",
+                        f"has ids up to {ids - 1}, but {name} in {file.name} has {shape[0]} rows; use the "
+                        "model's own tokenizer",
                     )
 
 
@@ -191,12 +198,12 @@ def open_model(field: str, directory: Path) -> ModelFiles | Problem:
 
 
 def chat_problems(policy: ModelFiles, reward: ModelFiles) -> Iterator[Problem]:
-    """A warning where one of the two reads the turns of a chat and the other bare text; both are legal."""
+    """A warning where one model reads turns of a chat and the other plain text; both are legal."""
     if policy.has_chat_template is not reward.has_chat_template:
         bare, chat = (policy, reward) if reward.has_chat_template else (reward, policy)
         yield bare.problem(
             "tokenizer_config.json",
-            f"has no chat_template, so it reads prompt and response end to end, while {chat.field} reads "
+            f"has no chat_template, so it reads prompt and response as one text, while {chat.field} reads "
             "turns of a chat; if that is not meant, save the tokenizer with its chat_template",
             warning=True,
         )
@@ -210,6 +217,51 @@ def read_json(file: Path) -> object:
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def damage(file: Path) -> str | None:
+    """What is wrong with a safetensors file by its header and size; None if nothing.
+
+    The library checks that the header is small, is valid, and covers every byte of the file exactly once.
+    """
+    if not file.is_file():
+        return "missing"
+    try:
+        with safe_open(file, framework="np"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return f"not a complete safetensors file ({shown(error)})"
+
+
+def stored_shapes(file: Path) -> dict[str, list[int]]:
+    """Name and shape of every tensor of an undamaged safetensors file, from its header."""
+    with safe_open(file, framework="np") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
+
+def nonfinite_tensor(file: Path) -> str | None:
+    """Name of the first tensor of an undamaged file that holds NaN or infinity; None if none does."""
+    status = file.stat()
+    return _scanned(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _scanned(file: Path, size: int, changed: int) -> str | None:
+    """`nonfinite_tensor` of a file in this state: runs of a sweep share their models.
+
+    Rows are read in chunks, so memory does not grow with the file.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            stored = tensors.get_slice(name)
+            if stored.get_dtype() not in FLOATS:
+                continue
+            shape = stored.get_shape()
+            rows = max(1, CHUNK_NUMBERS // max(1, math.prod(shape[1:])))
+            parts = [slice(i, i + rows) for i in range(0, shape[0], rows)] if shape else [...]
+            if not all(bool(stored[part].isfinite().all()) for part in parts):
+                return str(name)
+    return None
 
 
 def _shard_damage(directory: Path, name: str) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from r2m_ray.engines.hardware import host_buffer, wait_for_copies
 from r2m_ray.errors import RunError
 
 
@@ -35,19 +36,25 @@ class WeightBucket:
             start += _aligned(size)
 
 
-def pack_buckets(parameters: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[WeightBucket]:
-    """Pack named tensors, in order, into buckets of at most ``bucket_bytes`` (or of one larger tensor)."""
+def pack_buckets(
+    parameters: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, pack: bool = True
+) -> Iterator[WeightBucket | None]:
+    """Pack named tensors, in order, into buckets of at most ``bucket_bytes`` (or of one larger tensor).
+
+    Without ``pack`` it yields None for each bucket, and copies and keeps nothing.
+    """
     pending: list[tuple[str, Tensor]] = []
-    size = 0
+    count, size = 0, 0
     for name, tensor in parameters:
         nbytes = _aligned(tensor.numel() * tensor.element_size())
-        if pending and size + nbytes > bucket_bytes:
-            yield _pack(pending)
-            pending, size = [], 0
-        pending.append((name, tensor))
-        size += nbytes
-    if pending:
-        yield _pack(pending)
+        if count and size + nbytes > bucket_bytes:
+            yield _pack(pending) if pack else None
+            pending, count, size = [], 0, 0
+        if pack:
+            pending.append((name, tensor))
+        count, size = count + 1, size + nbytes
+    if count:
+        yield _pack(pending) if pack else None
 
 
 class WeightDigest:
@@ -80,7 +87,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes."""
-    return hashlib.sha256(_raw(tensor).numpy().data).hexdigest()
+    return hashlib.sha256(_bytes(tensor).cpu().numpy().data).hexdigest()
 
 
 def module_digest(module: nn.Module) -> str:
@@ -91,19 +98,21 @@ def module_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor on the CPU, uint8."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, uint8, on its device."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _pack(parameters: list[tuple[str, Tensor]]) -> WeightBucket:
     sizes = [_aligned(t.numel() * t.element_size()) for _, t in parameters]
-    data = torch.zeros(sum(sizes), dtype=torch.uint8)
+    device = parameters[0][1].device
+    data = host_buffer([sum(sizes)], torch.uint8, device)
     start = 0
     for (_, tensor), size in zip(parameters, sizes, strict=True):
-        raw = _raw(tensor)
-        data[start : start + raw.numel()] = raw
+        raw = _bytes(tensor)
+        data[start : start + raw.numel()].copy_(raw, non_blocking=True)
         start += size
+    wait_for_copies(device)
     return WeightBucket(
         names=tuple(name for name, _ in parameters),
         dtypes=tuple(str(t.dtype).removeprefix("torch.") for _, t in parameters),

@@ -1,4 +1,4 @@
-"""What a run left in its directory, read once for the report."""
+"""The files of a run directory, read once for a report or a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from r2m_ray.errors import InputError
-from r2m_ray.run.files import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, ROLLOUTS_FILE, read_steps
+from r2m_ray.run.files import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    ROLLOUTS_FILE,
+    read_metrics,
+    read_steps,
+)
 
 Row = dict[str, Any]
 Series = NDArray[np.float64]
@@ -39,10 +46,10 @@ _ROLLOUT_KEYS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """The files of a run directory.
+    """The content of a run directory.
 
-    steps, evaluations: rows of metrics.jsonl in order. rollouts: rows of rollouts.jsonl. environment: its
-    latest start. config_text: config.yaml as it is written.
+    steps, evaluations: rows of metrics.jsonl in order, under today's names. rollouts: rows of rollouts.jsonl.
+    environment: of the run's latest start. config_text: config.yaml as it is written.
     """
 
     directory: Path
@@ -110,7 +117,8 @@ def _environment(path: Path) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> list[Row]:
-    rows = _rows(path)
+    _require_file(path)
+    rows = read_metrics(path)
     for row in rows:
         wrong = [k for k, v in row.items() if k != "kind" and not isinstance(v, int | float | None)]
         if wrong or row.get("kind") not in ("step", "eval"):
@@ -123,7 +131,8 @@ def _metrics(path: Path) -> list[Row]:
 
 
 def _rollouts(path: Path) -> list[Row]:
-    rows = _rows(path)
+    _require_file(path)
+    rows = read_steps(path)
     for row in rows:
         if not row.keys() >= _ROLLOUT_KEYS:
             raise InputError(
@@ -132,10 +141,9 @@ def _rollouts(path: Path) -> list[Row]:
     return rows
 
 
-def _rows(path: Path) -> list[Row]:
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: missing. Is {path.parent} the directory of a run?")
-    return read_steps(path)
 
 
 def _text(path: Path) -> str:

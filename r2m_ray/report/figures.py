@@ -1,17 +1,20 @@
-"""Which metrics each figure of a report shows."""
+"""Which metrics each figure of a run's report shows."""
 
 from __future__ import annotations
 
-from r2m_ray.report.data import RunRecord, known
+from r2m_ray.report.data import known
 from r2m_ray.report.plots import (
     AMBER,
     FROZEN,
     GOLD,
+    GOLD_SCORE,
     GREY,
+    KL,
     OWN,
-    PHASES,
+    PROXY,
     ROSE,
     SKY,
+    STEP_TIME,
     Curve,
     Panel,
     Plot,
@@ -19,69 +22,63 @@ from r2m_ray.report.plots import (
     draw_frontier,
     draw_times,
 )
+from r2m_ray.run.vocabulary import Source
 
 
-def _has_frontier(run: RunRecord) -> bool:
-    return known(run.evaluations, "kl_sequence") and known(run.evaluations, "frozen_reward")
+def _own(title: str, key: str, label: str, unit: str | None = None, *, logarithmic: bool = False) -> Panel:
+    """One metric of the training steps."""
+    return Panel(title, (Curve(key, label, OWN),), unit, logarithmic=logarithmic)
 
 
-def _has_times(run: RunRecord) -> bool:
-    return known(run.steps, "time/step")
+def _beside_frozen(title: str, key: str, unit: str | None = None, *, rows: Source = Source.step) -> Panel:
+    """A metric of R2M's reward and the same metric of the frozen reward model's score."""
+    family, name = key.split("/")
+    frozen = Curve(f"{family}/frozen_{name}", "frozen RM", FROZEN, "-" if rows is Source.step else "--")
+    return Panel(title, (Curve(key, "R2M", OWN), frozen), unit, rows)
 
 
-def _both(title: str, key: str, unit: str) -> Panel:
-    """A measure of evaluations for R2M's reward and for the frozen one."""
-    curves = (Curve(key, "R2M", OWN), Curve(f"{key}_frozen", "frozen RM", FROZEN, "--"))
-    return Panel(title, curves, unit, rows="evaluations")
+def _evaluated(title: str, key: str, unit: str) -> Panel:
+    return _beside_frozen(title, key, unit, rows=Source.evaluation)
 
 
-FRONTIER = Special(draw_frontier, _has_frontier, ("kl_sequence", "frozen_reward", "gold"))
-TIMES = Special(draw_times, _has_times, ("time/step", *(f"time/{phase}" for phase in PHASES)))
+FRONTIER = Special(draw_frontier, lambda run: known(run.evaluations, KL) and known(run.evaluations, PROXY))
+TIMES = Special(draw_times, lambda run: known(run.steps, STEP_TIME))
 SCORES = Panel(
     "Scores of held-out responses",
     (
-        Curve("gold", "gold", GOLD),
-        Curve("frozen_reward", "frozen RM (proxy)", FROZEN, "--"),
-        Curve("reward", "R2M", OWN, "--"),
+        Curve(GOLD_SCORE, "gold", GOLD),
+        Curve(PROXY, "frozen RM (proxy)", FROZEN, "--"),
+        Curve("reward/mean", "R2M", OWN, "--"),
     ),
-    rows="evaluations",
+    "",
+    Source.evaluation,
 )
-ACCURACY = _both("Accuracy on held-out pairs", "rm_accuracy", "fraction")
-REWARD = Panel(
-    "Reward of sampled responses",
-    (Curve("reward/mean", "R2M", OWN), Curve("reward/frozen_mean", "frozen RM", FROZEN)),
-)
-SPREAD = Panel(
-    "Spread within groups",
-    (Curve("reward/group_std", "R2M", OWN), Curve("reward/frozen_group_std", "frozen RM", FROZEN)),
-    "standard deviation",
-)
-OMEGA = Panel("Weight of the frozen embedding", (Curve("omega", "ω(t)", OWN, exact=True),), "ω")
+REWARD = _beside_frozen("Reward of sampled responses", "reward/mean", "")
+SPREAD = _beside_frozen("Spread within groups", "reward/group_std", "standard deviation")
 
 PLOTS = (
     Plot(
         "evaluation",
         "Over-optimization",
-        "The same held-out prompts at every point. Where the frozen reward model's score goes on rising "
-        "while gold falls, the policy is exploiting the reward model.",
-        (SCORES, FRONTIER, ACCURACY),
+        "The same held-out prompts at every point. Where the frozen reward model's score continues to rise "
+        "while gold falls, the policy exploits the reward model.",
+        (SCORES, FRONTIER, _evaluated("Accuracy on held-out pairs", "pairs/accuracy", "fraction")),
     ),
     Plot(
         "order",
-        "What the reward model can tell apart",
+        "What the reward model can distinguish",
         "Over-optimization moves responses to where the reward model's order is wrong. Style pairs differ in "
         "courtesies and intensifiers only, value pairs in one made-up value only; one half is chance.",
         (
-            _both("Accuracy on the policy's own pairs", "rm_accuracy_on_policy", "fraction"),
-            _both("Accuracy on style pairs", "rm_accuracy_style", "fraction"),
-            _both("Accuracy on value pairs", "rm_accuracy_value", "fraction"),
-            _both("Agreement with gold within prompts", "gold_correlation", "correlation"),
-            _both("Calibration error on held-out pairs", "calibration_error", "fraction"),
+            _evaluated("Accuracy on the policy's own pairs", "gold/order_accuracy", "fraction"),
+            _evaluated("Accuracy on style pairs", "pairs/style_accuracy", "fraction"),
+            _evaluated("Accuracy on value pairs", "pairs/value_accuracy", "fraction"),
+            _evaluated("Agreement with gold within prompts", "gold/correlation", "correlation"),
+            _evaluated("Calibration error on held-out pairs", "pairs/calibration_error", "fraction"),
             Panel(
                 "Best and worst row that gold confirms",
-                (Curve("pseudo_label_precision", "precision", GOLD),),
-                "fraction",
-                rows="evaluations",
+                (Curve("gold/pair_precision", "precision", GOLD),),
+                rows=Source.evaluation,
             ),
         ),
     ),
@@ -92,7 +89,7 @@ PLOTS = (
         "changes. In long runs, faint lines are single steps and strong ones their moving average.",
         (
             REWARD,
-            Panel("Gold of sampled responses", (Curve("gold/mean", "gold", GOLD),)),
+            Panel("Gold of sampled responses", (Curve(GOLD_SCORE, "gold", GOLD),), ""),
             Panel(
                 "Agreement within groups",
                 (
@@ -109,24 +106,21 @@ PLOTS = (
         "Distance from the reference",
         "Estimated on the step's own samples: KL at temperature 1, surprisal at the temperature of sampling.",
         (
-            Panel("KL per response", (Curve("policy/kl_sequence", "KL", OWN),), "nats"),
-            Panel("KL per token", (Curve("policy/kl_token", "KL", OWN),), "nats"),
-            Panel("Surprisal of sampled tokens", (Curve("policy/entropy", "−log π", OWN),), "nats"),
+            _own("KL per response", "policy/kl_sequence", "KL"),
+            _own("KL per token", "policy/kl_token", "KL"),
+            _own("Surprisal of sampled tokens", "policy/entropy", "−log π"),
         ),
     ),
     Plot(
         "responses",
         "Responses",
-        "Growing length or more cut-off responses are the commonest sign of a reward being gamed.",
+        "Growing length or more cut-off responses are the commonest sign that the policy exploits a reward.",
         (
             Panel(
                 "Length",
                 (Curve("response/length_mean", "mean", OWN), Curve("response/length_max", "longest", SKY)),
-                "tokens",
             ),
-            Panel(
-                "Cut off at the limit", (Curve("response/truncated_fraction", "cut off", FROZEN),), "fraction"
-            ),
+            Panel("Cut off at the limit", (Curve("response/truncated_fraction", "cut off", FROZEN),)),
         ),
     ),
     Plot(
@@ -136,13 +130,8 @@ PLOTS = (
         "one shows it. The entropy of a group's standardised rewards (GRE) knows shape, not scale.",
         (
             SPREAD,
-            Panel(
-                "Scale against the frozen RM",
-                (Curve("reward/scale_ratio", "ratio", OWN),),
-                "ratio",
-                logarithmic=True,
-            ),
-            Panel("Group reward entropy", (Curve("reward/group_entropy", "GRE", OWN),), "nats"),
+            _own("Scale against the frozen RM", "reward/scale_ratio", "ratio", "ratio", logarithmic=True),
+            _own("Group reward entropy", "reward/group_entropy", "GRE"),
         ),
     ),
     Plot(
@@ -150,13 +139,9 @@ PLOTS = (
         "Policy feedback",
         "How much of the final embedding comes from the policy's hidden states, and where the head looks.",
         (
-            OMEGA,
-            Panel("Size of the feedback", (Curve("rm/feedback_ratio", "‖Ĥ‖ / ‖H‖", OWN),), "ratio"),
-            Panel(
-                "Attention over tokens",
-                (Curve("rm/attention_entropy", "entropy", OWN),),
-                "share of log length",
-            ),
+            Panel("Weight of the frozen embedding", (Curve("omega", "ω(t)", OWN, exact=True),), "ω"),
+            _own("Size of the feedback", "rm/feedback_ratio", "‖Ĥ‖ / ‖H‖", "ratio"),
+            _own("Attention over tokens", "rm/attention_entropy", "entropy", "share of log length"),
         ),
     ),
     Plot(
@@ -164,16 +149,15 @@ PLOTS = (
         "Reward model updates",
         "Winner and loser of a group are its best and worst row by the annotated reward.",
         (
-            Panel("Bradley–Terry loss", (Curve("rm/bradley_terry", "BT", OWN),), "nats"),
-            Panel("Group reward entropy (GRE) loss", (Curve("rm/entropy", "GRE", OWN),), "nats"),
-            Panel("Winner minus loser", (Curve("rm/margin", "margin", OWN),), "reward"),
+            _own("Bradley–Terry loss", "rm/bradley_terry", "BT"),
+            _own("Group reward entropy (GRE) loss", "rm/entropy", "GRE"),
+            _own("Winner minus loser", "rm/margin", "margin"),
             Panel(
                 "Pairs in the other order",
                 (
                     Curve("rm/flip_rate", "at the update", OWN),
                     Curve("reward/pair_flip_rate", "by the frozen RM", FROZEN),
                 ),
-                "fraction",
             ),
             Panel(
                 "Gradient norms",
@@ -186,7 +170,6 @@ PLOTS = (
             Panel(
                 "Self-labelled pairs that gold confirms",
                 (Curve("gold/pair_precision", "precision", GOLD),),
-                "fraction",
             ),
         ),
     ),
@@ -202,14 +185,13 @@ PLOTS = (
                     Curve("policy/clip_fraction_high", "above", OWN),
                     Curve("policy/clip_fraction_low", "below", AMBER),
                 ),
-                "fraction",
             ),
             Panel(
                 "Importance ratio",
                 (Curve("policy/ratio_mean", "mean", OWN), Curve("policy/ratio_max", "largest", SKY)),
                 logarithmic=True,
             ),
-            Panel("Gradient norm", (Curve("policy/grad_norm", "norm", OWN),)),
+            _own("Gradient norm", "policy/grad_norm", "norm"),
             Panel(
                 "Learner – rollout mismatch",
                 (Curve("policy/mismatch_mean", "mean", OWN), Curve("policy/mismatch_max", "largest", ROSE)),
@@ -220,7 +202,7 @@ PLOTS = (
     ),
     Plot(
         "time",
-        "Where the time goes",
+        "Time of each phase",
         "The weight sync runs beside the reward update, within its phase. Evaluations and checkpoints are "
         "between steps and not counted.",
         (TIMES,),

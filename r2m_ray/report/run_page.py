@@ -10,25 +10,24 @@ import numpy as np
 
 from r2m_ray.errors import RunError
 from r2m_ray.report.data import Row, RunRecord, column, known, read_run
-from r2m_ray.report.figures import OVERVIEW, PLOTS
-from r2m_ray.report.html import Figure, Headline, page
-from r2m_ray.report.plots import save_plot
+from r2m_ray.report.html import Figure, Headline, run_page
 from r2m_ray.run.files import replace_file
+from r2m_ray.run.vocabulary import metric
 
 REPORT_DIRECTORY = "report"
 PAGE_FILE = "report.html"
 
 ALARM_PREFIX = "alarm/"
-
+PROXY, GOLD, STEP_TIME = metric("reward/frozen_mean"), metric("gold/mean"), metric("time/step")
 HEADLINES = (
-    ("Frozen reward", "frozen_reward", "reward/frozen_mean"),
-    ("R2M reward", "reward", "reward/mean"),
-    ("Gold", "gold", "gold/mean"),
-    ("KL per response", "kl_sequence", "policy/kl_sequence"),
-    ("Response length", "length", "response/length_mean"),
-    ("RM accuracy", "rm_accuracy", ""),
+    ("Frozen reward", PROXY, PROXY),
+    ("R2M reward", metric("reward/mean"), metric("reward/mean")),
+    ("Gold", GOLD, GOLD),
+    ("KL per response", metric("kl/sequence"), metric("policy/kl_sequence")),
+    ("Response length", metric("response/length_mean"), metric("response/length_mean")),
+    ("RM accuracy", metric("pairs/accuracy"), None),
 )
-"""Label, key in evaluations, key in training steps."""
+"""Label, metric of evaluations, metric of training steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,10 @@ def write_report(run_directory: Path) -> Path:
     Reads nothing but the run's files, finished or not. Raises InputError naming a file that is missing or
     damaged, RunError if the report cannot be written.
     """
+    # matplotlib takes a second to import, and whoever imports this module may never draw.
+    from r2m_ray.report.figures import OVERVIEW, PLOTS
+    from r2m_ray.report.plots import save_plot
+
     run = read_run(run_directory)
     directory = run_directory / REPORT_DIRECTORY
     try:
@@ -75,7 +78,7 @@ def write_report(run_directory: Path) -> Path:
     except OSError as error:
         raise RunError(f"{directory}: cannot write the report: {error.strerror}.") from error
     span = span_of(run)
-    text = page(
+    text = run_page(
         run,
         reading=f"{reading(run, span)} {alarms(run)}".strip(),
         headlines=headlines(run, span),
@@ -95,30 +98,28 @@ def span_of(run: RunRecord) -> Span:
 def headlines(run: RunRecord, span: Span) -> list[Headline]:
     """The numbers on top of the page: first and last value of each that the run has."""
     found = []
-    for label, evaluation_key, step_key in HEADLINES:
-        ends = span.ends(evaluation_key if span.held_out else step_key)
-        if ends is not None:
+    for label, evaluated, trained in HEADLINES:
+        key = evaluated if span.held_out else trained
+        if key is not None and (ends := span.ends(key)) is not None:
             found.append(Headline(label, *ends))
-    if known(run.steps, "time/step"):
-        found.append(Headline("Seconds per step", None, float(np.nanmedian(column(run.steps, "time/step")))))
+    if known(run.steps, STEP_TIME):
+        found.append(Headline("Seconds per step", None, float(np.nanmedian(column(run.steps, STEP_TIME)))))
     return found
 
 
 def reading(run: RunRecord, span: Span) -> str:
     """What happened to the proxy and to gold, in one or two sentences that claim nothing more."""
-    frozen = span.ends("frozen_reward" if span.held_out else "reward/frozen_mean")
-    gold_key = "gold" if span.held_out else "gold/mean"
-    gold = span.ends(gold_key)
+    frozen, gold = span.ends(PROXY), span.ends(GOLD)
     if frozen is None:
         return "This run logged no score of the frozen reward model."
     start = f"Between {span.text}, the frozen reward model's score {_moved(*frozen)}"
     if gold is None:
-        return f"{start}; this task has no gold score, so the run does not tell whether responses got better."
+        return f"{start}; this task has no gold score, so the run does not show whether responses got better."
     same = (frozen[1] - frozen[0]) * (gold[1] - gold[0]) >= 0
     text = f"{start} {'and' if same else 'while'} gold {_moved(*gold)}."
     if not span.held_out:
         return text
-    values = column(span.rows, gold_key)
+    values = column(span.rows, GOLD)
     best = int(np.nanargmax(values))
     if best == len(values) - 1:
         return f"{text} Gold's last evaluation is its best."
@@ -128,13 +129,13 @@ def reading(run: RunRecord, span: Span) -> str:
 
 def alarms(run: RunRecord) -> str:
     """Each alarm that was ever on, with the step it began at; nothing where none was."""
-    told = []
+    found = []
     for key in sorted({key for row in run.steps for key in row if key.startswith(ALARM_PREFIX)}):
         raised = [int(row["step"]) for row in run.steps if row.get(key)]
         if raised:
             name = key.removeprefix(ALARM_PREFIX)
-            told.append(f"{name} from step {raised[0]}, in {len(raised)} of {len(run.steps)} steps")
-    return f"Alarms were on: {'; '.join(told)}." if told else ""
+            found.append(f"{name} from step {raised[0]}, in {len(raised)} of {len(run.steps)} steps")
+    return f"Alarms were on: {'; '.join(found)}." if found else ""
 
 
 def _moved(first: float, last: float) -> str:

@@ -1,11 +1,10 @@
-"""Checkpoints: everything a run needs to go on, committed at once or not at all.
+"""Checkpoints: everything that a run needs to continue, committed completely or not at all.
 
 ``checkpoints/`` of a run holds one directory per commit, ``step-000020``: the policy in Hugging Face
-format, the R2M head, both optimizers, ``driver.json`` (step, data cursor, identity of the run) and a
-manifest. Which one is loaded depends on the directories alone: the newest that verifies. LATEST names
-the last commit for a reader's eye. Names that begin with ``.tmp-`` are leftovers of a crash, removed by
-the next save; those that begin with ``.damaged-`` were set aside because a sound one took their place,
-and stay until somebody removes them.
+format, the R2M head, both optimizers, ``driver.json`` (step, identity of the run) and a
+manifest. The newest one that verifies is loaded; names and contents alone decide. Names that begin with
+``.tmp-`` are leftovers of a crash, and the next save removes them. Names that begin with ``.damaged-`` are
+checkpoints that a valid one replaced; they stay until somebody removes them.
 """
 
 from __future__ import annotations
@@ -23,21 +22,18 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from r2m_ray.errors import ActorLost, RunError
+from r2m_ray.errors import ActorLost, InputError, RunError
 from r2m_ray.run import commit
-from r2m_ray.run.files import replace_file
 
 if TYPE_CHECKING:
-    # These load torch and transformers, and a list of checkpoints should not wait for them.
+    # These load torch and transformers, which reading checkpoints does not need.
     from r2m_ray.core.roles import Roles
-    from r2m_ray.tasks.data import PromptStream
 
 CHECKPOINTS = "checkpoints"
 """The directory of a run that holds them."""
 DRIVER_STATE = "driver.json"
-LATEST = "LATEST"
 ROLES = ("policy", "reward_head")
-"""Directories that a checkpoint cannot be without."""
+"""Directories that every checkpoint has."""
 NAME = re.compile(r"step-([0-9]{6,18})")
 
 logger = logging.getLogger(__name__)
@@ -45,17 +41,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverState:
-    """The driver's part of a checkpoint. prompts: the data cursor; identity: see `r2m_ray.run.resume`."""
+    """The driver's part of a checkpoint. identity: see `r2m_ray.run.resume`."""
 
     step: int
-    prompts: Mapping[str, Any]
     identity: Mapping[str, Any]
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    keep: how many sound ones to keep, the newest first. identity: what the run is made of, kept with each.
+    Args:
+        directory: Where they lie.
+        keep: How many valid ones to keep, the newest first.
+        identity: What the run is made of; every checkpoint carries it.
     """
 
     def __init__(self, directory: Path, *, keep: int, identity: Mapping[str, Any] | None = None) -> None:
@@ -64,11 +62,14 @@ class Checkpoints:
         self._identity = dict(identity or {})
         self._reached = 0
 
-    async def save(self, step: int, roles: Roles, prompts: PromptStream) -> Path:
+    async def save(self, step: int, roles: Roles) -> Path:
         """Commit the state after ``step``, then prune older checkpoints beyond ``keep``.
 
-        A step that is committed already is left as it is. Raises RunError with path and bytes where the
-        disk has no room or fails, and ActorLost as the roles do; the earlier checkpoints are untouched then.
+        A step that is committed already stays as it is.
+
+        Raises:
+            RunError: The disk is full or fails; the message has path and bytes. Earlier checkpoints are kept.
+            ActorLost: As the roles do. Earlier checkpoints are kept.
         """
         final = self.directory / f"step-{step:06d}"
         if final.exists() and fault(final) is None:
@@ -81,9 +82,9 @@ class Checkpoints:
             await roles.policy.save(building)
             await roles.reward.save(building)
             _require_roles(building)
-            state = {"step": step, "prompts": prompts.state(), "identity": self._identity}
+            state = {"step": step, "identity": self._identity}
             (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
-            # On a thread, because signals are heard between the event loop's turns.
+            # On a thread, because signals are handled between the event loop's turns.
             await asyncio.to_thread(commit.seal, building, step=step)
             if final.exists():
                 _set_aside(final)
@@ -95,17 +96,20 @@ class Checkpoints:
         finally:
             _remove(building)
         self._reached = step
-        self._point_at(final)
         try:
             self._prune(final)
         except OSError as error:
             logger.warning("%s: older checkpoints are not pruned (%s)", self.directory, error)
         return final
 
-    async def restore(self, roles: Roles, prompts: PromptStream) -> int:
-        """Load the newest valid checkpoint into every stateful role; return its step, 0 if there is none.
+    async def restore(self, roles: Roles) -> int:
+        """Load the newest valid checkpoint into every stateful role.
 
-        Raises RunError where there is none any more, though this object has committed or restored one.
+        Returns:
+            Its step; 0 if there is no checkpoint.
+
+        Raises:
+            RunError: No checkpoint is left, although this object has committed or restored one.
         """
         directory = await asyncio.to_thread(self.newest)
         if directory is None:
@@ -117,15 +121,13 @@ class Checkpoints:
             return 0
         await roles.policy.load(directory)
         await roles.reward.load(directory)
-        state = driver_state(directory)
-        prompts.restore(state.prompts)
-        self._reached = state.step
-        return state.step
+        self._reached = driver_state(directory).step
+        return self._reached
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files match its manifest; None if the run never committed one.
 
-        Raises RunError if checkpoints exist and none is valid: starting over would lose the run.
+        Raises RunError if checkpoints exist and none is valid, because starting over would lose the run.
         """
         reasons: list[str] = []
         for directory in reversed(self.committed()):
@@ -146,7 +148,7 @@ class Checkpoints:
         """Every directory with a checkpoint's name, oldest first, valid or not."""
         if not self.directory.is_dir():
             return []
-        # Not by a pattern: where a directory cannot be read, a pattern finds nothing and says nothing.
+        # Not by a pattern: in a directory that cannot be read, a pattern finds nothing and raises nothing.
         found = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=step_of)
 
@@ -157,51 +159,41 @@ class Checkpoints:
             commit.flush(self.directory.parent)
         for leftover in self.directory.glob(f"{commit.BUILDING}*"):
             _remove(leftover)
-        needed, free = self._needed(), shutil.disk_usage(self.directory).free
-        if free < needed:
+        # As many bytes as the last checkpoint that is not visibly damaged.
+        last = next((path for path in reversed(self.committed()) if _is_complete(path)), None)
+        needed = commit.read_manifest(last).bytes if last else 0
+        if shutil.disk_usage(self.directory).free < needed:
             raise RunError(f"a checkpoint needs {needed} bytes, as the last one did")
-
-    def _needed(self) -> int:
-        """Bytes of the last checkpoint that is not visibly damaged; 0 before the first one."""
-        sound = (path for path in reversed(self.committed()) if commit.fault(path, hashed=False) is None)
-        last = next(sound, None)
-        return commit.read_manifest(last).bytes if last else 0
 
     def _unsaved(self, final: Path, building: Path, error: Exception) -> RunError:
         written = sum(path.lstat().st_size for path in building.rglob("*") if not path.is_dir())
         free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
         return RunError(
             f"{final}: not saved; {written} bytes of it were written, and {free} are free. {error}. Earlier "
-            "checkpoints are as they were. If that disk is full, free space or lower checkpoint.keep, then "
+            "checkpoints are unchanged. If that disk is full, free space or lower checkpoint.keep, then "
             "continue with run.resume=true."
         )
 
-    def _point_at(self, final: Path) -> None:
-        try:
-            replace_file(self.directory / LATEST, f"{final.name}\n")
-        except RunError as error:
-            logger.warning("%s The checkpoint itself is committed.", error)
-
     def _prune(self, newest: Path) -> None:
-        """Remove older checkpoints beyond ``keep`` sound ones; ``newest``, the first, has just verified.
+        """Remove older checkpoints beyond ``keep`` valid ones; ``newest``, the first, has just verified.
 
-        Damaged ones do not count. Any of a later step were found damaged when the run fell back behind them.
+        Damaged ones do not count. Those of a later step are damaged: the run fell back behind them.
         """
-        sound = 1
+        valid = 1
         for directory in reversed(self.committed()):
             if step_of(directory) > step_of(newest):
                 _set_aside(directory)
             elif directory == newest:
                 continue
-            elif sound >= self._keep:
+            elif valid >= self._keep:
                 _discard(directory)
             else:
-                sound += commit.fault(directory, hashed=False) is None
+                valid += _is_complete(directory)
 
 
-def fault(directory: Path, *, hashed: bool = True) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is whole. hashed: see `commit.fault`."""
-    if reason := commit.fault(directory, hashed=hashed):
+def fault(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if it is valid. Every byte is read."""
+    if reason := commit.fault(directory):
         return reason
     manifest = commit.read_manifest(directory)
     for part in ROLES:
@@ -221,9 +213,7 @@ def driver_state(directory: Path) -> DriverState:
     """The driver's part of a checkpoint; ValueError where it is not what a driver wrote."""
     content = json.loads((directory / DRIVER_STATE).read_bytes())
     try:
-        return DriverState(
-            step=int(content["step"]), prompts=dict(content["prompts"]), identity=dict(content["identity"])
-        )
+        return DriverState(step=int(content["step"]), identity=dict(content["identity"]))
     except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__} {error}") from error
 
@@ -233,6 +223,44 @@ def step_of(directory: Path) -> int:
     match = NAME.fullmatch(directory.name)
     assert match is not None, directory
     return int(match[1])
+
+
+def export(checkpoint: Path, target: Path) -> None:
+    """Copy ``policy/`` (a Hugging Face model with its tokenizer) and ``reward_head/`` to a new directory.
+
+    Only files that the manifest lists are copied, and each copy is compared with it; nothing is loaded.
+    The result is complete or absent, and has a manifest of its own.
+
+    Raises:
+        InputError: ``target`` exists.
+        RunError: The checkpoint is damaged, or the disk fails; the message names the file.
+    """
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target}: exists already; give a new directory")
+    if reason := fault(checkpoint):
+        raise RunError(f"{checkpoint}: not exported: {reason}; choose another --step")
+    building = commit.temporary(target)
+    try:
+        building.mkdir(parents=True)
+        for name, entry in commit.read_manifest(checkpoint).files.items():
+            if name.split("/")[0] in ROLES:
+                copy = building / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint / name, copy, follow_symlinks=False)
+                if commit.sha256(copy) != entry.sha256:
+                    raise RunError(f"{checkpoint / name}: changed while it was copied; export again")
+        commit.seal(building, step=step_of(checkpoint))
+        commit.publish(building, target)
+    except OSError as error:
+        free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+        raise RunError(f"{target}: not written, {free} bytes are free: {error}") from error
+    finally:
+        _remove(building)
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether names and sizes match the manifest; contents are not read."""
+    return commit.fault(directory, hashed=False) is None
 
 
 def _require_roles(building: Path) -> None:
@@ -258,7 +286,7 @@ def _discard(directory: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or tree, if it is there; the next save tries again where that fails."""
+    """Remove a file or tree, if it exists; the next save tries again where that fails."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,9 +1,9 @@
-"""Directories that are committed whole or not at all, and judged by what a manifest says of their files.
+"""Directories that are committed completely or not at all, and checked against a manifest of their files.
 
 One is built under a name that begins with ``.tmp-``, sealed by MANIFEST.json (size and sha256 of every
-file, written last), read back from the disk, and renamed. Everything is on the disk before the next thing
-happens, so a crash or a power cut at any moment leaves a directory with its final name whole. Nothing here
-follows a link, and a manifest's names are only ever looked up among the files that are there.
+file, written last), read back from the disk, and renamed. Each of these is on the disk before the next one
+begins. So a directory that has its final name is complete, whenever the process or the power fails. Nothing
+here follows a link, and a manifest's names are only looked up among the files that exist.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from r2m_ray.errors import printable
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
-"""Of the manifest and of what a checkpoint holds; one of another number is not read."""
+"""Number of the format of manifest and checkpoint; another format is not read."""
 BUILDING = ".tmp-"
-"""How the name of an unfinished directory begins; nothing reads it, and the next to build may remove it."""
+"""How the name of an unfinished directory begins; nothing reads it, and the next save may remove it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a committed directory says of itself.
+    """What a committed directory holds.
 
     step: the training step after which it was written. version: of r2m_ray. files: by path in the directory.
     """
@@ -55,7 +55,7 @@ class Manifest:
 def seal(directory: Path, *, step: int) -> None:
     """Put every file and directory on the disk, the manifest of all of them last, and read them back.
 
-    Raises OSError where the disk fails, also by handing back other bytes than it was given.
+    Raises OSError where the disk fails, or returns other bytes than were written.
     """
     paths = files(directory)
     entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
@@ -78,7 +78,7 @@ def publish(building: Path, final: Path) -> None:
 
 
 def temporary(final: Path) -> Path:
-    """A fresh name beside ``final`` to build it under; late writers of an older attempt know another."""
+    """A new name beside ``final`` to build it under; late writers of an older attempt have another one."""
     return final.with_name(f"{BUILDING}{final.name}-{uuid.uuid4().hex[:8]}")
 
 
@@ -98,7 +98,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def fault(directory: Path, *, hashed: bool = True) -> str | None:
-    """What is wrong with a committed directory, with the file's name; None if it is whole.
+    """What is wrong with a committed directory, naming the file; None if it is valid.
 
     hashed: compare contents by sha256, not only names and sizes. Files that the manifest does not list are no
     fault (see `unlisted`); a link or a special file anywhere is one.
@@ -116,15 +116,18 @@ def fault(directory: Path, *, hashed: bool = True) -> str | None:
         for name, entry in manifest.files.items():
             if name not in found:
                 return f"{printable(name)} is missing"
-            if reason := _mismatch(found[name], entry, hashed=hashed):
-                return f"{printable(name)} {reason}"
+            size = found[name].stat().st_size
+            if size != entry.bytes:
+                return f"{printable(name)} has {size} bytes, its manifest says {entry.bytes}"
+            if hashed and sha256(found[name]) != entry.sha256:
+                return f"{printable(name)} does not match its sha256"
     except OSError as error:
         return f"{printable(str(error.filename or directory))} cannot be read ({error.strerror or error})"
     return None
 
 
 def unlisted(directory: Path) -> list[str]:
-    """Files in a committed directory that its manifest does not know; they are never read."""
+    """Files in a committed directory that its manifest does not list; they are never read."""
     known = {MANIFEST, *read_manifest(directory).files}
     return sorted(name for name in files(directory) if name not in known)
 
@@ -149,19 +152,10 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
         if sys.platform == "linux":
-            # So that whoever reads it back to verify it hears from the disk.
+            # Reading back verifies the disk, not the system's copy.
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
-
-
-def _mismatch(file: Path, entry: Entry, *, hashed: bool) -> str | None:
-    size = file.stat().st_size
-    if size != entry.bytes:
-        return f"has {size} bytes, its manifest says {entry.bytes}"
-    if hashed and sha256(file) != entry.sha256:
-        return "does not match its sha256"
-    return None
 
 
 def _walk(directory: Path) -> Iterator[Path]:

@@ -25,8 +25,8 @@ PACKAGES = (
 def environment() -> dict[str, Any]:
     """Facts about this process that a reader of its results needs; JSON-ready and without secrets.
 
-    ``memory_bytes`` is the machine's, ``cores`` are those this process may use, ``commit`` is the package's
-    own, null where it is not in a git checkout.
+    ``memory_bytes`` is the machine's. ``cores`` are those that this process may use. ``commit`` is the
+    package's own, null outside a git checkout.
     """
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -66,16 +66,13 @@ def _commit() -> str | None:
     if git is None:
         return None
     here = Path(__file__).resolve()
-    tracked = subprocess.run(
-        [git, "ls-files", "--error-unmatch", here.name], cwd=here.parent, capture_output=True, check=False
-    )
-    if tracked.returncode:
-        return None
-    described = subprocess.run(
-        [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=here.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+    found = ""
+    for words in (
+        ["ls-files", "--error-unmatch", here.name],
+        ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+    ):
+        done = subprocess.run([git, *words], cwd=here.parent, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return None
+        found = done.stdout.strip()
+    return found or None

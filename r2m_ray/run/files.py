@@ -1,32 +1,43 @@
-"""The files of a run directory, and how they are written so that a crash never tears them.
+"""The files of a run directory: how they are written so that a crash never damages them, and their lock.
 
 ``config.yaml`` (resolved), ``environment.json`` (one entry per start of the run), ``metrics.jsonl`` (a
 ``step`` row per training step, an ``eval`` row per evaluation) and ``rollouts.jsonl`` (a few rows of every
-step, to read). The last two are JSON Lines whose records carry a step: appended whole, cut back when a run
-resumes.
+step, to read). The last two are JSON Lines whose records carry a step. Records are appended completely or
+not at all, and a resumed run removes those after its checkpoint.
 
-A number that is not finite has no JSON form. It is written as ``null``, and the record counts how
-many were in its ``nonfinite`` field.
+JSON has no form for a number that is not finite. It is written as ``null``, and the ``nonfinite`` field of
+the record counts such numbers.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import math
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.run.vocabulary import current_row
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
+LOCK_FILE = ".lock"
+LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems that have no locks."""
 
 Record = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class StepLines:
@@ -47,16 +58,18 @@ class StepLines:
     def append(self, records: Iterable[Record]) -> None:
         """Write every record or none of them, and wait until they are on the disk.
 
-        Raises RunError naming the file and the bytes that did not fit.
+        Raises RunError naming the file and the bytes that found no room.
         """
         # A lone surrogate has no UTF-8; its backslash form is its JSON escape.
         data = "".join(f"{encoded(record)}\n" for record in records).encode(errors="backslashreplace")
         size = os.fstat(self._descriptor).st_size
         try:
-            _write_whole(self._descriptor, data)
+            written = 0
+            while written < len(data):
+                written += os.write(self._descriptor, data[written:])
             os.fsync(self._descriptor)
         except OSError as error:
-            # A torn line would make the whole file unreadable to the report.
+            # Part of a line would make the file unreadable to the report.
             os.ftruncate(self._descriptor, size)
             raise RunError(
                 f"{self.path}: cannot append {len(data)} bytes: {error.strerror}. "
@@ -64,10 +77,10 @@ class StepLines:
             ) from error
 
     def rewind(self, step: int) -> None:
-        """Drop the records of steps after ``step``, all records when it is 0, and a torn last line.
+        """Remove the records of steps after ``step`` (all records when it is 0) and an incomplete last line.
 
-        Records are in the order of their steps, so this cuts the file once, where they end. Raises
-        InputError naming a line that is not a record.
+        Records are in the order of their steps, so the file is truncated once. Raises InputError naming a
+        line that is not a record.
         """
         end = 0
         for record_end, record in _records(self.path):
@@ -82,8 +95,13 @@ class StepLines:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """Every record of a file, without a torn last line; InputError names the line that is not one."""
+    """Every record of a file, without an incomplete last line; InputError names a line that is no record."""
     return [record for _, record in _records(path)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every row of a ``metrics.jsonl`` under today's names, whichever version of r2m_ray wrote it."""
+    return [current_row(record) for record in read_steps(path)]
 
 
 def encoded(record: Record) -> str:
@@ -107,12 +125,44 @@ def replace_file(path: Path, text: str) -> None:
         ) from error
 
 
+@contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """Hold the lock of a run directory: one process at a time writes a run.
+
+    The directory is made if it is absent. A process that dies releases its lock. Raises InputError naming
+    host and process where another one holds it.
+    """
+    path = directory / LOCK_FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); choose another run.root") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            raise InputError(
+                f"{directory}: {holder} is writing this run; wait for it, stop it, or choose another run.name"
+            ) from error
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise InputError(f"{path}: cannot be locked ({error.strerror})") from error
+            logger.warning("%s: this file system has no locks; let one process at a time write a run", path)
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each record with the offset of the byte after its line."""
     end = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            # Only a line cut off by a crash lacks its newline; its step was never committed.
+            # Only a crash leaves a line without its newline, and its step was never committed.
             if not line.endswith(b"\n"):
                 return
             end += len(line)
@@ -136,8 +186,3 @@ def _finite(value: Any) -> tuple[Any, int]:
         items = [_finite(item) for item in value]
         return [item for item, _ in items], sum(n for _, n in items)
     return value, 0
-
-
-def _write_whole(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]

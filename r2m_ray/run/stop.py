@@ -1,4 +1,4 @@
-"""Told to stop: the first SIGTERM or SIGINT ends a run in order, the second one at once."""
+"""Stop requests: the first SIGTERM or SIGINT ends a run in order, the second one ends it at once."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from r2m_ray.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_S = 1.0
-"""Seconds in which a signal that comes again is the same request: some senders tell process and group."""
+"""Seconds in which a repeated signal is the same request: some senders signal the process and its group."""
 SHOW_CURSOR = "\x1b[?25h"
 
 
 class StopRequest:
-    """Whether the run was told to stop; a context manager that listens for the signals.
+    """Whether somebody asked the run to stop; a context manager that listens for the signals.
 
     While actors start or are replaced, the run ends where it is. While it trains (``deferred``), the request
-    waits for the end of the step, where the driver saves and checks, but no longer than ``grace_s``.
+    waits for the end of the step, where the driver saves and checks, for ``grace_s`` seconds at most.
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -49,7 +49,7 @@ class StopRequest:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
-            # Ray's own answer to SIGTERM, while it starts.
+            # Ray's own handler of SIGTERM, while it starts.
             self._name = signal.SIGTERM.name
             raise self.preempted("nothing was under way") from error
 
@@ -72,12 +72,12 @@ class StopRequest:
             self._deferred = False
 
     def check(self) -> None:
-        """Raise Preempted where the run was told to stop."""
+        """Raise Preempted if a stop was requested."""
         if self.requested:
             raise self.preempted("the last commit is kept")
 
     def preempted(self, state: str) -> Preempted:
-        """The error that ends a run that was told to stop."""
+        """The error that ends a run after a stop request."""
         return Preempted(f"stopped by {self._name}; {state}. Continue with run.resume=true.")
 
     async def _listening(self, main: Coroutine[Any, Any, None]) -> None:
@@ -110,18 +110,18 @@ class StopRequest:
             raise self.preempted("nothing was under way")
 
     def _note(self, number: int) -> bool:
-        """Take note of a signal; whether it is the first one."""
+        """Record a signal; returns whether it is the first one."""
         if not self.requested:
             self._name, self._since = signal.Signals(number).name, time.monotonic()
             return True
         if time.monotonic() - self._since > REPEAT_S:
-            # Whoever asks twice does not want to wait; the last commit is whole in any case.
+            # A second request means: do not wait. The last commit is complete in any case.
             leave(Preempted.exit_code)
         return False
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, with a terminal that its live panel has not cleared."""
+    """End this process at once, and show the cursor that the live panel has hidden."""
     if sys.stderr.isatty():
         sys.stderr.write(SHOW_CURSOR)
         sys.stderr.flush()

@@ -1,30 +1,40 @@
-"""A copy of the metrics on Weights & Biases, made by a thread of its own so that training never waits for it.
+"""A copy of the metrics on Weights & Biases. A thread of its own sends it, so training never waits.
 
-Whatever goes wrong there, ``metrics.jsonl`` is complete and the run goes on: one warning says how to
-upload the offline copy later. W&B cannot take rows back, so steps that a resumed run computes again
-appear there twice, with the same values.
+Whatever fails there, ``metrics.jsonl`` is complete and the run goes on. A row counts as sent once W&B has
+finished the start that sent it (``wandb/sent.jsonl`` names the last such row). The first row of a later start
+also sends all rows between, from ``metrics.jsonl``. So W&B can get a row twice, with one step and one value.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import queue
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from r2m_ray.config.schema import LoggingConfig, WandbMode
+from r2m_ray.run.files import METRICS_FILE, Record, read_steps, replace_file
+from r2m_ray.run.vocabulary import current_row
 
-_QUEUED_ROWS = 256
+SENT_FILE = Path("wandb", "sent.jsonl")
+_HEADER = {"step", "kind", "nonfinite"}
+_QUEUE_SIZE = 256
 _START_SECONDS = 30.0
 _CLOSE_SECONDS = 30.0
+_SERVICE = "WANDB_SERVICE"
 
 
 class WandbMirror:
     """Sends rows to one W&B run, kept below ``directory/wandb``.
 
-    Where the server cannot be reached the run is kept offline instead. ``run_id`` is the same for every
-    continuation of a run, which joins their uploads. ``warn`` gets at most one message, from any thread.
+    Where the server cannot be reached, the run is kept offline instead. ``run_id`` is the same for every
+    start of a run, which joins their uploads. ``warn`` gets at most one message, from any thread.
     """
 
     def __init__(
@@ -41,48 +51,64 @@ class WandbMirror:
         self._name, self._run_id, self._config = name, run_id, config
         self._warn, self._warned = warn, threading.Lock()
         self._sync_target = directory / "wandb" / "offline-run-*"
-        self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue(_QUEUED_ROWS)
-        self._dropped = 0
+        self._rows: queue.Queue[list[Record] | None] = queue.Queue(_QUEUE_SIZE)
+        sent = read_steps(directory / SENT_FILE) if (directory / SENT_FILE).exists() else []
+        self._given = _order(sent[-1]) if sent else (-1, False)
+        self._behind = True
         self._thread = threading.Thread(target=self._copy, name="wandb", daemon=True)
         self._thread.start()
 
-    def send(self, row: Mapping[str, Any]) -> None:
-        """Hand a row over at once; when W&B is hundreds of rows behind, the row is dropped and counted."""
-        try:
-            self._rows.put_nowait(row)
-        except queue.Full:
-            self._dropped += 1
+    def send(self, row: Record) -> None:
+        """Hand over a row that ``metrics.jsonl`` already holds, and return at once.
+
+        A row that W&B has is left out. While the queue is full, rows wait in the file for a later call.
+        """
+        if self._rows.full():
+            self._behind = True
+        else:
+            self._hand_over([row])
 
     def close(self, timeout_s: float = _CLOSE_SECONDS) -> None:
-        """Wait for W&B to take what is left, but not much longer than ``timeout_s``."""
+        """Wait until W&B has taken the rest, but not much longer than ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
         try:
-            self._rows.put_nowait(None)
+            self._hand_over([], timeout_s)
+            self._rows.put(None, timeout=max(0.0, deadline - time.monotonic()))
         except queue.Full:
-            self._warn_once(f"W&B is {_QUEUED_ROWS} rows behind and was left there")
+            self._warn_once(f"W&B is over {_QUEUE_SIZE} rows behind after {timeout_s:.0f} s")
             return
-        self._thread.join(timeout_s)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._warn_once(f"W&B did not finish within {timeout_s:.0f} s")
-        elif self._dropped:
-            self._warn_once(f"W&B was too slow for {self._dropped} rows")
+
+    def _hand_over(self, rows: Iterable[Record], timeout_s: float = 0.0) -> None:
+        if self._behind:
+            rows = read_steps(self._directory / METRICS_FILE)
+        new = [row for row in rows if _order(row) > self._given]
+        if new:
+            self._rows.put(new, timeout=timeout_s)
+            self._given = _order(new[-1])
+        self._behind = False
 
     def _copy(self) -> None:
         # Any failure of the service or its client, of whatever type, must leave training alone.
+        last: Record | None = None
         try:
             run = self._start()
-            for row in iter(self._rows.get, None):
-                run.log(row)
+            for rows in iter(self._rows.get, None):
+                for last in rows:
+                    run.log(_tracked(last), step=last["step"])
         except Exception as error:
             self._warn_once(f"W&B stopped ({_first_line(error)})")
             # Rows are still taken off the queue, so that closing always finds room in it.
             while self._rows.get() is not None:
                 continue
-        else:
-            self._finish(run)
-
-    def _finish(self, run: Any) -> None:
+            return
         try:
             run.finish()
+            if last is not None:
+                sent = {"step": last["step"], "kind": last["kind"]}
+                replace_file(self._directory / SENT_FILE, json.dumps(sent) + "\n")
         except Exception as error:
             self._warn_once(f"W&B did not take every row ({_first_line(error)})")
 
@@ -90,6 +116,8 @@ class WandbMirror:
         # Only here, so that `logging.wandb=disabled` never pays for the import.
         import wandb
 
+        if _SERVICE not in os.environ:
+            os.environ[_SERVICE] = _detached_service()
         wandb.setup(settings=wandb.Settings(silent=True))
         if self._logging.wandb is WandbMode.online:
             try:
@@ -126,16 +154,46 @@ class WandbMirror:
             settings=settings,
         )
         self._sync_target = Path(run.settings.sync_dir)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
         return run
 
     def _warn_once(self, reason: str) -> None:
         if self._warned.acquire(blocking=False):
             self._warn(
-                f"{reason}. Training and metrics.jsonl are not affected. "
-                f"Upload later with: wandb sync {self._sync_target}"
+                f"{reason}. Training and metrics.jsonl are not affected. The next start of this run sends "
+                f"the rows that W&B misses. To upload what it has: wandb sync {self._sync_target}"
             )
+
+
+def _detached_service() -> str:
+    """Start W&B's service as no child of this process; returns the address for ``WANDB_SERVICE``.
+
+    Ray stops a job by a signal to the driver and all its descendants. A service among them ends at once and
+    takes along the rows that it has not yet written. This one ends by itself, once it has no client.
+    """
+    command = [sys.executable, "-m", "wandb", "beta", "core", "start", "--idle-timeout", "30s"]
+    started = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+        timeout=_START_SECONDS,
+        start_new_session=True,
+    )
+    return started.stdout.strip()
+
+
+def _order(row: Record) -> tuple[int, bool]:
+    """A row's place in ``metrics.jsonl``: an evaluation comes after the step that it follows."""
+    return row["step"], row["kind"] == "eval"
+
+
+def _tracked(row: Record) -> dict[str, Any]:
+    """What W&B shows of a row. Its table has one row for each step, so an evaluation's keys get a prefix."""
+    prefix = "eval/" if row["kind"] == "eval" else ""
+    values = {name: value for name, value in row.items() if name not in _HEADER and value is not None}
+    return {f"{prefix}{name}": value for name, value in current_row(values).items()}
 
 
 def _first_line(error: Exception) -> str:

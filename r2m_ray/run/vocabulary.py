@@ -212,22 +212,23 @@ FORMER: Mapping[str, str] = {
     "calibration_error": "pairs/calibration_error",
     "calibration_error_frozen": "pairs/frozen_calibration_error",
 }
-"""Names that evaluations of earlier versions had, and today's."""
+"""Names in evaluations of earlier versions, and their names today."""
 _FORMER_KIND = "rm_accuracy_"
 
 
 def metric(name: str) -> str:
-    """``name`` itself, known to be a metric; whoever asks for a metric by name asks through this.
+    """``name`` itself. Code that reads a metric by name takes the name from here, so that an error in it is
+    found at import.
 
-    Raises KeyError for a name that nothing reports.
+    Raises KeyError for a name that no row has.
     """
     if name not in REGISTRY and not name.startswith(tuple(FAMILIES)):
-        raise KeyError(f"{name} is no metric of r2m_ray.run.vocabulary")
+        raise KeyError(f"{name} is not a metric of r2m_ray.run.vocabulary")
     return name
 
 
 def current_name(name: str) -> str:
-    """Today's name of a key of ``metrics.jsonl``, whichever version wrote it."""
+    """Today's name of a key of ``metrics.jsonl``, for rows of any version."""
     if name in FORMER:
         return FORMER[name]
     if name.startswith(_FORMER_KIND):
@@ -240,3 +241,18 @@ def current_name(name: str) -> str:
 def current_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of ``metrics.jsonl`` under today's names."""
     return {current_name(name): value for name, value in row.items()}
+
+
+def reference() -> str:
+    """The reference of all metrics, as Markdown: a table for each kind of row, and the families of names."""
+    titles = {
+        Source.both: "Training steps and evaluations",
+        Source.step: "Training steps",
+        Source.evaluation: "Evaluations",
+    }
+    parts = []
+    for source, title in titles.items():
+        rows = [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in METRICS if m.source is source]
+        parts.append("\n".join([f"## {title}", "", "| Name | Unit | Meaning |", "|---|---|---|", *rows]))
+    families = [f"- `{prefix}…`: {meaning.replace('``', '`')}" for prefix, meaning in FAMILIES.items()]
+    return "\n\n".join([*parts, "\n".join(["## Families of names", "", *families])]) + "\n"

@@ -7,9 +7,11 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +32,9 @@ LONGEST_PARENT = 14
 SERVERS = ("raylet", "gcs_server")
 WATCH_S = 2.0
 GCS_SILENCE_S = 30
-"""How long Ray waits for a control store that does not answer before it ends the process."""
+"""How long Ray waits for a control store that does not answer before it ends the process, with code 1."""
+HEAD_SILENCE_S = 20
+"""How long the head of a joined cluster may refuse connections before the run ends: before Ray ends it."""
 
 
 @contextmanager
@@ -51,13 +55,14 @@ def cluster(config: ClusterConfig, stop: StopRequest | None = None) -> Iterator[
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(GCS_SILENCE_S),
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     }
     with _environment(settings):
         if config.address == "local":
             with _own(config, stop):
                 yield
         else:
-            with _connected(config, address=config.address):
+            with _connected(config, address=config.address), _watched(stop, joined=True):
                 yield
 
 
@@ -79,12 +84,9 @@ def _own(config: ClusterConfig, stop: StopRequest | None) -> Iterator[None]:
                 include_dashboard=False,
                 logging_level="ERROR",
             ),
+            _watched(stop),
         ):
-            watch = ServerWatch(stop)
-            try:
-                yield
-            finally:
-                watch.stop()
+            yield
 
 
 @contextmanager
@@ -110,6 +112,15 @@ def _connected(config: ClusterConfig, **arguments: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _watched(stop: StopRequest | None, *, joined: bool = False) -> Iterator[None]:
+    watch = ServerWatch(stop, head=ray.get_runtime_context().gcs_address if joined else None)
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
+@contextmanager
 def _private_token() -> Iterator[None]:
     """Afterwards a token that Ray has made is readable by the user alone; Ray leaves that to the umask."""
     token = Path.home() / ".ray" / "auth_token"
@@ -122,16 +133,20 @@ def _private_token() -> Iterator[None]:
 
 
 class ServerWatch:
-    """Ends this process soon after a server process of its own cluster has ended: nothing can answer then.
+    """Ends this process soon after the Ray cluster of its run is lost: nothing can answer then.
 
-    Ray tells its driver only after a minute or more, or, where the driver reaches for the object store first,
-    ends it with code 1 and no word: so on Linux the system tells at once. The exit code is 3, or 75 where the
-    run was told to stop: then whoever told it may have told the servers as well.
+    Ray reports that to its driver only after a minute or more. Or it ends the driver with code 1 and without
+    a word, where the driver reaches for the object store or the control store first. So on Linux the system
+    reports at once when a server of the run's own cluster ends; the control store of a joined cluster is
+    asked for a connection. The exit code is 3, or 75 where the run was asked to stop: whoever asked it may
+    have asked the servers as well.
     """
 
-    def __init__(self, stop: StopRequest | None) -> None:
+    def __init__(self, stop: StopRequest | None, head: str | None = None) -> None:
         self._stop = stop
-        self._servers = {name: process for process in _children() if (name := _name(process)) in SERVERS}
+        self._head = head
+        own = [] if head else _children()
+        self._servers = {name: process for process in own if (name := _name(process)) in SERVERS}
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="server watch", daemon=True).start()
 
@@ -140,19 +155,25 @@ class ServerWatch:
         self._over.set()
 
     def _watch(self) -> None:
+        answered = time.monotonic()
         with _ends([server.pid for server in self._servers.values()]) as ends:
             while not self._over.is_set():
                 ended = [name for name, server in self._servers.items() if not _runs(server)]
                 if ended and not self._over.is_set():
-                    self._give_up(ended[0])
+                    pid = self._servers[ended[0]].pid
+                    self._give_up(f"the run's own Ray cluster lost its {ended[0]} (process {pid})")
+                if self._head is None or _accepts(self._head):
+                    answered = time.monotonic()
+                silent_s = time.monotonic() - answered
+                if silent_s > HEAD_SILENCE_S and not self._over.is_set():
+                    self._give_up(f"the head of the Ray cluster ({self._head}) was gone for {silent_s:.0f} s")
                 ends.poll(1000 * WATCH_S)
 
-    def _give_up(self, name: str) -> None:
-        told = self._stop is not None and self._stop.requested
+    def _give_up(self, what: str) -> None:
+        stopping = self._stop is not None and self._stop.requested
         print(
-            f"{'stopped' if told else 'error'}: the run's own Ray cluster lost its {name} (process "
-            f"{self._servers[name].pid}), so no actor can be reached. The last commit is kept; continue with "
-            "run.resume=true.",
+            f"{'stopped' if stopping else 'error'}: {what}, so no actor can be reached. The last commit is "
+            "kept; continue with run.resume=true.",
             file=sys.stderr,
             flush=True,
         )
@@ -160,7 +181,17 @@ class ServerWatch:
         for server in self._servers.values():
             if _runs(server):
                 server.kill()
-        leave(Preempted.exit_code if told else RunError.exit_code)
+        leave(Preempted.exit_code if stopping else RunError.exit_code)
+
+
+def _accepts(address: str) -> bool:
+    """Whether a server accepts a connection at ``host:port``."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), WATCH_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _children() -> list[psutil.Process]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+import psutil
 import ray
 import torch
 
@@ -25,8 +26,10 @@ def actor_environment(config: Config, gpus: float) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
-        # What a process last said should be about its end.
+        # The last lines of a process should be about its end.
         "TQDM_DISABLE": "1",
+        # A lost peer fails every call under way; the driver reports it once.
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",
         "PYTHONWARNINGS": "ignore:The given NumPy array is not writable,ignore:Zero-copy tensor",
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     }
@@ -36,7 +39,7 @@ def actor_environment(config: Config, gpus: float) -> dict[str, str]:
 
 
 def free_address() -> Address:
-    """An address of this process's node that a collective can meet at."""
+    """A rendezvous address on this process's node that is free now."""
     ip: str = ray.util.get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((ip, 0))
@@ -44,7 +47,7 @@ def free_address() -> Address:
 
 
 def join_environment(rank: int, world_size: int, address: Address) -> None:
-    """Tell this process's collectives who it is and where rank 0 listens."""
+    """Set what this process's collectives read: its rank, the rendezvous address, its network interface."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK="0",
@@ -52,3 +55,13 @@ def join_environment(rank: int, world_size: int, address: Address) -> None:
         MASTER_ADDR=address[0],
         MASTER_PORT=str(address[1]),
     )
+    # By itself gloo listens where the host's name resolves to, which on Debian is the loopback interface.
+    if interface := interface_of(ray.util.get_node_ip_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def interface_of(ip: str) -> str | None:
+    """The network interface of this machine that holds an address; None where no interface does."""
+    held = psutil.net_if_addrs().items()
+    return next((name for name, addresses in held if any(a.address == ip for a in addresses)), None)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r2m_ray.config.schema import Config
@@ -15,15 +23,27 @@ from r2m_ray.engines.faults import ACTOR, fault_environment
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.device import actor_environment
 
+ROUNDING = 1e-9
+CONNECT_S = 2.0
+"""Until a node must have accepted a connection."""
+POLL_S = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What one role asks of the cluster: ``count`` actors of ``cpus`` and ``gpus`` each."""
+    """What one role asks of the cluster: ``count`` actors of ``cpus`` and ``gpus`` each.
+
+    An actor lies on one node, so the tensor-parallel ranks of an engine share a node.
+    """
 
     role: str
     count: int
     cpus: float
     gpus: float
+
+    def of(self, resource: str) -> float:
+        """What one actor asks of ``CPU`` or ``GPU``."""
+        return self.cpus if resource == "CPU" else self.gpus
 
 
 def demands(config: Config) -> list[Demand]:
@@ -41,66 +61,123 @@ def demands(config: Config) -> list[Demand]:
     ]
 
 
-def shortage(wanted: list[Demand], resources: Mapping[str, float]) -> str | None:
-    """What the cluster lacks for the demands, in words; None if nothing."""
+def shortage(wanted: Sequence[Demand], nodes: Sequence[Mapping[str, float]], strategy: str) -> str | None:
+    """What a cluster of ``nodes``, by their resources, can never give to the demands; None if nothing."""
     lines = []
-    for resource, total in (
-        ("CPU", sum(d.count * d.cpus for d in wanted)),
-        ("GPU", sum(d.count * d.gpus for d in wanted)),
-    ):
-        available = resources.get(resource, 0.0)
-        if total > available + 1e-9:
-            parts = ", ".join(
-                f"{d.role} {d.count}×{d.cpus if resource == 'CPU' else d.gpus:g}" for d in wanted
-            )
-            lines.append(f"{resource}: {total:g} needed ({parts}), {available:g} in the cluster")
+    for resource in ("CPU", "GPU"):
+        offers = [node.get(resource, 0.0) for node in nodes]
+        total, largest = sum(d.count * d.of(resource) for d in wanted), max(offers, default=0.0)
+        parts = ", ".join(f"{d.role} {d.count}×{d.of(resource):g}" for d in wanted)
+        if total > sum(offers) + ROUNDING:
+            lines.append(f"{resource}: {total:g} needed ({parts}), {sum(offers):g} in the cluster")
+        elif strategy == "STRICT_PACK" and total > largest + ROUNDING:
+            lines.append(f"{resource}: {total:g} needed on one node ({parts}), the largest has {largest:g}")
+        elif largest + ROUNDING < max(d.of(resource) for d in wanted):
+            lines.append(f"{resource}: an actor lies on one node, the largest has {largest:g} ({parts})")
+    actors = sum(demand.count for demand in wanted)
+    if strategy == "STRICT_SPREAD" and actors > len(nodes):
+        lines.append(f"STRICT_SPREAD puts {actors} actors on as many nodes, {len(nodes)} in the cluster")
     return "; ".join(lines) or None
 
 
 class Placement:
-    """One placement group for the whole run: every actor gets its place, or none does."""
+    """A place for every actor of the run, or for none.
+
+    With PACK, learner ranks are packed by themselves, so that they share nodes as far as they fit: no other
+    role exchanges as much between its actors.
+
+    Raises: RunError, where the cluster can never hold the run, or has no room before
+    ``cluster.start_timeout_s``.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._demands = demands(config)
-        lacking = shortage(self._demands, ray.cluster_resources())
+        strategy = config.cluster.placement
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        lacking = shortage(self._demands, [node["Resources"] for node in nodes], strategy)
         if lacking:
             raise RunError(
                 f"The cluster is too small for this run: {lacking}. "
-                "Lower the role's replicas or cluster.gpus_per_*/cpus_per_actor, or add nodes."
+                "Lower the role's replicas or cluster.gpus_per_*/cpus_per_actor, add nodes, or use "
+                "cluster.placement=PACK."
             )
-        bundles = [{"CPU": d.cpus, "GPU": d.gpus} for d in self._demands for _ in range(d.count)]
-        self._group: PlacementGroup = placement_group(bundles, strategy=config.cluster.placement)
-        if not self._group.wait(config.cluster.start_timeout_s):
+        apart = [[d] for d in self._demands[:1]] if strategy == "PACK" else []
+        self._parts = [*apart, self._demands[len(apart) :]]
+        bundles = [[{"CPU": d.cpus, "GPU": d.gpus} for d in p for _ in range(d.count)] for p in self._parts]
+        self._groups: list[PlacementGroup] = [placement_group(b, strategy=strategy) for b in bundles]
+        deadline = time.monotonic() + config.cluster.start_timeout_s
+        if not all(group.wait(max(deadline - time.monotonic(), 0.0)) for group in self._groups):
             self.release()
             raise RunError(
-                f"{len(bundles)} actors found no place within {config.cluster.start_timeout_s:g} s "
-                f"(cluster.placement={config.cluster.placement}): {ray.cluster_resources()} exist, "
+                f"{sum(map(len, bundles))} actors found no place within {config.cluster.start_timeout_s:g} s "
+                f"(cluster.placement={strategy}): {ray.cluster_resources()} exist, "
                 f"{ray.available_resources()} are free. Stop other jobs or use cluster.placement=SPREAD."
             )
 
     def count(self, role: str) -> int:
         """How many actors the role has."""
-        return next(demand.count for demand in self._demands if demand.role == role)
+        return self._demand(role).count
 
     def spawn(self, actor_class: type, role: str, rank: int) -> Any:
         """Start one actor of a role in its bundle, which whoever had it before must have left."""
-        places = [demand for demand in self._demands for _ in range(demand.count)]
-        bundle = [i for i, demand in enumerate(places) if demand.role == role][rank]
-        environment = actor_environment(self._config, places[bundle].gpus)
+        demand, (group, bundle) = self._demand(role), self._place(role, rank)
+        environment = actor_environment(self._config, demand.gpus)
         return (
             ray.remote(actor_class)
             .options(
-                num_cpus=places[bundle].cpus,
-                num_gpus=places[bundle].gpus,
+                num_cpus=demand.cpus,
+                num_gpus=demand.gpus,
                 runtime_env={"env_vars": {**environment, **fault_environment(), ACTOR: f"{role}-{rank}"}},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group, placement_group_bundle_index=bundle
+                    placement_group=group, placement_group_bundle_index=bundle
                 ),
             )
             .remote()
         )
 
+    def node(self, role: str, rank: int) -> str:
+        """The id of the node where an actor's bundle lies; empty while Ray is moving it."""
+        group, bundle = self._place(role, rank)
+        return str(placement_group_table(group)["bundles_to_node_id"].get(bundle, ""))
+
+    async def settled(self, role: str, ranks: Sequence[int]) -> None:
+        """Wait until no bundle of these ranks lies on a node that cannot be reached.
+
+        Ray needs up to half a minute to find a node dead, and then moves its bundles. A successor that starts
+        before would start on the dead node, and be lost as well. The wait ends after
+        ``cluster.start_timeout_s`` in any case: then the start of the successor fails, and says so.
+        """
+        deadline = time.monotonic() + self._config.cluster.start_timeout_s
+        for rank in ranks:
+            while time.monotonic() < deadline:
+                nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+                node = nodes.get(self.node(role, rank))
+                if node and await _reachable(node["NodeManagerAddress"], node["NodeManagerPort"]):
+                    break
+                await asyncio.sleep(POLL_S)
+
     def release(self) -> None:
         """End every actor of the run and give its place back."""
-        remove_placement_group(self._group)
+        for group in self._groups:
+            remove_placement_group(group)
+
+    def _demand(self, role: str) -> Demand:
+        return next(demand for demand in self._demands if demand.role == role)
+
+    def _place(self, role: str, rank: int) -> tuple[PlacementGroup, int]:
+        for group, part in zip(self._groups, self._parts, strict=True):
+            roles = [demand.role for demand in part for _ in range(demand.count)]
+            if role in roles:
+                return group, roles.index(role) + rank
+        raise AssertionError(f"{role} has a place")
+
+
+async def _reachable(address: str, port: int) -> bool:
+    """Whether a node's raylet accepts connections."""
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_connection(address, port)
+        writer.close()
+        return True
+    return False

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from r2m_ray.core.roles import Stats, WeightSync
+from r2m_ray.core.roles import Ref, Stats, WeightSync
 from r2m_ray.errors import ActorLost, RunError
-from r2m_ray.runtime.team import Team
+from r2m_ray.runtime.worker_group import WorkerGroup
+from r2m_ray.runtime.workers import Workers
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -28,19 +29,36 @@ Notify = Callable[[str], None]
 class Job:
     """Work for one actor that its successor can do again.
 
-    submit: sends it to whoever has the rank now; returns a light object reference, then the records.
-    content: what it works on, for the error that names it.
+    rank, method, arguments, returns: see `Workers.submit`. content: what it works on, for an error's text.
     """
 
     rank: int
-    submit: Callable[[], list[Any]]
+    method: str
+    arguments: tuple[Any, ...]
+    returns: int
     content: str
 
 
-class Redo(Protocol):
-    """Does jobs of a phase; returns each one's records."""
+Answer = tuple[Any, list[Ref[Any]]]
+"""What a job returned: the light object, and references to the others."""
 
-    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[list[Any]]: ...
+
+class Redo(Protocol):
+    """Does jobs of a phase; returns each one's answer."""
+
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]: ...
+
+
+class Once:
+    """Jobs of workers that have no successors."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]:
+        sent = [self._workers.submit(j.rank, j.method, *j.arguments, returns=j.returns) for j in jobs]
+        light = await self._workers.settle(phase, [call for call, _ in sent])
+        return [(answer, records) for answer, (_, records) in zip(light, sent, strict=True)]
 
 
 class InPlace:
@@ -50,30 +68,35 @@ class InPlace:
     Raises RunError naming the job that ``limit`` successors did not survive either.
     """
 
-    def __init__(self, team: Team, revive: Callable[[ActorLost], Awaitable[None]], *, limit: int) -> None:
-        self._team = team
+    def __init__(
+        self, group: WorkerGroup, revive: Callable[[ActorLost], Awaitable[None]], *, limit: int
+    ) -> None:
+        self._group = group
         self._revive = revive
         self._limit = limit
 
-    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[list[Any]]:
-        actors = self._team.actors
-        records: dict[int, list[Any]] = {}
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]:
+        actors = self._group.actors
+        answers: dict[int, Answer] = {}
         for attempt in range(self._limit + 1):
             if attempt:
                 await asyncio.sleep(pause_s(attempt))
-            waiting = [n for n in range(len(jobs)) if n not in records]
-            sent = {n: jobs[n].submit() for n in waiting}
-            calls = [(actors.names[jobs[n].rank], sent[n][0]) for n in waiting]
+            waiting = [n for n in range(len(jobs)) if n not in answers]
+            sent = [
+                actors.submit(job.rank, job.method, *job.arguments, returns=job.returns)
+                for job in (jobs[n] for n in waiting)
+            ]
+            outcomes = await actors.outcomes(phase, [call for call, _ in sent])
             lost: dict[int, ActorLost] = {}
-            for n, outcome in zip(waiting, await actors.outcomes(phase, calls), strict=True):
+            for n, outcome, (_, records) in zip(waiting, outcomes, sent, strict=True):
                 if isinstance(outcome, ActorLost):
                     lost[n] = outcome
                 elif isinstance(outcome, Exception):
                     raise outcome
                 else:
-                    records[n] = sent[n][1:]
+                    answers[n] = outcome, records
             if not lost:
-                return [records[n] for n in range(len(jobs))]
+                return [answers[n] for n in range(len(jobs))]
             first = next(iter(lost.values()))
             if attempt < self._limit:
                 await self._revive(
@@ -93,10 +116,11 @@ class InPlace:
 class ReliableSync:
     """A weight sync that replaces rollout engines it has lost, and brings new ones up to date.
 
-    A sync that an engine did not survive is done again for all of them: a torn one leaves them quarantined.
+    A sync that an engine did not survive is done again for all of them: a partial one leaves them
+    quarantined.
     """
 
-    def __init__(self, sync: WeightSync, rollout: Team, *, limit: int, notify: Notify) -> None:
+    def __init__(self, sync: WeightSync, rollout: WorkerGroup, *, limit: int, notify: Notify) -> None:
         self._sync = sync
         self._rollout = rollout
         self._limit = limit
@@ -121,10 +145,10 @@ class ReliableSync:
         await self(version=self._version)
 
 
-async def replace(team: Team, lost: ActorLost, notify: Notify) -> None:
+async def replace(group: WorkerGroup, lost: ActorLost, notify: Notify) -> None:
     """Start successors of lost actors in their places, and tell how long it took."""
     start = time.monotonic()
-    await team.replace(team.ranks_of(lost.actors))
+    await group.replace(group.ranks_of(lost.actors))
     seconds = time.monotonic() - start
     notify(f"{lost}\n{', '.join(lost.actors)} replaced after {seconds:.1f} s; the work is done again")
 

@@ -1,9 +1,15 @@
 """The one place that carries weights from the learner into the rollout engines.
 
-The learner packs parameters into buckets; each travels once through the object store to every
-engine, while the learner packs the next. Every batch sampled afterwards carries the version, and
-a sha256 over all buckets is compared on both sides, and between all learner ranks, at the first
-sync, after a recovery, and every ``sync.verify_every`` steps. A failed sync leaves the engines
+``sync.backend=object_store``: the learner packs parameters into buckets. Each travels once through the object
+store to every engine, while the learner packs the next. A sha256 over all buckets is compared on both sides,
+and between all learner ranks, at the first sync, after a recovery, and every ``sync.verify_every`` steps.
+
+``nccl`` and ``ipc``: vLLM's own transfer engines send from GPU to GPU. ``nccl`` broadcasts from learner rank
+0 to every engine; ``ipc`` shares memory between processes on the same GPUs. The learner ranks are compared
+with one another every ``sync.verify_every`` steps; with the engines they are not, because no bytes pass
+through a place where both sides could hash them.
+
+Either way, every batch sampled afterwards carries the version, and a failed sync leaves the engines
 quarantined: they refuse to sample until one completes.
 """
 
@@ -11,12 +17,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
 
 from r2m_ray.config.schema import Config, SyncBackend, SyncConfig
-from r2m_ray.core.roles import Stats, WeightSync
-from r2m_ray.runtime.agreement import require_agreement
-from r2m_ray.runtime.direct_sync import DirectSync
-from r2m_ray.runtime.worker_group import Actors
+from r2m_ray.core.roles import Ref, Stats, WeightSync
+from r2m_ray.runtime.worker_group import Actors, require_agreement
+from r2m_ray.runtime.workers import Workers
 
 PHASE = "weight sync"
 
@@ -31,7 +40,7 @@ def weight_sync(config: Config, *, policy: Actors, rollout: Actors) -> WeightSyn
 class ObjectStoreSync:
     """Weight sync through Ray's object store; works on any device."""
 
-    def __init__(self, config: SyncConfig, *, policy: Actors, rollout: Actors) -> None:
+    def __init__(self, config: SyncConfig, *, policy: Workers, rollout: Workers) -> None:
         self._bucket_bytes = config.bucket_mb * 2**20
         self._verify_every = config.verify_every
         self._policy = policy
@@ -68,10 +77,66 @@ class ObjectStoreSync:
             "time/transfer": time.monotonic() - start,
         }
 
-    async def _next_bucket(self) -> tuple[int | None, object]:
+    async def _next_bucket(self) -> tuple[int | None, Ref[Any]]:
         """Size and reference of the next bucket; every rank takes part, rank 0 holds the data."""
-        calls = [handle.next_bucket.options(num_returns=2).remote() for handle in self._policy.handles]
-        sizes = await self._policy.settle(
-            PHASE, [(name, size) for name, (size, _) in zip(self._policy.names, calls, strict=True)]
+        sent = [self._policy.submit(rank, "next_bucket", returns=2) for rank in range(len(self._policy))]
+        sizes = await self._policy.settle(PHASE, [call for call, _ in sent])
+        _, (bucket,) = sent[0]
+        return sizes[0], bucket
+
+
+class EngineClient:
+    """Rollout engines as vLLM's trainer side addresses them; lives in the learner's rank 0."""
+
+    def __init__(self, engines: Sequence[Any], *, ranks_per_engine: int, timeout_s: float) -> None:
+        self._engines = engines
+        self._ranks = ranks_per_engine
+        self._timeout_s = timeout_s
+        self.version = 0
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """Let every engine join; in a group with ranks, each gets its own after the sender's 0."""
+        infos = [dict(init_info) for _ in self._engines]
+        for i, info in enumerate(infos):
+            if "rank_offset" in info:
+                info["rank_offset"] = 1 + i * self._ranks
+        self._wait(
+            [e.init_weight_transfer.remote(info) for e, info in zip(self._engines, infos, strict=True)]
         )
-        return sizes[0], calls[0][1]
+
+    def start_weight_update(self) -> None:
+        self._wait([engine.begin_weight_update.remote(False) for engine in self._engines])
+
+    def update_weights(self, update_info: Any) -> None:
+        self._wait([engine.receive_weights.remote(update_info) for engine in self._engines])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._wait([engine.finish_weight_update.remote(self.version, None) for engine in self._engines])
+
+    def _wait(self, calls: list[Any]) -> None:
+        ray.get(calls, timeout=self._timeout_s)
+
+
+class DirectSync:
+    """A weight sync that vLLM drives from inside the learner ranks."""
+
+    def __init__(self, config: Config, *, policy: Actors, rollout: Actors) -> None:
+        self._config = config
+        self._policy = policy
+        self._rollout = rollout
+        self._members: list[Any] = []
+
+    async def __call__(self, *, version: int) -> Stats:
+        start = time.monotonic()
+        every = self._config.sync.verify_every
+        if len(self._policy) > 1 and every and version % every == 0:
+            await require_agreement(self._policy, PHASE, "weight_digests")
+        # A dead engine is blamed before the learner that would wait for it.
+        await self._rollout.all(PHASE, "ready")
+        members = [*self._policy.handles, *self._rollout.handles]
+        if members != self._members:
+            address = (await self._policy.all(PHASE, "address"))[0]
+            await self._policy.all(PHASE, "join_transfer", self._config, self._rollout.handles, address)
+            self._members = members
+        await self._policy.all(PHASE, "send_weights", version)
+        return {"time/transfer": time.monotonic() - start}

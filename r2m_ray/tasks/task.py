@@ -18,9 +18,6 @@ from r2m_ray.tasks.note2answer.world import prompts as note2answer_prompts
 GoldScorer = Callable[[str, str, bool], Mapping[str, float]]
 """(prompt, response, truncated) → the gold score as ``total``, and its parts."""
 
-GoldTotal = Callable[[str, str, bool], float]
-"""(prompt, response, truncated) → the gold score alone."""
-
 NOTE2ANSWER_PROMPTS = 8192
 """Training prompts of note2answer: more than any run here draws."""
 
@@ -33,7 +30,6 @@ class Task:
         empty where the configuration does not use them.
     counterfactual_pairs: by kind, pairs whose responses differ in that alone, the better one by gold first;
         empty where a task knows no gold.
-    gold: None where a task knows no gold.
     counts: for each use of a file its ``rows``, those ``used``, and the others by reason.
     """
 
@@ -42,7 +38,6 @@ class Task:
     eval_prompts: tuple[str, ...]
     eval_pairs: tuple[PreferencePair, ...]
     counterfactual_pairs: Mapping[str, tuple[PreferencePair, ...]]
-    gold: GoldScorer | None
     counts: Mapping[str, Mapping[str, int]]
 
 
@@ -70,11 +65,11 @@ def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     return task
 
 
-def gold_total(config: Config) -> GoldTotal | None:
-    """The gold score of a configuration's task; None where the task knows none."""
+def gold_scorer(config: Config) -> GoldScorer | None:
+    """The gold score of a config's task; None where the task has none."""
     match config.task.name:
         case TaskName.note2answer:
-            return lambda prompt, response, truncated: gold(prompt, response, truncated).total
+            return lambda prompt, response, truncated: gold(prompt, response, truncated).parts()
         case TaskName.preferences:
             return None
 
@@ -88,7 +83,6 @@ def _note2answer(config: Config) -> Task:
         eval_prompts=note2answer_prompts(seed, "eval", config.evaluate.prompts, values),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
         counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs // 2),
-        gold=lambda prompt, response, truncated: gold(prompt, response, truncated).parts(),
         counts={},
     )
 
@@ -121,6 +115,5 @@ def _preferences(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
         eval_prompts=prompts.prompts(),
         eval_pairs=pairs.pairs,
         counterfactual_pairs={},
-        gold=None,
         counts=counts,
     )

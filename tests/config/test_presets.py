@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from told import complaint
 
 import r2m_ray
-from r2m_ray.config.choices import GOLD_TASKS
 from r2m_ray.config.compose import groups, load_config, load_saved
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import (
+    GOLD_TASKS,
     Advantage,
     Config,
     Dtype,
@@ -29,7 +29,7 @@ from r2m_ray.config.schema import (
     WandbMode,
     WoInit,
 )
-from r2m_ray.driver.loop import omega_at
+from r2m_ray.driver.step import omega_at
 from r2m_ray.errors import InputError
 
 PACKAGE = Path(r2m_ray.__file__).parent

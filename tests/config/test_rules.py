@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from told import complaint, lines_about
 
-from r2m_ray.config.checks_method import LEAST_TEMPERATURE
-from r2m_ray.config.checks_prepare import CPU_HEAD_SIZES
 from r2m_ray.config.compose import load_config
-from r2m_ray.config.read import schema
-from r2m_ray.config.rules import RULES, validate
+from r2m_ray.config.fields import fields
+from r2m_ray.config.rules import CPU_HEAD_SIZES, LEAST_TEMPERATURE, RULES, validate
 from r2m_ray.config.schema import FeedbackRefresh
 from r2m_ray.errors import Problem
 
@@ -80,12 +78,6 @@ RULE_CASES: list[tuple[Sequence[str], str, str, bool]] = [
     (["algo=remax", "algo.kl_estimator=k3"], "algo.kl_estimator", "is not differentiated", True),
     (["monitor.on_alarm=stop", "algo.steps=5"], "monitor.steps", "would never stop", True),
     (["algo.temperature=0.009"], "algo.temperature", "use 0.01 or more", False),
-    (
-        ["feedback.norm=pre", "~rollout.engine_args.enforce_eager"],
-        "feedback.norm",
-        "enforce_eager=true",
-        False,
-    ),
     (
         ["task=preferences", *FILES, "reward=r2m_oracle"],
         "reward.pair_source",
@@ -158,7 +150,7 @@ def test_every_rule_has_a_case() -> None:
     broken = {path for _, path, _, _ in RULE_CASES}
     # The code of a model is refused below the field that the rule reads.
     assert all(any(path.startswith(read) for path in broken for read in reads) for reads, _ in RULES)
-    assert set(itertools.chain(*(reads for reads, _ in RULES))) <= set(schema())
+    assert set(itertools.chain(*(reads for reads, _ in RULES))) <= set(fields())
 
 
 def test_groups_of_two_learn_by_bradley_terry_alone_without_complaint() -> None:
@@ -179,9 +171,6 @@ def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
         [*TWO_GPUS_EACH, "cluster.gpus_per_rollout=2"],
         ["sync.backend=ipc", "cluster.gpus_per_learner=0.5", "cluster.gpus_per_rollout=0.5"],
         [*GPUS, "sync.backend=nccl", "policy.ranks=2"],
-        ["feedback.norm=pre", "feedback.source=learner", "~rollout.engine_args.enforce_eager"],
-        ["feedback.norm=pre", "reward=vanilla", "~rollout.engine_args.enforce_eager"],
-        ["feedback.norm=pre", "rollout.engine_args.enforce_eager=true"],
         ["algo.kl_estimator=k1", "algo.kl_weight=0"],
         ["algo.kl_estimator=k2"],
         ["reward=r2m_oracle", "reward.pair_min_margin=0.5"],

@@ -102,14 +102,56 @@ def test_rows_without_states_have_no_feedback(packed: Packed) -> None:
     torch.testing.assert_close(context_NP[2], random(4, P, seed=1)[3])
 
 
-def test_a_row_does_not_depend_on_its_neighbours(packed: Packed) -> None:
-    lengths = [5, 40, 1, 17]
-    offsets, u_NP, hidden_TP = packed(lengths), random(4, 64) / 8, random(63, 64, seed=1)
+@pytest.mark.parametrize("width", [64, 96, 1024])
+def test_a_row_does_not_depend_on_its_neighbours(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    # The rows of 33 to 48 states are attended to together, in blocks of two.
+    monkeypatch.setattr("r2m_ray.core.head.STATES_AT_ONCE", 2 * 48 * width)
+    lengths = [5, 40, 1, 33, 17, 48, 41]
+    offsets, u_NP, hidden_TP = packed(lengths), random(7, width) / 8, random(185, width, seed=1)
     weight_T, context_NP = attention(u_NP, hidden_TP, offsets)
     for row, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         alone = attention(u_NP[row : row + 1].clone(), hidden_TP[start:stop].clone(), packed([stop - start]))
         assert torch.equal(alone[0], weight_T[start:stop])
         assert torch.equal(alone[1][0], context_NP[row])
+
+
+def test_blocks_of_rows_equal_a_loop_over_rows(packed: Packed) -> None:
+    """Forward and backward; the products of a row are the same ones, summed in another order."""
+    lengths = [*range(40), 100, 300]
+    offsets, u_NP, hidden_TP = packed(lengths), random(42, 64) / 8, random(sum(lengths), 64, seed=1)
+    grad_NP = random(42, 64, seed=2)
+    u_NP.requires_grad_()
+    context_NP = head(64).attend(u_NP, hidden_TP, offsets)
+    (grad_u_NP,) = torch.autograd.grad(context_NP, u_NP, grad_NP)
+    for row, states in enumerate(torch.split(hidden_TP, lengths)):
+        query = u_NP[row].detach().requires_grad_()
+        expected = torch.softmax(states @ query, 0) @ states
+        (grad_u,) = torch.autograd.grad(expected, query, grad_NP[row])
+        torch.testing.assert_close(context_NP[row], expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(grad_u_NP[row], grad_u, atol=1e-5, rtol=1e-6)
+
+
+def test_the_number_of_operations_does_not_grow_with_the_rows(packed: Packed) -> None:
+    def operations(rows: int) -> int:
+        lengths = [33 + n % 16 for n in range(rows)]
+        inputs = random(rows, 64) / 8, random(sum(lengths), 64, seed=1), packed(lengths)
+        with torch.profiler.profile() as profile:
+            attention(*inputs)
+        return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+    assert operations(200) == operations(10)
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_alone(packed: Packed) -> None:
+    lengths = [20, 18, 30]
+    u_NP, hidden_TP = random(3, 64) / 8, random(68, 64, seed=1)
+    _, expected_NP = attention(u_NP, hidden_TP, packed(lengths))
+    hidden_TP[20:38] = torch.nan
+    _, context_NP = attention(u_NP, hidden_TP, packed(lengths))
+    assert torch.isnan(context_NP[1]).all()
+    assert torch.equal(context_NP[[0, 2]], expected_NP[[0, 2]])
 
 
 def test_scores_far_apart_pick_one_state(packed: Packed) -> None:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from r2m_ray.driver.measures import (
     calibration_error,
     gold_measures,

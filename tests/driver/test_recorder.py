@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from r2m_ray.driver.recorder import Recorder
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Advantage, Config, OnAlarm, RewardShape
 from r2m_ray.core.batch import Annotation, Hidden, Trajectories, pack_rows
-from r2m_ray.driver.recorder import Recorder
 from r2m_ray.errors import Alarmed, RunError
 
 POLICY = {"mismatch_mean": 0.01, "skipped_steps": 0.0, "nonfinite_rows": 0.0}
@@ -37,12 +37,12 @@ class Kept:
     """A log in memory."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float], list[dict[str, Any]]]] = []
+        self.logged: list[tuple[int, dict[str, float], list[dict[str, Any]]]] = []
         self.evaluated: list[tuple[int, dict[str, float]]] = []
         self.told: list[str] = []
 
     def rewind(self, step: int) -> None:
-        self.rows = [row for row in self.rows if row[0] <= step]
+        self.logged = [row for row in self.logged if row[0] <= step]
         self.evaluated = [row for row in self.evaluated if row[0] <= step]
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -51,16 +51,14 @@ class Kept:
     def step(
         self, step: int, metrics: Mapping[str, float], rollouts: Iterable[Mapping[str, Any]] = ()
     ) -> None:
-        self.rows.append((step, dict(metrics), [dict(row) for row in rollouts]))
+        self.logged.append((step, dict(metrics), [dict(row) for row in rollouts]))
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self.evaluated.append((step, dict(metrics)))
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [{"step": step, **metrics} for step, metrics in self.evaluated]
-
-    def steps(self) -> list[dict[str, Any]]:
-        return [{"step": step, **metrics} for step, metrics, _ in self.rows]
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        rows = self.evaluated if kind == "eval" else self.logged
+        return [{"step": row[0], **row[1]} for row in rows]
 
     def message(self, text: str) -> None:
         self.told.append(text)
@@ -149,7 +147,7 @@ def run(config: Config, tiny_tokenizer: PreTrainedTokenizerFast) -> Run:
 
 def test_a_step_is_logged_with_everyones_numbers(run: Run) -> None:
     run.step(3)
-    ((step, metrics, rollouts),) = run.log.rows
+    ((step, metrics, rollouts),) = run.log.logged
     assert step == 3
     assert (metrics["reward/mean"], metrics["policy/mismatch_mean"], metrics["sync/bytes"]) == (2.5, 0.01, 1)
     assert metrics["response/empty_fraction"] == metrics["response/truncated_fraction"] == 0.25
@@ -160,7 +158,7 @@ def test_the_words_are_those_the_rewards_came_from(run: Run) -> None:
     """The head is read before its update, on the h of the annotation."""
     run.step(1)
     assert run.head.read == ["stale"]
-    ((_, _, rollouts),) = run.log.rows
+    ((_, _, rollouts),) = run.log.logged
     assert rollouts[0]["attention"][0] == ["w1", 1.0]
     assert [weight for _, weight in rollouts[1]["attention"]] == [1.0, 0.0, 0.0, 0.0]
 
@@ -170,7 +168,7 @@ def test_without_feedback_nothing_is_read(config: Config, tiny_tokenizer: PreTra
     run = Run(config, tiny_tokenizer)
     run.step(1)
     assert run.head.read == []
-    assert [row["attention"] for row in run.log.rows[0][2]] == [None, None]
+    assert [row["attention"] for row in run.log.logged[0][2]] == [None, None]
 
 
 def test_stale_rows_end_the_run_before_anything_learns_from_them(run: Run) -> None:
@@ -178,19 +176,19 @@ def test_stale_rows_end_the_run_before_anything_learns_from_them(run: Run) -> No
     with pytest.raises(RunError, match="version 0, and version 1 was due"):
         run.step(2, version=0)
     assert run.head.focus == 1
-    assert [row[0] for row in run.log.rows] == [1]
+    assert [row[0] for row in run.log.logged] == [1]
 
 
 def test_a_gap_ends_the_run_after_its_step_is_logged(run: Run) -> None:
     with pytest.raises(RunError, match=r"guard\.logprob_gap is 0\.5"):
         run.step(1, policy=POLICY | {"mismatch_mean": 2.0})
-    assert run.log.rows[0][1]["policy/mismatch_mean"] == 2.0
+    assert run.log.logged[0][1]["policy/mismatch_mean"] == 2.0
 
 
 def test_steps_with_nan_in_a_row_end_the_run_and_averages_are_over_the_rest(run: Run) -> None:
     broken = (1.0, math.nan, 3.0, 4.0)
     run.step(1, rewards=broken)
-    metrics = run.log.rows[0][1]
+    metrics = run.log.logged[0][1]
     assert (metrics["reward/nonfinite"], metrics["hidden/nonfinite"]) == (1, 1)
     assert metrics["reward/mean"] == pytest.approx(8 / 3)
     with pytest.raises(RunError, match=r"2 steps in a row(.|\n)*row 1, prompt 'w1 w2 w3'"):
@@ -200,9 +198,9 @@ def test_steps_with_nan_in_a_row_end_the_run_and_averages_are_over_the_rest(run:
 def test_going_back_to_a_commit_forgets_rows_and_streaks(run: Run) -> None:
     run.step(1, rewards=(1.0, math.nan, 3.0, 4.0))
     run.recorder.rewind(0)
-    assert run.log.rows == []
+    assert run.log.logged == []
     run.step(1, rewards=(1.0, math.nan, 3.0, 4.0))
-    assert [row[0] for row in run.log.rows] == [1]
+    assert [row[0] for row in run.log.logged] == [1]
 
 
 def wide(step: int) -> dict[str, Any]:
@@ -217,9 +215,9 @@ def test_alarms_are_in_the_log_of_their_step_and_told_once(
     run = Run(config, tiny_tokenizer)
     for t in (1, 2, 3):
         run.step(**wide(t))
-    assert [row[1]["alarm/scale_ratio"] for row in run.log.rows] == [0, 1, 1]
-    assert [row[1]["alarm/flip_rate"] for row in run.log.rows] == [0, 1, 1]
-    assert [row[1]["alarm/kl"] for row in run.log.rows] == [0, 0, 0]
+    assert [row[1]["alarm/scale_ratio"] for row in run.log.logged] == [0, 1, 1]
+    assert [row[1]["alarm/flip_rate"] for row in run.log.logged] == [0, 1, 1]
+    assert [row[1]["alarm/kl"] for row in run.log.logged] == [0, 0, 0]
     assert [text.split(":")[0] for text in run.log.told] == [
         "alarm scale_ratio at step 2",
         "alarm flip_rate at step 2",
@@ -248,11 +246,11 @@ def test_alarms_follow_the_run_back_to_a_commit(
     run = Run(config, tiny_tokenizer)
     for t in (1, 2, 3):
         run.step(**wide(t))
-    logged = run.log.rows[2][1]
+    logged = run.log.logged[2][1]
     run.recorder.rewind(2)
     assert run.recorder.alarmed  # As it was after step 2.
     run.step(**wide(3))
-    assert run.log.rows[2][1] == logged
+    assert run.log.logged[2][1] == logged
     assert len(run.log.told) == 2
     run.recorder.rewind(1)
     assert not run.recorder.alarmed
@@ -265,7 +263,7 @@ def test_remax_leaves_its_greedy_rows_out(config: Config, tiny_tokenizer: PreTra
     config.algo.advantage = Advantage.remax
     run = Run(config, tiny_tokenizer)
     run.step(1)
-    metrics = run.log.rows[0][1]
+    metrics = run.log.logged[0][1]
     assert (metrics["reward/mean"], metrics["reward/greedy_mean"]) == (3.0, 1.0)
     assert metrics["response/length_mean"] == pytest.approx(5 / 3)
 

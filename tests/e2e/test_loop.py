@@ -15,6 +15,8 @@ import pytest
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import ClusterConfig
 from r2m_ray.driver.metrics import MACHINE_PREFIXES
+from r2m_ray.run.files import read_steps
+from r2m_ray.run.vocabulary import current_row, metric
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.launch import run_evaluation, run_training
 from r2m_ray.tasks.prepare import measurement
@@ -85,6 +87,12 @@ def digests(checkpoint: Path) -> dict[str, str]:
     files = sorted(checkpoint.rglob("*.safetensors"))
     assert files
     return {str(f.relative_to(checkpoint)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_every_metric_of_a_run_is_in_the_registry(r2m: Path) -> None:
+    for row in read_steps(r2m / "metrics.jsonl"):
+        for name in current_row(row).keys() - {"step", "kind", "nonfinite"}:
+            assert metric(name) == name
 
 
 def test_a_run_takes_all_its_steps_with_four_real_roles(r2m: Path) -> None:

@@ -166,7 +166,7 @@ class Lab:
         self.root = root
         self.common = [*SMALL, f"prepare.root={root / 'prepared'}"]
         self._count = 0
-        self._whole: dict[str, Finished] = {}
+        self._undisturbed: dict[str, Finished] = {}
         self._temporary: list[Path] = []
         prepare(load_config(self.common))
 
@@ -218,10 +218,10 @@ class Lab:
 
     def once(self, name: str, *overrides: str, deadline_s: float = DEADLINE_S) -> Finished:
         """An undisturbed run of these settings, made when it is first asked for."""
-        if name not in self._whole:
-            self._whole[name] = self.run(name, *overrides, deadline_s=deadline_s)
-            assert self._whole[name].code == 0, self._whole[name].text
-        return self._whole[name]
+        if name not in self._undisturbed:
+            self._undisturbed[name] = self.run(name, *overrides, deadline_s=deadline_s)
+            assert self._undisturbed[name].code == 0, self._undisturbed[name].text
+        return self._undisturbed[name]
 
     def close(self) -> None:
         for directory in self._temporary:
@@ -241,14 +241,14 @@ class Lab:
         return sorted(path for path in new if not held(path))
 
     def clean(self, running: Running, *, killed: bool = False) -> None:
-        """CLEAN: a run leaves no process, temporary file or shared memory; a process is ended and told."""
+        """CLEAN: a run leaves no process, temporary file or shared memory; leftovers are ended and named."""
         limit = time.monotonic() + 30
         while (left := running.processes()) and time.monotonic() < limit:
             time.sleep(0.1)
-        told = [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in left]
+        named = [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in left]
         for process in left:
             process.kill()
-        assert not told, f"processes outlived the run by 30 s: {told}"
+        assert not named, f"processes outlived the run by 30 s: {named}"
         kept = [*self.temporary_files(running), *self.shared_memory(running)]
         assert killed or not kept, f"temporary files are left: {kept}"
 

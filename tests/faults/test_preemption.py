@@ -1,4 +1,4 @@
-"""Told to stop, or ended without a word: what is committed stays, and the run goes on from there."""
+"""Stopped, or killed: what is committed stays, and the run goes on from there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(
     lab: Any, undisturbed: Any, same: Any
 ) -> None:
-    stopped = lab.run("told", faults=["driver@3:annotate:term"])
+    stopped = lab.run("signal", faults=["driver@3:annotate:term"])
     assert stopped.code == 75, stopped.text
     assert stopped.commits[-1] == "step-000003"
     assert "run.resume=true" in stopped.text
-    same(lab.run("told", again=True), undisturbed)
+    same(lab.run("signal", again=True), undisturbed)
 
 
 def test_signals_in_every_phase(lab: Any, undisturbed: Any, same: Any) -> None:

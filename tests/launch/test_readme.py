@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from r2m_ray.cli.checks.exposure import exposure_problems
+from r2m_ray.cli.checks.preflight import exposure_problems
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import ClusterConfig
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,18 +16,20 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm.sh"
 
 STUBS = {
-    "scontrol": 'printf "first\\nsecond\\n"',
+    "scontrol": 'printf "first\\nlocalhost\\n"',
     "srun": 'echo "$@" > "$LOG/srun"; while [ "$1" != ray ]; do shift; done; exec "$@"',
     "ray": """
 case $1 in
   get-auth-token) umask > "$LOG/umask"; echo canary-token ;;
   symmetric-run)
     echo "$RAY_AUTH_MODE" > "$LOG/mode"
-    trap 'touch "$LOG/ray-was-signalled"; exit 1' TERM
+    env | grep RAY_SYMMETRIC > "$LOG/wait"
+    trap 'touch "$LOG/ray-stopped"; kill "$COMMAND"; exit 1' TERM
     [ ! -e "$LOG/no-ray" ] || exit 1
     while [ "$1" != -- ]; do shift; done; shift
-    "$@"
-    touch "$LOG/ray-stopped" ;;
+    "$@" &
+    COMMAND=$!
+    wait "$COMMAND" ;;
 esac
 """,
     # It saves for as long as the test says, and ends with the code that the test says.
@@ -54,10 +58,10 @@ def start(tmp_path: Path, *, ray_starts: bool = True) -> Job:
         (commands / name).chmod(0o755)
     environment = {
         **os.environ,
-        "PATH": f"{commands}:{os.environ['PATH']}",
+        "PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LOG": str(log),
         "TMPDIR": str(tmp_path),
-        "SLURM_JOB_NODELIST": "first,second",
+        "SLURM_JOB_NODELIST": "first,localhost",
         "SLURM_NNODES": "2",
         "SLURM_CPUS_PER_TASK": "4",
     }
@@ -116,7 +120,6 @@ def test_a_warning_reaches_the_run_alone_and_the_job_waits_until_it_has_saved(
     assert not (log / "ray-stopped").exists()
     assert end(job, 75) == 75
     assert (log / "ray-stopped").exists()
-    assert not (log / "ray-was-signalled").exists()
 
 
 def test_two_warnings_do_not_lose_the_exit_code(job: Job) -> None:
@@ -143,4 +146,25 @@ def test_nodes_join_by_a_token_that_only_the_user_may_read(job: Job) -> None:
     assert (log / "umask").read_text() == "0077\n"
     assert (log / "mode").read_text() == "token\n"
     assert "canary-token" not in "".join([*process.communicate(), (log / "srun").read_text()])
-    assert "--address first:6379 --min-nodes 2 --num-cpus 4" in (log / "srun").read_text()
+    # An address, because the head's name may resolve to something else on each node.
+    started = "--address 127.0.0.1:6379 --min-nodes 2 --num-cpus 4 --num-gpus 0"
+    assert started in (log / "srun").read_text()
+    assert (log / "wait").read_text() == "RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300\n"
+
+
+def test_ray_is_stopped_on_all_nodes_as_soon_as_the_run_has_ended(job: Job) -> None:
+    _, log = job
+    wait_until((log / "run").exists)
+    start = time.monotonic()
+    assert end(job, 0) == 0
+    assert (log / "ray-stopped").exists()
+    assert time.monotonic() - start < 20
+
+
+def test_a_missing_environment_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "bash").symlink_to(shutil.which("bash") or "/bin/bash")
+    done = subprocess.run(
+        [tmp_path / "bash", SCRIPT], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "activate the run's environment" in done.stderr

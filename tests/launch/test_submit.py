@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ray.job_submission import JobDetails
 
 from r2m_ray.errors import InputError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "submit.py"
+ROOTS = ("run.root=/shared/runs", "prepare.root=/shared/prepared")
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +79,12 @@ def test_published_results_stay_at_home(submit: ModuleType) -> None:
 
 def test_a_runtime_env_is_merged_and_wins(submit: ModuleType) -> None:
     own = {"env_vars": {"NCCL_DEBUG": "INFO"}, "excludes": ["notes", "runs"], "pip": ["einops"]}
-    merged = submit.merged(own)
-    assert merged["env_vars"] == own["env_vars"]
+    merged = submit.merged(own, 240)
+    assert merged["env_vars"] == {"NCCL_DEBUG": "INFO", "RAY_JOB_STOP_WAIT_TIME_S": "300"}
     assert merged["pip"] == ["einops"]
     assert merged["excludes"] == [*submit.EXCLUDES, "notes"]
     assert merged["working_dir"] == str(SCRIPT.parents[1])
-    assert submit.merged({"working_dir": "/elsewhere"})["working_dir"] == "/elsewhere"
+    assert submit.merged({"working_dir": "/elsewhere"}, 240)["working_dir"] == "/elsewhere"
 
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "DB_PASSWORD", "my_secret"])
@@ -97,20 +102,115 @@ def test_the_submission_is_shown_and_joins_its_cluster(
 ) -> None:
     (tmp_path / "env.yaml").write_text("env_vars: {NCCL_DEBUG: INFO}\n")
     options = ["--dry-run", "--address", "http://head:8265", "--runtime-env", str(tmp_path / "env.yaml")]
-    assert submit.main([*options, "--", "train", "experiment=demo"]) == 0
-    command = json.loads(capsys.readouterr().out)
-    assert command[:5] == ["ray", "job", "submit", "--address", "http://head:8265"]
-    assert command[5] == "--runtime-env-json"
-    assert json.loads(command[6])["env_vars"] == {"NCCL_DEBUG": "INFO"}
-    assert command[7:] == [
-        "--",
-        "python",
-        "-m",
-        "r2m_ray",
-        "train",
-        "experiment=demo",
-        "cluster.address=auto",
-    ]
+    command = ["train", "experiment=demo", *ROOTS, "cluster.stop_grace_s=100"]
+    assert submit.main([*options, "--python", "/env/python", "--", *command]) == 0
+    submission = json.loads(capsys.readouterr().out)
+    assert submission["runtime_env"]["env_vars"] == {"NCCL_DEBUG": "INFO", "RAY_JOB_STOP_WAIT_TIME_S": "160"}
+    words = shlex.split(submission["entrypoint"])
+    assert words == ["/env/python", "-m", "r2m_ray", *command, "cluster.address=auto"]
+
+
+def test_what_is_right_on_the_cluster_is_not_refused_for_this_machine(submit: ModuleType) -> None:
+    many = ["train", "experiment=demo", *ROOTS, "rollout.replicas=4", "cluster.cpus_per_actor=2"]
+    assert submit.main(["--dry-run", "--", *many]) == 0
+    assert submit.main(["--dry-run", "--", *many, "cluster.address=local"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "fields"),
+    [
+        (["train", "experiment=demo"], ["run.root", "prepare.root"]),
+        (["train", "experiment=demo", "run.root=/shared/runs"], ["prepare.root"]),
+        (["prepare", "experiment=demo"], ["prepare.root"]),
+        (["train", "experiment=dialogue_llama3_8b", "run.root=/shared/runs"], []),
+        (
+            [
+                "train",
+                "experiment=dialogue_llama3_8b",
+                "run.root=/r",
+                "task.train_file=a.jsonl",
+                "model.policy=./m",
+            ],
+            ["task.train_file", "model.policy"],
+        ),
+        (["train", "-m", "experiment=demo", "prepare.root=/p", "run.seed=1,2"], ["run.root"]),
+        (["evaluate", "runs/demo", "evaluate.prompts=8"], ["runs/demo"]),
+        (["evaluate", "/shared/runs/demo", "evaluate.prompts=8"], []),
+    ],
+)
+def test_paths_that_only_this_machine_knows_are_refused_before_the_upload(
+    submit: ModuleType, command: list[str], fields: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main(["--dry-run", "--", *command]) == (2 if fields else 0)
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == fields
+    assert all("absolute path" in line for line in lines)
+
+
+def details(status: str, code: int | None = None) -> JobDetails:
+    return JobDetails(type="SUBMISSION", entrypoint="x", status=status, driver_exit_code=code)
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "expected"),
+    [("SUCCEEDED", 0, 0), ("STOPPED", None, 75), ("FAILED", None, 3), ("FAILED", -9, 3)]
+    + [("FAILED", code, code) for code in (2, 3, 4, 75, 127)],
+)
+def test_the_exit_code_is_the_runs(
+    submit: ModuleType, status: str, driver: int | None, expected: int
+) -> None:
+    assert submit.exit_code(details(status, driver)) == expected
+
+
+class Client:
+    """A job server's client whose server is an open port, or none."""
+
+    def __init__(self, port: int, answers: list[JobDetails]) -> None:
+        self.port, self.answers = port, answers
+
+    def get_address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def get_job_info(self, job: str) -> JobDetails:
+        return self.answers.pop(0)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "step 1/2\n"
+
+
+def test_a_job_is_followed_to_its_end(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = Client(
+            server.getsockname()[1], [details("PENDING"), details("RUNNING"), details("FAILED", 4)]
+        )
+        assert submit.followed(client, "raysubmit_1") == 4
+    assert "step 1/2" in capsys.readouterr().out
+
+
+def test_a_head_that_is_gone_ends_the_wait(
+    submit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "POLL_S", 0.05)
+    monkeypatch.setattr(submit, "HEAD_SILENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert submit.followed(Client(port, []), "raysubmit_1") == 3
+    printed = capsys.readouterr().err
+    assert f"the head of the cluster (http://127.0.0.1:{port}) was gone" in printed
+    assert "run.resume=true" in printed
+
+
+def test_a_server_that_does_not_answer_is_a_mistake_in_the_address(
+    submit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = ["train", "experiment=demo", *ROOTS]
+    assert submit.main(["--address", f"http://127.0.0.1:{port}", "--", *command]) == 2
+    assert "--address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,5 +233,5 @@ def test_a_runtime_env_that_is_no_mapping_is_refused(
 ) -> None:
     (tmp_path / "env.yaml").write_text("- a\n")
     for name in ("env.yaml", "none.yaml"):
-        assert submit.main(["--dry-run", "--runtime-env", str(tmp_path / name), "--", "train"]) == 2
+        assert submit.main(["--dry-run", "--runtime-env", str(tmp_path / name), "--", "plan"]) == 2
         assert "not a runtime_env" in capsys.readouterr().err

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import pytest
 
 from r2m_ray.run.checkpoint import Checkpoints, fault, step_of
-from r2m_ray.tasks.data import PromptStream
 
 KILLS = 100
 CRASHED = 41
@@ -42,8 +41,7 @@ class Part:
 
 def save(directory: Path, step: int, *, keep: int) -> None:
     roles: Any = SimpleNamespace(policy=Part("policy", step), reward=Part("reward_head", step))
-    prompts = PromptStream(["a", "b"], seed=0)
-    asyncio.run(Checkpoints(directory, keep=keep).save(step, roles, prompts))
+    asyncio.run(Checkpoints(directory, keep=keep).save(step, roles))
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -142,7 +140,7 @@ def fresh(directory: Path) -> None:
 
 
 def with_damaged(directory: Path) -> None:
-    """A sound commit, a damaged one of the step that is saved next, and a damaged one of a later step."""
+    """A valid commit, a damaged one of the step that is saved next, and a damaged one of a later step."""
     for step in (1, 2, 3):
         save(directory, step, keep=9)
     for step in (2, 3):
@@ -153,8 +151,8 @@ def with_a_dead_save(directory: Path) -> None:
     """One commit, and what a crash left."""
     save(directory, 1, keep=1)
     (directory / ".tmp-step-000002-0" / "policy").mkdir(parents=True)
-    (directory / ".tmp-step-000002-0" / "policy" / "torn").write_text("x")
-    (directory / ".tmp-LATEST").write_text("x")
+    (directory / ".tmp-step-000002-0" / "policy" / "part").write_text("x")
+    (directory / ".tmp-file").write_text("x")
 
 
 @pytest.mark.parametrize("before", [fresh, with_damaged, with_a_dead_save])
@@ -175,7 +173,7 @@ def test_a_crash_at_any_change_of_the_disk_leaves_a_valid_checkpoint(
         _, status = os.waitpid(forked(work), 0)
         return os.waitstatus_to_exitcode(status)
 
-    assert crash(0, tmp_path / "whole") == 0
+    assert crash(0, tmp_path / "uninterrupted") == 0
     total = int((tmp_path / "changes").read_text())
     steps = []
     for count in range(1, total + 1):
@@ -183,7 +181,7 @@ def test_a_crash_at_any_change_of_the_disk_leaves_a_valid_checkpoint(
         shutil.rmtree(directory, ignore_errors=True)
         assert crash(count, directory) == CRASHED, f"change {count} of {total}"
         steps.append(newest_step(directory, keep=keep))
-        # Whatever was left, the next save is whole and cleans up.
+        # Whatever was left, the next save is complete and cleans up.
         save(directory, 3, keep=keep)
         assert newest_step(directory, keep=keep) == 3
         assert leftovers(directory) == []

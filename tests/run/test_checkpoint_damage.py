@@ -29,9 +29,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda step: (step / "reward_head/state.json").unlink(),
         "reward_head/state.json is missing",
     ),
-    "cursor": (lambda step: flip(step / "driver.json"), "driver.json does not match its sha256"),
+    "driver state": (lambda step: flip(step / "driver.json"), "driver.json does not match its sha256"),
     "no manifest": (lambda step: (step / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
-    "torn manifest": (lambda step: os.truncate(step / "MANIFEST.json", 40), "MANIFEST.json is unreadable"),
+    "cut manifest": (lambda step: os.truncate(step / "MANIFEST.json", 40), "MANIFEST.json is unreadable"),
     "manifest without files": (
         lambda step: (step / "MANIFEST.json").write_text('{"format": 1, "step": 2, "r2m_ray": ""}'),
         "MANIFEST.json is unreadable (no manifest: KeyError 'files')",
@@ -58,12 +58,11 @@ def test_damage_is_named_and_an_older_checkpoint_is_used(
     assert warning.startswith("checkpoint step-000002 is not used: ")
     assert reason in warning
     assert warning.endswith("; falling back to step-000001")
-    # The run goes on and saves the damaged step anew; what was there stays for whoever wants to look.
+    # The run goes on and saves the damaged step again; the damaged one stays beside it.
     save(checkpoints, 2)
     assert restored(checkpoints) == (2, 2)
     assert [name[:20] for name in names(tmp_path)] == [
         ".damaged-step-000002",
-        "LATEST",
         "step-000001",
         "step-000002",
     ]
@@ -131,23 +130,7 @@ def test_when_none_is_valid_the_run_stops_instead_of_starting_over(tmp_path: Pat
     assert "step-000001 is not used" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "hint", [None, "", "step-000001\n", "step-000009\n", "../../etc\n", "\0\xff", "directory"]
-)
-def test_latest_is_a_hint_that_decides_nothing(tmp_path: Path, hint: str | None) -> None:
-    checkpoints = saved(tmp_path, 1, 2)
-    (tmp_path / "LATEST").unlink()
-    if hint == "directory":
-        (tmp_path / "LATEST").mkdir()
-    elif hint is not None:
-        (tmp_path / "LATEST").write_text(hint)
-    assert restored(checkpoints) == (2, 2)
-    # Nor does one that cannot be written keep a step from being committed.
-    save(checkpoints, 3)
-    assert restored(checkpoints) == (3, 3)
-
-
-def test_files_that_are_not_listed_are_told_and_not_a_fault(tmp_path: Path) -> None:
+def test_files_that_are_not_listed_are_reported_and_not_a_fault(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     (tmp_path / "step-000001" / "policy" / "notes.txt").write_text("mine")
     assert fault(tmp_path / "step-000001") is None

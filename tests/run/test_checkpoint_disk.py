@@ -48,7 +48,7 @@ def test_a_save_that_cannot_fit_is_refused_before_it_begins(tmp_path: Path) -> N
     ) as full:
         save(checkpoints, 2, roles(2, asked))
     assert "run.resume=true" in str(full.value)
-    assert names(tmp_path) == ["LATEST", "step-000001"]
+    assert names(tmp_path) == ["step-000001"]
 
 
 def test_a_damaged_manifest_does_not_decide_how_much_room_is_needed(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_disk_that_fills_up_while_a_role_writes_leaves_the_old_checkpoint(tmp_
     ) as full:
         save(checkpoints, 2, roles(2, Full("policy", 2)))
     assert "No space left on device" in str(full.value)
-    assert names(tmp_path) == ["LATEST", "step-000001"]
+    assert names(tmp_path) == ["step-000001"]
     assert restored(checkpoints) == (1, 1)
     save(checkpoints, 2)
     assert restored(checkpoints) == (2, 2)
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_at_any_byte_leaves_the_old_checkpoint(tmp_path: Pa
     checkpoints = saved(tmp_path, 1)
     with largest_file(size), pytest.raises(RunError, match=r"step-000002: not saved; .* File too large"):
         save(checkpoints, 2)
-    assert names(tmp_path) == ["LATEST", "step-000001"]
+    assert names(tmp_path) == ["step-000001"]
     assert restored(checkpoints) == (1, 1)
 
 
@@ -107,4 +107,4 @@ def test_what_an_actor_says_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ActorLost) as lost:
         save(checkpoints, 2, roles(2, Failing(ActorLost("policy-1 died", ("policy-1",)))))
     assert lost.value.actors == ("policy-1",)
-    assert names(tmp_path) == ["LATEST", "step-000001"]
+    assert names(tmp_path) == ["step-000001"]

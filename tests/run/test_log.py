@@ -1,4 +1,4 @@
-"""The run log on a real disk, with the real W&B client, and nobody to talk to."""
+"""The run log on a real disk, and what it shows on a terminal."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from r2m_ray.config.schema import Config, WandbMode
-from r2m_ray.driver.metrics import MACHINE_PREFIXES
 from r2m_ray.errors import InputError, RunError, printable
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import StepLines, read_steps
 from r2m_ray.run.log import RunLog
-from r2m_ray.run.progress import LiveProgress, Pace, PhaseClock, number, sparkline
+from r2m_ray.run.progress import PhaseClock, RunProgress, number, sparkline
+from r2m_ray.run.vocabulary import MACHINE_PREFIXES
 
 
-def config(*, resume: bool = False, steps: int = 4) -> Config:
+def run_log(
+    directory: Path, *, resume: bool = False, name: str = "tiny", console: Console | None = None
+) -> RunLog:
     config = Config()
-    config.run.name, config.run.resume, config.algo.steps = "tiny", resume, steps
+    config.run.name, config.run.resume, config.algo.steps = name, resume, 4
     config.logging.wandb = WandbMode.disabled
-    return config
-
-
-def run_log(directory: Path, *, resume: bool = False, console: Console | None = None) -> RunLog:
-    settings = config(resume=resume)
-    text = OmegaConf.to_yaml(OmegaConf.structured(settings))
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
     return RunLog(
-        directory, config=settings, resolved_yaml=text, console=console or Console(file=io.StringIO())
+        directory, config=config, resolved_yaml=text, console=console or Console(file=io.StringIO())
     )
 
 
@@ -44,7 +41,7 @@ def write(log: RunLog, steps: range) -> None:
         with log.phase("sample"):
             pass
         log.step(t, {"reward/mean": 0.1 * t, "omega": 1.0}, [{"step": t, "response": f"row {t}"}])
-        log.evaluation(t, {"reward": 0.2 * t})
+        log.evaluation(t, {"reward/mean": 0.2 * t})
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -54,7 +51,7 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 class TestFiles:
     def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(self, tmp_path: Path):
-        with run_log(tmp_path / "whole") as log:
+        with run_log(tmp_path / "uncut") as log:
             log.rewind(0)
             write(log, range(1, 5))
         with run_log(tmp_path / "cut") as log:
@@ -67,44 +64,50 @@ class TestFiles:
             assert [row["step"] for row in lines(tmp_path / "cut" / "metrics.jsonl")] == [1, 1, 2, 2]
             write(log, range(3, 5))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
+            assert lines(tmp_path / "cut" / name) == lines(tmp_path / "uncut" / name)
         starts = json.loads((tmp_path / "cut" / "environment.json").read_text())["starts"]
         assert [start["python"] for start in starts] == [sys.version.split()[0]] * 2
 
-    def test_the_steps_so_far_are_read_back_as_they_were_written(self, tmp_path: Path):
+    def test_the_rows_so_far_are_read_back_as_they_were_written(self, tmp_path: Path):
         with run_log(tmp_path) as log:
             log.rewind(0)
-            assert log.steps() == []
-            log.evaluation(0, {"reward": 0.5})
+            assert log.rows("step") == []
+            log.evaluation(0, {"reward/mean": 0.5})
             for t in range(1, 4):
                 log.step(t, {"reward/mean": t / 3, "policy/kl_sequence": math.nan})
         with run_log(tmp_path, resume=True) as log:
             log.rewind(2)
-            assert [row["step"] for row in log.steps()] == [1, 2]
-            assert [row["reward/mean"] for row in log.steps()] == [1 / 3, 2 / 3]
-            assert [row["policy/kl_sequence"] for row in log.steps()] == [None, None]
-            assert [(row["step"], row["reward"]) for row in log.evaluations()] == [(0, 0.5)]
+            rows = log.rows("step")
+            assert [row["step"] for row in rows] == [1, 2]
+            assert [row["reward/mean"] for row in rows] == [1 / 3, 2 / 3]
+            assert [row["policy/kl_sequence"] for row in rows] == [None, None]
+            assert [(row["step"], row["reward/mean"]) for row in log.rows("eval")] == [(0, 0.5)]
 
-    def test_the_configuration_of_every_start_is_kept(self, tmp_path: Path):
-        def start(root: str) -> None:
-            settings = config(resume=True)
-            settings.run.root = root
-            text = OmegaConf.to_yaml(OmegaConf.structured(settings))
-            with RunLog(tmp_path, config=settings, resolved_yaml=text, console=Console(file=io.StringIO())):
+    def test_rows_of_an_earlier_version_have_todays_names(self, tmp_path: Path):
+        with run_log(tmp_path) as log:
+            log.evaluation(0, {"reward": 0.5, "rm_accuracy_style_frozen": 0.7})
+            (row,) = log.rows("eval")
+        assert row == {
+            "step": 0,
+            "kind": "eval",
+            "reward/mean": 0.5,
+            "pairs/frozen_style_accuracy": 0.7,
+            "nonfinite": 0,
+        }
+
+    def test_the_configuration_is_that_of_the_latest_start(self, tmp_path: Path):
+        for name in ("a", "b"):
+            with run_log(tmp_path, resume=True, name=name):
                 pass
-
-        for root in ("a", "b", "b", "c"):
-            start(root)
-        files = ("config-1.yaml", "config-2.yaml", "config.yaml")
-        assert [OmegaConf.load(tmp_path / name).run.root for name in files] == ["a", "b", "c"]
-        assert not (tmp_path / "config-3.yaml").exists()
+        assert sorted(path.name for path in tmp_path.glob("*.yaml")) == ["config.yaml"]
+        assert OmegaConf.load(tmp_path / "config.yaml").run.name == "b"
 
     def test_rewinding_to_the_start_also_forgets_the_evaluation_before_it(self, tmp_path: Path):
         with run_log(tmp_path) as log:
-            log.evaluation(0, {"reward": 1.0})
+            log.evaluation(0, {"reward/mean": 1.0})
             log.rewind(0)
-            log.evaluation(0, {"reward": 2.0})
-        assert [row["reward"] for row in lines(tmp_path / "metrics.jsonl")] == [2.0]
+            log.evaluation(0, {"reward/mean": 2.0})
+        assert [row["reward/mean"] for row in lines(tmp_path / "metrics.jsonl")] == [2.0]
 
     def test_rows_carry_their_kind_and_the_times_of_their_phases(self, tmp_path: Path):
         with run_log(tmp_path) as log:
@@ -113,14 +116,26 @@ class TestFiles:
             log.step(1, {"omega": 1.0})
             with log.phase("evaluate"):
                 pass
-            log.evaluation(1, {"reward": 0.0})
-        step, evaluation = [
-            json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-        ]
+            log.evaluation(1, {"reward/mean": 0.0})
+        step, evaluation = read_steps(tmp_path / "metrics.jsonl")
         assert step["kind"] == "step"
         assert {key for key in step if key.startswith("time/")} == {"time/sample", "time/sync", "time/step"}
         assert evaluation["kind"] == "eval"
         assert {key for key in evaluation if key.startswith("time/")} == {"time/evaluate"}
+
+    def test_a_step_after_a_recovery_has_no_time_of_the_lost_attempt(self, tmp_path: Path):
+        with run_log(tmp_path) as log:
+            with log.phase("start"):
+                pass
+            with log.phase("sample"), log.phase("annotate"):
+                pass
+            log.rewind(0)
+            with log.phase("sample"):
+                pass
+            log.step(1, {"omega": 1.0})
+        (row,) = read_steps(tmp_path / "metrics.jsonl")
+        assert {key for key in row if key.startswith("time/")} == {"time/start", "time/sample", "time/step"}
+        assert row["time/step"] == pytest.approx(row["time/sample"])
 
     def test_numbers_that_are_not_finite_become_null_and_are_counted(self, tmp_path: Path):
         with run_log(tmp_path) as log:
@@ -143,14 +158,14 @@ class TestFiles:
         with pytest.raises(InputError, match=r"run\.resume=true"):
             run_log(tmp_path)
 
-    def test_a_full_disk_names_the_file_and_keeps_whole_lines(self, tmp_path: Path):
+    def test_a_full_disk_names_the_file_and_keeps_complete_lines(self, tmp_path: Path):
         path = tmp_path / "metrics.jsonl"
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         with StepLines(path) as file:
             file.append([{"step": 1}])
-            whole = path.read_bytes()
+            complete = path.read_bytes()
             # The kernel writes up to the limit and then refuses, as a full disk does.
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(complete) + 10, limits[1]))
             try:
                 with pytest.raises(
                     RunError, match=r"metrics\.jsonl: cannot append \d+ bytes.*run\.resume=true"
@@ -158,7 +173,7 @@ class TestFiles:
                     file.append([{"step": 2, "text": "x" * 100}])
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == complete
 
     def test_a_broken_line_is_named(self, tmp_path: Path):
         path = tmp_path / "metrics.jsonl"
@@ -184,29 +199,40 @@ class TestEnvironment:
 
 class TestTerminal:
     def test_without_a_terminal_there_is_one_line_per_step(self, tmp_path: Path):
-        stream = io.StringIO()
-        with run_log(tmp_path, console=Console(file=stream, width=40)) as log:
+        stream, now = io.StringIO(), 0.0
+        with run_log(tmp_path, console=Console(file=stream, width=40, get_time=lambda: now)) as log:
             log.step(1, {"reward/mean": 1.23456, "gold/mean": math.nan, "omega": 0.5})
+            now = 2000.0
             log.step(2, {"reward/mean": 2.0, "omega": 0.5})
-            log.evaluation(2, {"gold": 3.0, "rm_accuracy": 0.75})
+            log.evaluation(2, {"gold/mean": 3.0, "kl/sequence": 4.0, "pairs/accuracy": 0.75})
+            log.rewind(1)
+            log.step(2, {"omega": 0.5})
+            now = 2060.0
+            log.step(3, {"omega": 0.5})
         assert stream.getvalue().splitlines() == [
             "step 1/4  own 1.23  gold nan  ω 0.5  left ?",
-            "step 2/4  own 2  ω 0.5  left 0:00:00",
-            "evaluation after step 2  gold 3  RM accuracy 0.75",
+            "step 2/4  own 2  ω 0.5  left 1:06:40",
+            "evaluation after step 2  gold 3  KL/row 4  RM accuracy 0.75",
+            "step 2/4  ω 0.5  left ?",
+            "step 3/4  ω 0.5  left 0:01:00",
         ]
 
     def test_on_a_terminal_the_panel_shows_the_step_and_the_running_phase(self):
-        console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
+        now = 0.0
+        console = Console(file=io.StringIO(), force_terminal=True, width=100, height=40, get_time=lambda: now)
         clock = PhaseClock()
-        view = LiveProgress(console, name="tiny", steps=4, clock=clock)
-        view.step(1, {"reward/mean": 0.5, "time/sample": 1.25, "time/step": 2.0, "response/tokens": 3000.0})
-        view.step(2, {"reward/mean": 1.5, "time/sample": 1.25, "time/step": 2.0, "response/tokens": 3000.0})
+        view = RunProgress(console, name="tiny", steps=4, clock=clock)
+        row = {"time/sample": 1.25, "time/step": 2.0, "response/tokens": 3000.0}
+        view.step(1, {"reward/mean": 0.5, **row})
+        now = 30.0
+        view.step(2, {"reward/mean": 1.5, **row})
         page = Console(file=io.StringIO(), width=100)
         with clock.phase("policy"):
             page.print(view.panel())
         view.close()
         shown = page.file.getvalue()
         assert "step 2/4" in shown
+        assert "left 0:01:00" in shown
         assert "▶ policy" in shown
         assert "sample 1.25s" in shown
         assert re.search(r"own\s+tokens/s", shown)
@@ -239,7 +265,6 @@ class TestTerminal:
         assert [number(x) for x in (0.012345, -3.14159, 1234.5, 0.0)] == ["0.0123", "-3.14", "1,234", "0"]
         assert sparkline([0.0, math.nan, 1.0]) == "▁ █"
         assert sparkline([2.0, 2.0]) == "▁▁"
-        assert Pace(10).left == "?"
 
 
 class TestPhaseClock:

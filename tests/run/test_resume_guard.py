@@ -14,10 +14,11 @@ from resumable import commit, log_steps, refusals, resumable, warnings
 
 from r2m_ray.cli.checks.preflight import preflight
 from r2m_ray.config.compose import load_config
-from r2m_ray.config.schema import Config, KLEstimator, OnAlarm
+from r2m_ray.config.fields import deciding
+from r2m_ray.config.schema import RESHARD_OPTIONS, Config, KLEstimator, OnAlarm, Resume
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.run.checkpoint import CHECKPOINTS
-from r2m_ray.run.resume import FREE, RESHARD, flat_config, run_identity
+from r2m_ray.run.resume import run_identity
 
 Change = Callable[[Config], None]
 
@@ -96,7 +97,8 @@ RESHARDING: list[tuple[Change, str]] = [
 
 
 def test_the_table_of_resharding_is_whole() -> None:
-    assert {words.partition(":")[0].removesuffix(".stage") for _, words in RESHARDING} == set(RESHARD)
+    named = {words.partition(":")[0].removesuffix(".stage") for _, words in RESHARDING}
+    assert named == {*deciding(Resume.reshard), *RESHARD_OPTIONS}
 
 
 @pytest.mark.parametrize(("change", "words"), RESHARDING, ids=[words for _, words in RESHARDING])
@@ -123,14 +125,17 @@ def test_where_and_how_a_run_is_watched_may_change(config: Config, tmp_path: Pat
     assert preflight(config) == []
 
 
-def test_the_allow_list_is_short_and_names_fields_that_exist() -> None:
-    known = set(flat_config(Config())) | {"policy.deepspeed.zero_optimization"}
-    for name in (*FREE, *RESHARD):
-        assert name in known or any(path.startswith(f"{name}.") for path in known), name
-    free = {path for path in known if any(path == name or path.startswith(f"{name}.") for name in FREE)}
-    # Rows that are skipped or not are the data's content, which is compared.
-    sections = {path.partition(".")[0] for path in free - {"task.skip_bad_rows"}}
-    assert sections.isdisjoint({"algo", "model", "task", "reward", "feedback", "policy"})
+def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(config: Config, tmp_path: Path) -> None:
+    identity = run_identity(config)
+    identity["config"] |= {"feedback.norm": "post", "prepare.reward_auxiliary_steps": 0}
+    del identity["config"]["monitor.kl"]
+    commit(tmp_path / "runs" / "run", 3, identity)
+    config.algo.kl_weight = 0.5
+    (text,) = refusals(config)
+    assert text == (
+        "run.resume: an earlier version started this run: it has feedback.norm, and this version has no such "
+        "field; finish it with that version, or give another run.name"
+    )
 
 
 # What there is to resume from
@@ -158,7 +163,6 @@ def test_no_valid_checkpoint_is_the_end(config: Config, tmp_path: Path) -> None:
     [
         (11, 10, None, True),  # Step 11 began after the commit of step 10.
         (10, 10, None, False),  # The crash may have come before the first commit.
-        (10, 10, "LATEST", True),
         (10, 10, ".damaged-step-000010-0", True),
         (60, 0, None, False),
         (60, 100, None, False),

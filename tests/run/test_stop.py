@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from r2m_ray.errors import InputError, Preempted
-from r2m_ray.run.lock import run_lock
+from r2m_ray.run.files import run_lock
 from r2m_ray.run.stop import StopRequest
 
 SCRIPT = """
@@ -97,7 +97,7 @@ def test_a_step_that_does_not_end_is_given_up() -> None:
 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
-    # Senders like timeout(1) tell a process and its group: that is one request.
+    # Senders like timeout(1) signal a process and its group: that is one request.
     assert ended("SIGTERM", "twice") == (75, "the same request came twice\n")
 
 

@@ -18,11 +18,11 @@ from r2m_ray.runtime import recovery
 from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import InPlace, Job, ReliableSync, rolled_back
-from r2m_ray.runtime.team import Team
+from r2m_ray.runtime.worker_group import WorkerGroup
 
 
 class Worker:
-    """Answers with a number; dies when it is told to."""
+    """Answers with a number; dies when it is asked to."""
 
     def start(self, rank: int, meeting: Address, model: Path) -> str:
         self.rank = rank
@@ -63,8 +63,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def team(placement: Placement, model: Path) -> Iterator[Team]:
-    made = Team(
+def group(placement: Placement, model: Path) -> Iterator[WorkerGroup]:
+    made = WorkerGroup(
         "reference",
         Worker,
         placement,
@@ -78,15 +78,15 @@ def team(placement: Placement, model: Path) -> Iterator[Team]:
         ray.kill(handle)
 
 
-def jobs(team: Team, deadly: dict[int, int]) -> list[Job]:
+def jobs(group: WorkerGroup, deadly: dict[int, int]) -> list[Job]:
     """Jobs 0 to 3; ``deadly`` says how many tries of a job still end its actor."""
 
     def job(n: int) -> Job:
-        rank = team.actors.owner(n)
+        rank = group.actors.owner(n)
 
         def submit() -> list[Any]:
             deadly[n] = deadly.get(n, 0) - 1
-            method = team.actors.handles[rank].double.options(num_returns=2)
+            method = group.actors.handles[rank].double.options(num_returns=2)
             return list(method.remote(n, deadly[n] >= 0))
 
         return Job(rank, submit, f"shard {n}")
@@ -94,52 +94,52 @@ def jobs(team: Team, deadly: dict[int, int]) -> list[Job]:
     return [job(n) for n in range(4)]
 
 
-def in_place(team: Team, told: list[str], limit: int = 2) -> InPlace:
+def in_place(group: WorkerGroup, messages: list[str], limit: int = 2) -> InPlace:
     async def revive(lost: ActorLost) -> None:
-        await recovery.replace(team, lost, told.append)
+        await recovery.replace(group, lost, messages.append)
 
-    return InPlace(team, revive, limit=limit)
+    return InPlace(group, revive, limit=limit)
 
 
-def test_the_work_of_a_dead_actor_is_done_by_its_successor(team: Team) -> None:
-    async def work(told: list[str]) -> list[int]:
-        before = await team.actors.all("ask", "whoami")
-        answers = await in_place(team, told)("score", jobs(team, {2: 1}))
-        after = await team.actors.all("ask", "whoami")
+def test_the_work_of_a_dead_actor_is_done_by_its_successor(group: WorkerGroup) -> None:
+    async def work(messages: list[str]) -> list[int]:
+        before = await group.actors.all("ask", "whoami")
+        answers = await in_place(group, messages)("score", jobs(group, {2: 1}))
+        after = await group.actors.all("ask", "whoami")
         assert after[1] == before[1]
         assert after[0][0] == before[0][0] == 0
         assert after[0][1] != before[0][1]
         return [await record for (record,) in answers]
 
-    told: list[str] = []
-    assert asyncio.run(work(told)) == [0, 2, 4, 6]
-    assert len(told) == 1
-    assert "reference-0 died during score" in told[0]
-    assert "reference-0 replaced after " in told[0]
+    messages: list[str] = []
+    assert asyncio.run(work(messages)) == [0, 2, 4, 6]
+    assert len(messages) == 1
+    assert "reference-0 died during score" in messages[0]
+    assert "reference-0 replaced after " in messages[0]
 
 
-def test_work_that_ends_every_actor_is_named(team: Team) -> None:
-    told: list[str] = []
+def test_work_that_ends_every_actor_is_named(group: WorkerGroup) -> None:
+    messages: list[str] = []
     with pytest.raises(RunError, match=r"score: shard 1 ended 3 actors in a row.*max_recoveries=2"):
-        asyncio.run(in_place(team, told)("score", jobs(team, {1: 99})))
-    assert len(told) == 2
+        asyncio.run(in_place(group, messages)("score", jobs(group, {1: 99})))
+    assert len(messages) == 2
 
 
-def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(team: Team) -> None:
+def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(group: WorkerGroup) -> None:
     async def work() -> list[int]:
-        await team.actors.outcomes(
-            "freeze", [("reference-1", team.actors.handles[1].freeze.remote())], timeout_s=1
+        await group.actors.outcomes(
+            "freeze", [("reference-1", group.actors.handles[1].freeze.remote())], timeout_s=1
         )
-        team.actors.timeout_s = 3
-        answers = await in_place(team, told)("score", jobs(team, {}))
+        group.actors.timeout_s = 3
+        answers = await in_place(group, messages)("score", jobs(group, {}))
         return [await record for (record,) in answers]
 
-    told: list[str] = []
+    messages: list[str] = []
     assert asyncio.run(work()) == [0, 2, 4, 6]
-    assert "score: no answer from reference-1 within 3 s" in told[0]
+    assert "score: no answer from reference-1 within 3 s" in messages[0]
 
 
-def test_a_sync_that_an_engine_did_not_survive_is_done_again(team: Team) -> None:
+def test_a_sync_that_an_engine_did_not_survive_is_done_again(group: WorkerGroup) -> None:
     versions: list[int] = []
 
     async def sync(*, version: int) -> dict[str, float]:
@@ -148,20 +148,20 @@ def test_a_sync_that_an_engine_did_not_survive_is_done_again(team: Team) -> None
             raise ActorLost("reference-1 died during weight sync", ("reference-1",))
         return {"bytes": 7.0}
 
-    told: list[str] = []
-    reliable = ReliableSync(sync, team, limit=2, notify=told.append)
+    messages: list[str] = []
+    reliable = ReliableSync(sync, group, limit=2, notify=messages.append)
     assert asyncio.run(reliable(version=4)) == {"bytes": 7.0}
     assert versions == [4, 4]
     asyncio.run(reliable.revive(ActorLost("reference-0 died", ("reference-0",))))
     assert versions == [4, 4, 4]
 
 
-def test_a_lost_learner_is_no_matter_of_the_sync(team: Team) -> None:
+def test_a_lost_learner_is_no_matter_of_the_sync(group: WorkerGroup) -> None:
     async def sync(*, version: int) -> dict[str, float]:
         raise ActorLost("policy-0 died during weight sync", ("policy-0",))
 
     with pytest.raises(ActorLost, match="policy-0"):
-        asyncio.run(ReliableSync(sync, team, limit=2, notify=print)(version=1))
+        asyncio.run(ReliableSync(sync, group, limit=2, notify=print)(version=1))
 
 
 def roll(progress: list[int], limit: int) -> tuple[int, int]:
@@ -226,31 +226,31 @@ def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [recovery.pause_s(n) for n in (1, 2, 3, 20)] == [1.0, 2.0, 4.0, recovery.LONGEST_PAUSE_S]
 
 
-def test_a_successor_has_the_rank_and_the_name_of_whom_it_follows(team: Team) -> None:
-    asyncio.run(recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None))
-    found = ray.get([handle.whoami.remote() for handle in team.actors.handles], timeout=60)
+def test_a_successor_has_the_rank_and_the_name_of_whom_it_follows(group: WorkerGroup) -> None:
+    asyncio.run(recovery.replace(group, ActorLost("x", ("reference-1",)), lambda _: None))
+    found = ray.get([handle.whoami.remote() for handle in group.actors.handles], timeout=60)
     assert [rank for rank, _ in found] == [0, 1]
-    assert [team.actors.pids[name] for name in team.actors.names] == [pid for _, pid in found]
+    assert [group.actors.pids[name] for name in group.actors.names] == [pid for _, pid in found]
 
 
-def test_a_successor_with_other_frozen_weights_ends_the_run(team: Team, model: Path) -> None:
+def test_a_successor_with_other_frozen_weights_ends_the_run(group: WorkerGroup, model: Path) -> None:
     model.write_text("other weights")
     with pytest.raises(RunError, match=r"reference-1 was started again and holds other frozen weights"):
-        asyncio.run(recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None))
+        asyncio.run(recovery.replace(group, ActorLost("x", ("reference-1",)), lambda _: None))
 
 
-def test_a_replacement_that_was_interrupted_is_known_to_be_unready(team: Team) -> None:
+def test_a_replacement_that_was_interrupted_is_known_to_be_unready(group: WorkerGroup) -> None:
     async def interrupted() -> None:
         replacing = asyncio.ensure_future(
-            recovery.replace(team, ActorLost("x", ("reference-1",)), lambda _: None)
+            recovery.replace(group, ActorLost("x", ("reference-1",)), lambda _: None)
         )
         await asyncio.sleep(0)
         replacing.cancel()
         await asyncio.gather(replacing, return_exceptions=True)
-        assert team.unready == {1}
-        await team.replace(sorted(team.unready))
-        assert team.unready == set()
-        assert [rank for rank, _ in await team.actors.all("ask", "whoami")] == [0, 1]
+        assert group.unready == {1}
+        await group.replace(sorted(group.unready))
+        assert group.unready == set()
+        assert [rank for rank, _ in await group.actors.all("ask", "whoami")] == [0, 1]
 
-    assert team.unready == set()
+    assert group.unready == set()
     asyncio.run(interrupted())

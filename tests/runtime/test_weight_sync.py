@@ -1,6 +1,6 @@
 """Weights from two real learner ranks over Ray, and what happens when ranks or replicas no longer agree.
 
-The engines are stood in for by a receiver that keeps what it is sent and compares digests as they do;
+The engines are replaced by a receiver that keeps what it is sent and compares digests as they do;
 the engines themselves are tested beside their own code.
 """
 
@@ -19,13 +19,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config
-from r2m_ray.engines.weights import WeightBucket, WeightDigest
+from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.actors import PolicyActor, RewardActor
-from r2m_ray.runtime.agreement import first_difference, require_agreement
-from r2m_ray.runtime.team import free_address
+from r2m_ray.runtime.device import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
-from r2m_ray.runtime.worker_group import Actors
+from r2m_ray.runtime.worker_group import Actors, first_difference, require_agreement
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 FLIPPED = "model.layers.1.mlp.down_proj.weight"
@@ -102,7 +101,7 @@ def meeting_point(local_cluster: None) -> tuple[str, int]:
 def policy(
     request: pytest.FixtureRequest, ranks: Actors, meeting_point: tuple[str, int], model_dir: Path
 ) -> Actors:
-    """Two ranks of a ZeRO stage, started anew in the same processes.
+    """Two ranks of a ZeRO stage, started again in the same processes.
 
     Under ZeRO-3 every parameter is partitioned, and gathered by both ranks for each bucket.
     """
@@ -153,7 +152,7 @@ def test_both_ranks_make_each_bucket_and_every_engine_gets_all_weights(
 
 
 @pytest.mark.parametrize("policy", [0], indirect=True)
-def test_a_flipped_bit_of_one_rank_is_told_by_rank_and_tensor(policy: Actors, receivers: Actors) -> None:
+def test_a_flipped_bit_of_one_rank_is_reported_by_rank_and_tensor(policy: Actors, receivers: Actors) -> None:
     """A ZeRO-3 rank holds no copy of another's parameters; the other stages do."""
     change = flip(lambda actor: actor._learner._engine.parameters[FLIPPED])
     sync = sync_of(policy, receivers)
@@ -189,7 +188,7 @@ def test_weights_that_are_not_finite_never_arrive(policy: Actors, receivers: Act
         assert FLIPPED not in arrived
 
 
-def test_reward_replicas_that_drift_apart_are_told_by_replica_and_parameter(
+def test_reward_replicas_that_drift_apart_are_reported_by_replica_and_parameter(
     local_cluster: None, tiny_reward_dir: Path
 ) -> None:
     config = Config()
@@ -207,6 +206,13 @@ def test_reward_replicas_that_drift_apart_are_told_by_replica_and_parameter(
     finally:
         for handle in actors.handles:
             ray.kill(handle)
+
+
+def test_a_rank_that_sends_nothing_takes_part_in_as_many_buckets() -> None:
+    tensors = [(f"w{n}", torch.ones(n)) for n in (0, 3, 1, 5, 2, 2)]
+    packed = list(pack_buckets(tensors, 48))
+    assert [bucket.names for bucket in packed] == [("w0", "w3", "w1"), ("w5", "w2"), ("w2",)]
+    assert list(pack_buckets(tensors, 48, pack=False)) == [None, None, None]
 
 
 def test_the_majority_is_right_and_the_first_tensor_is_named() -> None:

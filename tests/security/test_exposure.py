@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from r2m_ray.cli.checks.exposure import exposure_problems
-from r2m_ray.cli.checks.preflight import preflight
+from r2m_ray.cli.checks.preflight import exposure_problems, preflight
 from r2m_ray.config.schema import ClusterConfig, Config
 from r2m_ray.errors import Problem
 
@@ -66,6 +65,7 @@ def test_a_job_inherits_its_nodes_token(tmp_path: Path) -> None:
 def test_a_cluster_of_ones_own_has_a_token_unless_that_is_turned_off(tmp_path: Path) -> None:
     assert found("local", tmp_path) == []
     assert found("local", tmp_path, RAY_AUTH_MODE="token") == []
+    assert found("none", tmp_path, RAY_AUTH_MODE="disabled") == []
     (problem,) = found("local", tmp_path, RAY_AUTH_MODE="disabled")
     assert not problem.warning
     assert "unset RAY_AUTH_MODE" in problem.message
@@ -106,7 +106,7 @@ def test_nothing_here_allows_it_or_starts_a_server() -> None:
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         tree = ast.parse(text)
-        assert path.name == "exposure.py" or "INSECURE_SERIALIZATION" not in text, path
+        assert path.name == "preflight.py" or "INSECURE_SERIALIZATION" not in text, path
         imported = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
         imported += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         assert [name for name in imported if name.startswith(servers)] == [], path

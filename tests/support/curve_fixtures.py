@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from r2m_ray.config.schema import Config, WandbMode
-from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.compare.curves import Curve, Rows
 from r2m_ray.run.log import RunLog
 
 MakeCurve = Callable[..., Curve]
@@ -22,7 +22,9 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_curve() -> MakeCurve:
-    """``make_curve(kl, gold)``, and by name: arm, seed, frozen, and settings of the configuration."""
+    """``make_curve(kl, gold)``, and by name: arm, seed, frozen, evaluated (more metrics of the evaluations),
+    trained (metrics of the training steps), and settings of the configuration.
+    """
 
     def made(
         kl: Sequence[float],
@@ -31,23 +33,27 @@ def make_curve() -> MakeCurve:
         arm: str = "vanilla",
         seed: int = 0,
         frozen: Sequence[float] | None = None,
+        evaluated: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        trained: Mapping[str, Sequence[float]] = MappingProxyType({}),
         **settings: object,
     ) -> Curve:
-        proxy = np.array(frozen if frozen is not None else kl, dtype=np.float64)
+        proxy = kl if frozen is None else frozen
+        metrics = {"gold/mean": gold, "reward/frozen_mean": proxy, "reward/mean": proxy, **evaluated}
         return Curve(
             arm=arm,
             seed=seed,
             source=Path(f"runs/{arm}-{seed}"),
-            steps=5 * np.arange(len(kl)),
-            kl=np.array(kl, dtype=np.float64),
-            gold=np.array(gold, dtype=np.float64),
-            frozen=proxy,
-            own=proxy,
-            metrics=MappingProxyType({}),
             settings=MappingProxyType({"run.seed": seed, **settings}),
+            evaluations=rows(5 * np.arange(len(kl)), metrics),
+            training=rows(np.arange(1, 1 + max(map(len, trained.values()), default=0)), trained),
+            kl=np.array(kl, dtype=np.float64),
         )
 
     return made
+
+
+def rows(steps: np.ndarray, metrics: Mapping[str, Sequence[float]]) -> Rows:
+    return Rows(steps=steps, metrics={name: np.array(v, dtype=np.float64) for name, v in metrics.items()})
 
 
 @pytest.fixture
@@ -76,8 +82,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         change(config)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         rows = [
-            {"kl_sequence": k, "frozen_reward": k / 2, "reward": k, "gold/correct": 1.5}
-            | ({} if g is None else {"gold": g})
+            {"kl/sequence": k, "reward/frozen_mean": k / 2, "reward/mean": k, "gold/correct": 1.5}
+            | ({} if g is None else {"gold/mean": g})
             | {key: values[i] for key, values in evaluated.items()}
             for i, (k, g) in enumerate(zip(kl, gold, strict=True))
         ]

@@ -41,25 +41,26 @@ def gold_at(progress: float) -> float:
 
 def evaluation_row(progress: float, *, gold: bool) -> dict[str, float]:
     row = {
-        "reward": 0.4 + 2.1 * progress,
-        "frozen_reward": 0.4 + 1.5 * progress,
-        "kl_sequence": 12 * progress**1.3,
-        "kl_token": 0.5 * progress**1.3,
-        "length": 22 + 9 * progress,
-        "truncated_fraction": 0.1 * progress,
-        "rm_accuracy": 0.70 + 0.02 * math.sin(6 * progress),
-        "rm_accuracy_frozen": 0.70,
-        "calibration_error": 0.05 + 0.1 * progress,
-        "calibration_error_frozen": 0.05,
+        "reward/mean": 0.4 + 2.1 * progress,
+        "reward/frozen_mean": 0.4 + 1.5 * progress,
+        "kl/sequence": 12 * progress**1.3,
+        "kl/token": 0.5 * progress**1.3,
+        "response/length_mean": 22 + 9 * progress,
+        "response/truncated_fraction": 0.1 * progress,
+        "pairs/accuracy": 0.70 + 0.02 * math.sin(6 * progress),
+        "pairs/frozen_accuracy": 0.70,
+        "pairs/calibration_error": 0.05 + 0.1 * progress,
+        "pairs/frozen_calibration_error": 0.05,
         "time/evaluate": 1.3,
     }
     return row | (gold_measures(progress) if gold else {})
 
 
 def gold_measures(progress: float) -> dict[str, float]:
-    row = {"gold": gold_at(progress), "gold/correct": 1.4, "pseudo_label_precision": 0.7 - 0.2 * progress}
-    for name in ("rm_accuracy_on_policy", "rm_accuracy_style", "rm_accuracy_value", "gold_correlation"):
-        row |= {name: 0.6 - 0.3 * progress, f"{name}_frozen": 0.6 - 0.2 * progress}
+    row = {"gold/mean": gold_at(progress), "gold/correct": 1.4, "gold/pair_precision": 0.7 - 0.2 * progress}
+    for name in ("gold/order_accuracy", "pairs/style_accuracy", "pairs/value_accuracy", "gold/correlation"):
+        frozen = name.replace("/", "/frozen_")
+        row |= {name: 0.6 - 0.3 * progress, frozen: 0.6 - 0.2 * progress}
     return row
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from r2m_ray.config.choices import GOLD_TASKS
-from r2m_ray.config.schema import Config, Overlong, TaskName
+from r2m_ray.config.schema import GOLD_TASKS, Config, Overlong, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.note2answer.world import prompts
 from r2m_ray.tasks.prepare.materials import materials

@@ -1,54 +1,68 @@
-"""What a configuration asks of its machines, worked out without starting anything or loading a weight."""
+"""`r2m-ray plan`: what a configuration asks of its machines, without starting anything or loading a weight.
+
+The formulas are in `r2m_ray.cli.checks.memory`.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PretrainedConfig,
+)
 
-from r2m_ray.cli.checks.plan_batch import BatchPlan, batch_plan
-from r2m_ray.cli.checks.plan_memory import PROCESS_BYTES, ActorMemory, actor_memory
-from r2m_ray.cli.checks.plan_models import ModelSizes, model_sizes
-from r2m_ray.cli.checks.plan_parts import bucket_bytes, feedback_width, head_parameters, itemsize, slot_bytes
-from r2m_ray.cli.checks.preflight import engine_problems, preflight
+from r2m_ray.cli.checks import memory
+from r2m_ray.cli.checks.memory import PROCESS_BYTES, ActorMemory, BatchPlan, ModelSizes
+from r2m_ray.cli.checks.preflight import GIB, LOCAL, NO_CLUSTER, engine_problems, nearest, preflight
 from r2m_ray.config.rules import validate
-from r2m_ray.config.schema import Config, FeedbackRefresh, FeedbackSource
-from r2m_ray.errors import Problem, refuse
+from r2m_ray.config.schema import PREPARED, Config, TaskName
+from r2m_ray.engines.hardware import accelerators
+from r2m_ray.engines.model_files import local_directory, open_model
+from r2m_ray.errors import Problem, printable, refuse, shown
+from r2m_ray.tasks.note2answer import world as note2answer
 
-GIB = 2**30
-TEXT_BYTES = 4
-"""Characters of a token, about: records carry prompts and responses as text too."""
-TRAJECTORY_BYTES = 8 + 8 + 1 + 4
-"""Of a packed token: input, label, mask and log-prob."""
-REFERENCE_BYTES = 4 + 4
-"""Of a packed token: its log-prob at the sampling temperature and at 1."""
-STATE_BYTES = 12
-"""Of a parameter in a checkpoint, beside the model in its own type: float32 weight and two moments."""
+FEED_FORWARD = 4 / 3
+"""Width of a prepared model's feed-forward layers, in its widths (``tasks.prepare.build``)."""
+HUB_SECONDS = 10.0
+NODE_GPUS = 8
+"""GPUs that a node of a cluster is assumed to have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything `r2m-ray plan` tells; bytes throughout, and upper bounds where lengths vary.
+    """What `r2m-ray plan` shows; bytes throughout, upper bounds where lengths vary.
 
-    actors: the roles whose models are known. records: a step's records in the object store by kind, empty
-    where a size is unknown; store: their sum at its peak, when a new step is sampled beside the last one's
+    Everything about memory is empty or 0 where the size of a model is unknown. records: a step's records in
+    the object store by kind. store: their sum at its peak, when a new step is sampled beside the last one's
     records, and the weight buckets. sync: weights that travel to each engine in a step. checkpoint: one of
-    them; kept: all that lie on disk at a time, the one being written included.
+    them; kept: all that are on disk at a time, the one being written included. placement: in sentences.
     """
 
     batch: BatchPlan
     models: Mapping[str, ModelSizes]
-    actors: Sequence[ActorMemory]
+    placement: Sequence[str]
+    actors: Sequence[ActorMemory] = ()
     records: Mapping[str, int]
-    store: int
-    sync: int
-    checkpoint: int
-    kept: int
-    warnings: Sequence[Problem]
+    store: int = 0
+    sync: int = 0
+    checkpoint: int = 0
+    kept: int = 0
+    warnings: Sequence[Problem] = ()
 
     @property
     def host(self) -> int:
@@ -58,144 +72,341 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
-        actors = [{**asdict(a), "host": a.host, "device": a.device} for a in self.actors]
-        return {
-            "batch": asdict(self.batch),
-            "models": {role: asdict(sizes) for role, sizes in self.models.items()},
-            "actors": actors,
-            "driver": PROCESS_BYTES["driver"],
-            "ray": PROCESS_BYTES["ray"],
-            "host": self.host,
-            "records": dict(self.records),
-            "store": self.store,
-            "sync": self.sync,
-            "checkpoint": self.checkpoint,
-            "kept": self.kept,
-            "warnings": [str(problem) for problem in self.warnings],
-        }
+        actors = [
+            asdict(a)
+            | {"process": a.process, "working": a.working, "buffers": a.buffers}
+            | {"host": a.host, "device": a.device}
+            for a in self.actors
+        ]
+        own = {"driver": PROCESS_BYTES["driver"], "ray": PROCESS_BYTES["ray"], "host": self.host}
+        warnings = [str(problem) for problem in self.warnings]
+        return {**asdict(self), **own, "actors": actors, "warnings": warnings}
 
 
 def plan(config: Config) -> Plan:
     """Plan a run. Raises InputError for a setting or model directory that no run could use.
 
-    What would merely keep `r2m-ray train` from starting now, such as models not prepared yet, is a warning.
+    What would only keep `r2m-ray train` from starting now, such as models not prepared yet, is a warning.
     """
     refuse(engine_problems(config), "the configuration")
-    batch = batch_plan(config)
     models, unknown = model_sizes(config)
-    known = "policy" in models and "reward" in models
-    records = record_bytes(config, batch, models) if known else {}
-    each = checkpoint_bytes(config, models) if known else 0
-    bucket = bucket_bytes(config, models["policy"]) if "policy" in models else 0
-    found = Plan(
-        batch=batch,
-        models=models,
-        actors=actor_memory(config, batch, models),
-        records=records,
-        store=_store_peak(config, records) + 2 * bucket,
-        sync=models["policy"].parameters * itemsize(config.model.dtype) if "policy" in models else 0,
-        checkpoint=each,
-        kept=each * (config.checkpoint.keep + 1),
-        warnings=(),
-    )
-    told = [*validate(config), *preflight(config), *unknown]
-    paths = {problem.path for problem in told}
+    found = Plan(batch=memory.batch_plan(config), models=models, placement=[*placement(config)], records={})
+    if not unknown:
+        each = memory.checkpoint_bytes(config, models)
+        records = memory.record_bytes(config, found.batch, models)
+        # A new step is sampled beside the last one's records; h is freed once it is refreshed.
+        stale = records["hidden"] if records["fresh_hidden"] else 0
+        second = max(0, records["trajectories"] + records["hidden"] - stale)
+        buckets = 2 * memory.bucket_bytes(config, models["policy"])
+        found = replace(
+            found,
+            actors=memory.actor_memory(config, found.batch, models),
+            records=records,
+            store=sum(records.values()) + second + buckets,
+            sync=models["policy"].parameters * memory.itemsize(config.model.dtype),
+            checkpoint=each,
+            kept=each * (config.checkpoint.keep + 1),
+        )
+    problems = [*validate(config), *preflight(config), *unknown]
+    paths = {problem.path for problem in problems}
     doubts = [problem for problem in _doubts(config, found) if problem.path not in paths]
-    return replace(found, warnings=tuple(dict.fromkeys([*told, *doubts])))
+    return replace(found, warnings=tuple(dict.fromkeys([*problems, *doubts])))
 
 
-def record_bytes(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) -> dict[str, int]:
-    """Bytes of a step's records in the object store, rows of full length.
+def show(found: Plan, config: Config, *, as_json: bool) -> None:
+    """Print a plan as tables or as one JSON object."""
+    if as_json:
+        print(json.dumps(found.document(), indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(_batch_table(found.batch, config))
+    if found.actors:
+        own = ", ".join(f"{name} {size(PROCESS_BYTES[name])}" for name in ("driver", "ray"))
+        console.print(_memory_table(found.actors))
+        console.print(f"all actors ({own} too): {size(found.host)} of memory, without the object store")
+    console.print(_traffic_table(found))
+    for line in found.placement:
+        console.print(f"placement: {line}", markup=False, soft_wrap=True)
+    for problem in found.warnings:
+        refused = "" if problem.warning else "train will not start: "
+        console.print(printable(f"warning: {refused}{problem}"), markup=False, soft_wrap=True)
 
-    With T packed tokens, N rows, policy width w and reward width D: trajectories 25·T (text at 4 characters a
-    token) + 9·N; hidden T·w·b; fresh_hidden the same where the learner refreshes it; annotation N·(4·D + 20);
-    reference 8·T; human_pairs what 2 rows for each group add to trajectories, hidden and annotation.
+
+def model_sizes(config: Config) -> tuple[dict[str, ModelSizes], list[Problem]]:
+    """Sizes of ``policy``, ``reference`` and ``reward``, and a warning for each that cannot be known here.
+
+    They come from each model's config.json: its directory's, the local cache's, or the hub's. Prepared models
+    that were not made yet are as large as `r2m-ray prepare` will make them. Raises InputError for a directory
+    that holds no model.
     """
-    hidden = batch.tokens_most * feedback_width(config, models) * itemsize(config.model.dtype)
-    refreshed = config.feedback.refresh is not FeedbackRefresh.none
-    trajectories = batch.tokens_most * (TRAJECTORY_BYTES + TEXT_BYTES) + 9 * batch.rows
-    annotation = batch.rows * (4 * models["reward"].width + 20)
-    anchored = config.reward.anchor_fraction > 0
+    names = {"policy": config.model.policy, "reward": config.model.reward}
+    if config.model.reference not in (None, config.model.policy):
+        names["reference"] = str(config.model.reference)
+    found = {
+        role: _prepared(config, role) if name == PREPARED else _described(f"model.{role}", name)
+        for role, name in names.items()
+    }
+    problems = [problem for problem in found.values() if isinstance(problem, Problem)]
+    refuse(problems, "the models")
+    sizes = {
+        role: sizes_of(described, classifier=role == "reward")
+        for role, described in found.items()
+        if not isinstance(described, Problem)
+    }
+    if "reference" not in names and "policy" in sizes:
+        sizes["reference"] = sizes["policy"]
+    return sizes, problems
+
+
+def sizes_of(config: PretrainedConfig, *, classifier: bool) -> ModelSizes:
+    """Sizes of the model that transformers would build, counted on the meta device: nothing is allocated."""
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=False)
+    described = config.get_text_config()
+    text: Mapping[str, Any] = described.to_dict()
+    width, heads = described.hidden_size, described.num_attention_heads
+    counts = [parameter.numel() for parameter in model.parameters()]
+    return ModelSizes(
+        parameters=sum(counts),
+        largest=max(counts),
+        width=width,
+        layers=described.num_hidden_layers,
+        feed_forward=text.get("intermediate_size") or 4 * width,
+        key_value=2 * (text.get("num_key_value_heads") or heads) * (text.get("head_dim") or width // heads),
+        vocabulary=described.vocab_size,
+    )
+
+
+def placement(config: Config) -> Iterator[str]:
+    """Which roles share nodes, and what one node must have, in sentences."""
+    cluster, counts, gpus = config.cluster, memory.replicas(config), _gpus(config)
+    total, count = sum(counts[role] * gpus[role] for role in counts), sum(counts.values())
+    needs = f"{count} actors, {count * cluster.cpus_per_actor:g} CPUs and {total:g} GPUs"
+    listed = ", ".join(f"{role} × {n}" for role, n in counts.items())
+    if cluster.address in (LOCAL, NO_CLUSTER):
+        yield f"all roles share this machine ({listed}): {needs}"
+    elif cluster.placement == "STRICT_PACK":
+        yield f"all roles share one node ({listed}), which must have {needs}"
+    elif cluster.placement == "STRICT_SPREAD":
+        yield f"each of the {count} actors ({listed}) needs a node of its own"
+    elif cluster.placement == "SPREAD" or not total:
+        yield f"{needs} on any nodes ({listed}); {cluster.placement} decides which"
+    else:
+        nodes: list[dict[str, int]] = []
+        free = 0.0
+        for role in (role for role, n in counts.items() for _ in range(n)):
+            if not nodes or gpus[role] > free:
+                nodes, free = [*nodes, {}], max(float(NODE_GPUS), gpus[role])
+            nodes[-1][role] = nodes[-1].get(role, 0) + 1
+            free -= gpus[role]
+        rooms = "; ".join(", ".join(f"{role} × {n}" for role, n in node.items()) for node in nodes)
+        yield f"{needs}; on nodes of {NODE_GPUS} GPUs, filled in order, {len(nodes)} nodes: {rooms}"
+    if max(gpus.values()) > 1:
+        yield f"an engine's {gpus['rollout']:g} GPUs are always on one node"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in a unit that fits; empty for none."""
+    if nbytes == 0:
+        return ""
+    unit, name = next(
+        ((u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")) if nbytes >= u), (2**10, "KiB")
+    )
+    return f"{nbytes / unit:.3g} {name}" if nbytes / unit < 1000 else f"{nbytes / unit:.0f} {name}"
+
+
+def _described(field: str, name: str) -> PretrainedConfig | Problem:
+    """The model's own config.json; a problem where there is none, only a warning for a hub id."""
+    directory = local_directory(name)
+    if directory is not None:
+        opened = open_model(field, directory)
+        if isinstance(opened, Problem):
+            return opened
+    try:
+        cached = try_to_load_from_cache(name, "config.json") if directory is None else None
+        if directory is not None or isinstance(cached, str):
+            place = directory or Path(str(cached)).parent
+            return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "config.json").write_bytes(_hub_config(name))
+            return AutoConfig.from_pretrained(scratch, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = shown(str(error).splitlines()[0])
+    if directory is not None:
+        return Problem(field, f"{directory}/config.json: {reason}; save the model with save_pretrained")
+    message = (
+        f"{name} is not in the local cache, and its config.json cannot be read from the hub ({reason}), so "
+        "its size is unknown; download the model, or name a directory"
+    )
+    return Problem(field, message, warning=True)
+
+
+def _hub_config(name: str) -> bytes:
+    """config.json of a model of the hub, a kilobyte; OSError or ValueError where it cannot be had."""
+    url, token = hf_hub_url(name, "config.json"), get_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    try:
+        reply = get_session().get(url, headers=headers, timeout=HUB_SECONDS, follow_redirects=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        # Errors of a connection are those of the hub client's HTTP library, which is not ours to name.
+        raise OSError(f"{url}: {error}") from error
+    hf_raise_for_status(reply)
+    return bytes(reply.content)
+
+
+def _prepared(config: Config, role: str) -> PretrainedConfig:
+    """The configuration of the model that `r2m-ray prepare` makes; a BPE vocabulary may turn out smaller."""
+    make, task = config.prepare, config.task
+    reward, preferences = role == "reward", task.name is TaskName.preferences
+    width = make.reward_width if reward else make.policy_width
+    positions = config.reward.max_length if reward else task.max_prompt_tokens + task.max_new_tokens
+    return LlamaConfig(
+        vocab_size=make.vocabulary if preferences else len(note2answer.tokenizer()),
+        hidden_size=width,
+        intermediate_size=round(FEED_FORWARD * width),
+        num_hidden_layers=make.reward_layers if reward else make.policy_layers,
+        num_attention_heads=make.reward_heads if reward else make.policy_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        num_labels=1,
+    )
+
+
+def _gpus(config: Config) -> dict[str, float]:
+    """GPUs of one actor of each role."""
+    cluster = config.cluster
     return {
-        "trajectories": trajectories,
-        "hidden": hidden,
-        "fresh_hidden": hidden if refreshed else 0,
-        "annotation": annotation,
-        "reference": REFERENCE_BYTES * batch.tokens_most,
-        "human_pairs": 2 * (trajectories + hidden + annotation) // batch.responses_per_prompt * anchored,
+        "policy": cluster.gpus_per_learner,
+        "rollout": cluster.gpus_per_rollout,
+        "reward": cluster.gpus_per_reward,
+        "reference": cluster.gpus_per_reference,
     }
 
 
-def checkpoint_bytes(config: Config, models: Mapping[str, ModelSizes]) -> int:
-    """Bytes of one checkpoint: the policy in its own type, its exact state, the head and its moments."""
-    policy = models["policy"].parameters * (itemsize(config.model.dtype) + STATE_BYTES)
-    return policy + STATE_BYTES * head_parameters(config, models)
-
-
-def _store_peak(config: Config, records: Mapping[str, int]) -> int:
-    """The last step's records stay until the next step's are there; h is freed once it is refreshed."""
-    if not records:
-        return 0
-    kept = sum(records.values()) - (records["hidden"] if records["fresh_hidden"] else 0)
-    sampled = records["trajectories"] + records["hidden"]
-    return max(sum(records.values()), kept + sampled)
-
-
 def _doubts(config: Config, found: Plan) -> Iterator[Problem]:
-    """What will probably go wrong, or slowly, though the configuration is valid."""
+    """What will probably fail, or be slow, though the configuration is valid."""
     row, budget = found.batch.row_tokens, config.policy.tokens_per_microbatch
     if budget < row:
         message = f"{budget}, but a row may have {row} tokens, and a row is never split: count on {row}"
         yield Problem("policy.tokens_per_microbatch", message, warning=True)
-    if config.cluster.address == "local":
+    if config.cluster.address == LOCAL:
         yield from _machine_doubts(config, found)
-    if config.cluster.gpus_per_rollout > 0 and "policy" in found.models:
-        yield from _gpu_cache_doubts(config, found)
-    directory = Path(config.run.root).absolute()
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    place = nearest(Path(config.run.root))
+    free = shutil.disk_usage(place).free
     if free < found.kept:
-        message = f"{existing}: {_gib(free)} free, but {config.checkpoint.keep + 1} checkpoints take "
-        remedy = "; free some, lower checkpoint.keep, or choose another run.root"
-        yield Problem("run.root", f"{message}{_gib(found.kept)}{remedy}", warning=True)
+        message = (
+            f"{place}: {size(free)} free, but {config.checkpoint.keep + 1} checkpoints take "
+            f"{size(found.kept)}; free some, lower checkpoint.keep, or choose another run.root"
+        )
+        yield Problem("run.root", message, warning=True)
 
 
 def _machine_doubts(config: Config, found: Plan) -> Iterator[Problem]:
+    """What this machine cannot hold, where the run's own cluster is this machine."""
+    counts, gpus, here = memory.replicas(config), _gpus(config), len(accelerators())
+    total = sum(counts[role] * gpus[role] for role in counts)
+    if total > here:
+        message = (
+            f"local, but the actors take {total:g} GPUs and this machine has {here}: they cannot be placed"
+        )
+        yield Problem(
+            "cluster.address", f"{message}; plan on that machine, or use fewer replicas", warning=True
+        )
+    if config.cluster.placement == "STRICT_SPREAD":
+        message = "STRICT_SPREAD, but one machine is one node: the actors cannot be placed; use PACK"
+        yield Problem("cluster.placement", message, warning=True)
     store = int(config.cluster.object_store_gb * GIB)
     if found.store > store:
-        needed = found.store / GIB * 1.1
-        yield Problem(
-            "cluster.object_store_gb",
+        message = (
             f"{config.cluster.object_store_gb:g}, but the records of two steps and the weights on their way "
-            f"take up to {_gib(found.store)}, and what does not fit is spilled to disk; use {needed:.2g}, or "
-            "fewer algo.prompts_per_step",
-            warning=True,
+            f"take up to {size(found.store)}, and what does not fit is spilled to disk; use "
+            f"{found.store / GIB * 1.1:.2g}, or fewer algo.prompts_per_step"
         )
-    total = psutil.virtual_memory().total
+        yield Problem("cluster.object_store_gb", message, warning=True)
+    memory_here = psutil.virtual_memory().total
     needed = found.host + min(found.store, store)
-    if needed > total:
-        yield Problem(
-            "cluster.address",
-            f"local, but the run takes up to {_gib(needed)} and this machine has {_gib(total)}; use a larger "
-            "machine, smaller policy.tokens_per_microbatch, or fewer replicas",
-            warning=True,
+    if needed > memory_here:
+        message = (
+            f"local, but the run takes up to {size(needed)} and this machine has {size(memory_here)}; use a "
+            "larger machine, smaller policy.tokens_per_microbatch, or fewer replicas"
         )
+        yield Problem("cluster.address", message, warning=True)
 
 
-def _gpu_cache_doubts(config: Config, found: Plan) -> Iterator[Problem]:
-    """vLLM fills its share of the GPU with keys and values; the exported states come on top."""
-    model = found.models["policy"]
-    keys = model.layers * model.key_value * itemsize(config.model.dtype)
-    exported = slot_bytes(config, model) - keys
-    share = float(config.rollout.engine_args.get("gpu_memory_utilization", 0.9))
-    if config.feedback.source is FeedbackSource.rollout and share * (1 + exported / keys) > 1:
-        yield Problem(
-            "rollout.engine_args.gpu_memory_utilization",
-            f"{share:g}, but hidden states take {exported / keys:.0%} of the KV cache's size beside it; use "
-            f"at most {0.97 / (1 + exported / keys):.2f}",
-            warning=True,
+def _batch_table(batch: BatchPlan, config: Config) -> Table:
+    """What a step and the run consist of."""
+    algo = config.algo
+    table = _table("batches", "a step", "the run")
+    rows: dict[str, tuple[int | str, bool]] = {
+        "prompts": (algo.prompts_per_step, True),
+        f"rows, {algo.responses_per_prompt} of each prompt": (batch.rows, True),
+        "tokens": (f"{batch.rows:,} – {batch.tokens:,}", False),
+        f"shards of {batch.rows_per_shard} rows": (batch.shards, True),
+    }
+    for role, (least, most) in batch.shards_per_replica.items():
+        rows[f"  of each {role} replica"] = (f"{least}" if least == most else f"{least} – {most}", False)
+    rows |= {
+        "mini-batches of an epoch": (batch.minibatches, False),
+        "optimizer steps of the policy": (batch.optimizer_steps, True),
+        "forward passes of a learner rank": (f"≤ {batch.policy_passes:,}", False),
+        "updates of the R2M head": (config.reward.update_steps, True),
+    }
+    for name, (step, adds_up) in rows.items():
+        run = f"{int(step) * algo.steps:,}" if adds_up else ""
+        table.add_row(name, f"{step:,}" if isinstance(step, int) else step, run)
+    return table
+
+
+def _memory_table(actors: Sequence[ActorMemory]) -> Table:
+    """Peak memory of one actor of each role, by what it is for."""
+    table = _table("one actor, peak", *(actor.role for actor in actors))
+    parts: dict[str, Callable[[ActorMemory], int | None]] = {
+        "process": lambda actor: actor.process,
+        "weights": lambda actor: actor.weights,
+        "gradients": lambda actor: actor.gradients,
+        "optimizer": lambda actor: actor.optimizer,
+        "KV cache": lambda actor: actor.cache,
+        "export buffer": lambda actor: actor.exports,
+        "largest pass": lambda actor: actor.working,
+        "buffers": lambda actor: actor.buffers,
+    }
+    for name, part in parts.items():
+        sizes = [part(actor) for actor in actors]
+        table.add_row(name, *("the rest" if nbytes is None else size(nbytes) for nbytes in sizes))
+    table.add_section()
+    table.add_row("memory", *(size(actor.host) for actor in actors))
+    if any(actor.gpu for actor in actors):
+        rest = [" + the rest" if actor.cache is None else "" for actor in actors]
+        table.add_row(
+            "memory of each GPU", *(f"{size(a.device)}{r}" for a, r in zip(actors, rest, strict=True))
         )
+    table.add_row("actors", *(f"× {actor.count}" for actor in actors))
+    return table
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+def _traffic_table(plan: Plan) -> Table:
+    """What a step puts into the object store and a checkpoint onto the disk."""
+    table = _table("records and files", "size")
+    rows = {f"{name.replace('_', ' ')} of a step": nbytes for name, nbytes in plan.records.items()}
+    for name, nbytes in rows.items():
+        table.add_row(name, size(nbytes))
+    totals = {
+        "object store at its peak, two steps meeting": plan.store,
+        "weights to each engine in a step": plan.sync,
+        "one checkpoint": plan.checkpoint,
+        "all checkpoints on the disk at a time": plan.kept,
+    }
+    for name, nbytes in totals.items():
+        table.add_row(name, size(nbytes) or "unknown")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table()
+    table.add_column(title, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from r2m_ray.core.batch import Trajectories
-from r2m_ray.core.packing import microbatches, position_ids, select_rows
-from r2m_ray.core.segment import row_index, segment_sum
+from r2m_ray.core.packing import microbatches, position_ids, row_index, segment_sum, select_rows
 
 PADDING_ID = 0  # Any id inside the vocabulary: nothing that counts attends to it.
 

@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from r2m_ray.config.schema import FeedbackNorm
 from r2m_ray.errors import InputError
 
 LOGITS_AT_ONCE = 2**26
@@ -28,7 +27,6 @@ TRANSFORMED_LOGITS = (
     "output_multiplier_scale",
     "lm_head_multiplier",
 )
-FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
 
 
 class CausalScorer(nn.Module):
@@ -38,9 +36,7 @@ class CausalScorer(nn.Module):
     scored.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, temperature: float, norm: FeedbackNorm, token_budget: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, temperature: float, token_budget: int) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
@@ -48,10 +44,6 @@ class CausalScorer(nn.Module):
         vocabulary, self.width = (int(size) for size in head.weight.shape)
         # As many for every pass: with ZeRO-3 each chunk gathers the head, and all ranks must gather alike.
         self._chunks = math.ceil(token_budget * vocabulary / LOGITS_AT_ONCE)
-        self._norm = norm
-        self._caught: Tensor | None = None
-        if norm is FeedbackNorm.pre:
-            _final_norm(model).register_forward_pre_hook(self._catch)
 
     def forward(
         self, input_BL: Tensor, position_BL: Tensor, pick_A: Tensor, label_A: Tensor
@@ -62,12 +54,10 @@ class CausalScorer(nn.Module):
         """
         output = self.model.base_model(input_ids=input_BL, position_ids=position_BL, use_cache=False)
         state_SP = output.last_hidden_state.flatten(0, 1)
-        caught, self._caught = self._caught, None
-        hidden_SP = state_SP if caught is None else caught.flatten(0, 1)
         if not label_A.numel():
             nothing_A = state_SP.new_zeros(0, dtype=torch.float32)
-            return hidden_SP.detach(), nothing_A, nothing_A
-        return hidden_SP.detach(), *self._score(state_SP[pick_A], label_A)
+            return state_SP.detach(), nothing_A, nothing_A
+        return state_SP.detach(), *self._score(state_SP[pick_A], label_A)
 
     def _score(self, state_AP: Tensor, label_A: Tensor) -> tuple[Tensor, Tensor]:
         if self._chunks == 1:
@@ -83,9 +73,6 @@ class CausalScorer(nn.Module):
     def _score_chunk(self, state_AP: Tensor, label_A: Tensor) -> tuple[Tensor, Tensor]:
         logits_AV = self.model.get_output_embeddings()(state_AP)
         return label_logprobs(logits_AV, label_A, self.temperature)
-
-    def _catch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._caught = args[0]
 
 
 def label_logprobs(logits_AV: Tensor, label_A: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -163,14 +150,3 @@ def _check_logits(model: PreTrainedModel, name: str) -> None:
             f"{name}: its logits differ by {float(difference):.3g} from its head applied to its last hidden "
             "state; it transforms them in a way that the learner does not reproduce"
         )
-
-
-def _final_norm(model: PreTrainedModel) -> nn.Module:
-    for name, module in model.base_model.named_children():
-        if name in FINAL_NORMS:
-            norm: nn.Module = module
-            return norm
-    raise InputError(
-        f"feedback.norm=pre: {type(model).__name__} has no final norm named {', '.join(FINAL_NORMS)}; "
-        "use feedback.norm=post"
-    )

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from r2m_ray.config.schema import Config, FeedbackNorm, FeedbackRefresh, OldLogprobs
+from r2m_ray.config.schema import Config, FeedbackRefresh, OldLogprobs
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.policy.blocks import Block, Rows, blocks, idle_block, packs_lines
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
 from r2m_ray.engines.policy.minibatch import MiniBatch, minibatches, shards_per_minibatch, split_hidden
@@ -28,12 +29,21 @@ POLICY_DIR = "policy"
 STATE_DIR = "policy_state"
 
 
+@raises_device_loss("policy learner")
 class PolicyLearner:
-    """π_θ and its optimizer on one rank; every method is called on all ranks, with the same arguments but for
+    """π_θ and its optimizer on one rank; every method is called on all ranks, with the same arguments except
     the shards. A rank's shards are its own, and may be none.
 
-    Expects MASTER_ADDR and MASTER_PORT in the environment.
-    Raises InputError for a model, a DeepSpeed key or a feedback setting that cannot be trained with.
+    Args:
+        config: of the run.
+        model_dir: Hugging Face directory of the policy.
+        rank, world_size: this process among the data parallel ranks, which meet at MASTER_ADDR and
+            MASTER_PORT of the environment.
+        device: where this rank computes.
+
+    Raises:
+        InputError: for a model or a DeepSpeed key that cannot be trained with.
+        DeviceLost: by every method, where a device or another rank failed.
     """
 
     def __init__(
@@ -60,7 +70,6 @@ class PolicyLearner:
         self._scorer = CausalScorer(
             self._model,
             temperature=config.algo.temperature,
-            norm=config.feedback.norm if config.uses_feedback else FeedbackNorm.post,
             token_budget=config.policy.tokens_per_microbatch,
         )
         self._engine = ZeroEngine(self._scorer, self._model, config=config)
@@ -72,9 +81,13 @@ class PolicyLearner:
     ) -> tuple[dict[str, float], list[Hidden]]:
         """k epochs of the clipped objective (Eq. 2) over the step's mini-batches.
 
-        batches, shard_ids: this rank's shards and their numbers in the step, which decide the mini-batch.
-        Returns statistics, equal on all ranks, and the refreshed h of each batch, in its order: none with
-        ``feedback.refresh=none``, of width 0 in a run without feedback.
+        Args:
+            batches: this rank's shards.
+            shard_ids: their numbers in the step, which decide the mini-batch.
+
+        Returns:
+            Statistics, equal on all ranks, and the refreshed h of each batch, in its order: none with
+            ``feedback.refresh=none``, of width 0 in a run without feedback.
 
         π_old is the learner before its first step, scored without gradients; rows of the first mini-batch
         are scored by their own training pass, which sees the same weights. With ``algo.old_logp=rollout``
@@ -124,7 +137,7 @@ class PolicyLearner:
                     states_SP, _, _ = self._engine.forward(
                         block.input_BL, block.position_BL, nothing, nothing
                     )
-                    _store(hidden_TP, block, states_SP)
+                    hidden_TP[block.token_T] = states_SP[block.slot_T]
         return split_hidden(trajectories, hidden_TP)
 
     def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -133,7 +146,7 @@ class PolicyLearner:
         return [(name, dtype, tuple(shape)) for name, shape in self._engine.shapes.items()]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights under their Hugging Face names, tied ones once, whole, on the learner's device.
+        """All weights under their Hugging Face names, tied ones once, full tensors on the learner's device.
 
         All ranks must iterate side by side: with ZeRO-3 they gather each parameter together. The tensors
         may not be written to, and hold until the next update. Raises RunError naming the first that is not
@@ -146,12 +159,12 @@ class PolicyLearner:
             require_finite(f"policy weight {name}", weight)
             yield name, weight
 
-    def weight_buckets(self, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """`weights` in buckets on the CPU, the same ones on every rank.
+    def weight_buckets(self, bucket_bytes: int, *, pack: bool = True) -> Iterator[WeightBucket | None]:
+        """`weights` in buckets on the CPU, the same ones on every rank; None for each one without ``pack``.
 
         All ranks must ask for each bucket: with ZeRO-3 it is gathered by all of them.
         """
-        return pack_buckets(self.weights(), bucket_bytes)
+        return pack_buckets(self.weights(), bucket_bytes, pack=pack)
 
     def weight_digests(self) -> dict[str, str]:
         """sha256 of each weight, alike on ranks that are equal to the last bit; all ranks must call it."""
@@ -220,7 +233,7 @@ class PolicyLearner:
                 sums += torch.stack([value.double() for value in block_sums])
                 ratio_max = torch.maximum(ratio_max, block_max)
             if hidden_TP is not None:
-                _store(hidden_TP, block, states_SP)
+                hidden_TP[block.token_T] = states_SP[block.slot_T]
             self._engine.backward(loss, last=i == passes - 1)
         return sums, ratio_max
 
@@ -268,8 +281,5 @@ class PolicyLearner:
 
     def _states_buffer(self, tokens: int) -> Tensor:
         width = self._scorer.width if self._config.uses_feedback else 0
-        return torch.empty(tokens, width, dtype=self._model.dtype)
-
-
-def _store(hidden_TP: Tensor, block: Block, states_SP: Tensor) -> None:
-    hidden_TP[block.token_T.cpu()] = states_SP[block.slot_T].cpu()
+        # On the device, so that no pass waits for a copy; `split_hidden` copies all of it at once.
+        return torch.empty(tokens, width, dtype=self._model.dtype, device=self._device)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from r2m_ray.config.schema import Advantage, Config
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
-from r2m_ray.core.segment import row_index
+from r2m_ray.core.packing import row_index
+from r2m_ray.engines.hardware import host_buffer, wait_for_copies
 from r2m_ray.engines.policy.blocks import Block, Rows, blocks, packs_lines
 
 
@@ -67,13 +68,13 @@ def shards_per_minibatch(config: Config) -> int:
 
 
 def split_hidden(records: Sequence[Trajectories], hidden_TP: Tensor) -> list[Hidden]:
-    """The states of records that lie end to end, as one `Hidden` each, with memory of its own."""
-    parts = hidden_TP.split([record.layout.tokens for record in records])
-    return [
-        # A view would drag the whole storage along when it is serialized.
-        Hidden(layout=record.layout, hidden_TP=part.clone())
-        for record, part in zip(records, parts, strict=True)
-    ]
+    """The states of records that lie end to end, as one `Hidden` each, on the CPU with memory of its own."""
+    hidden = []
+    for record, part in zip(records, hidden_TP.split([r.layout.tokens for r in records]), strict=True):
+        host = host_buffer(part.shape, part.dtype, part.device)
+        hidden.append(Hidden(layout=record.layout, hidden_TP=host.copy_(part, non_blocking=True)))
+    wait_for_copies(hidden_TP.device)
+    return hidden
 
 
 def _minibatch(

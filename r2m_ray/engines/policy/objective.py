@@ -81,11 +81,11 @@ class Objective:
     ) -> tuple[Tensor, LossSums, Tensor]:
         """The block's share of the loss, its sums, and its largest ratio.
 
-        `loss = (1/R) Σ_n [ −w·min(ρA, clip(ρ)A) + β Σ_t s_n·KL_t ]` (Eq. 2), R = `rows` that the whole
-        optimizer step samples. The KL of a row is the sum over its tokens (s = 1) with the ratio of whole
-        responses, and is scaled like the surrogate with the two others. With `importance_cap` the weight is
+        `loss = (1/R) Σ_n [ −w·min(ρA, clip(ρ)A) + β Σ_t s_n·KL_t ]` (Eq. 2), R = `rows` that the
+        complete optimizer step samples. The KL of a row is the sum over its tokens (s = 1) with the ratio
+        "sequence", and is scaled like the surrogate with the two others. With `importance_cap` the weight is
         `w = min(π_old/π_rollout, cap)`, and 1 without. Rows outside `sampled_N` have no KL: they are no draw
-        from the policy. Where a log-prob of anyone is not finite, the loss is NaN.
+        from the policy. Where any log-prob is not finite, the loss is NaN.
         """
         action_A = torch.ones_like(logp_A, dtype=torch.bool)
         ratio = self.ratio.value
@@ -113,7 +113,7 @@ class Objective:
             kl_A = kl_penalty(logp_A, reference_A, self.kl_estimator)
             kl_N = row_total(kl_A, action_A, offsets, scale_N)
             kl_loss = self.kl_weight / rows * (kl_N * sampled_N).sum()
-        # A step on rows that somebody could not score must be seen as broken, though clamped ratios hide an
+        # A step on rows with a log-prob that is not finite must be skipped, although clamped ratios hide an
         # infinity and not every loss reads every log-prob.
         total = loss + kl_loss + 0 * (logp_A.detach() + old_A + rollout_A + reference_A).sum()
         sums = LossSums(

@@ -21,7 +21,7 @@ from r2m_ray.errors import RunError
 
 COUNTERS = "optimizer.json"
 FILE_BYTES = 2**31
-"""Bytes after which a file is closed and the next begun, so that rank 0 never holds the whole state."""
+"""Bytes after which a file is closed and the next begun, so that rank 0 never holds all of the state."""
 
 
 def save_state(engine: ZeroEngine, directory: Path) -> None:

@@ -20,9 +20,9 @@ from r2m_ray.engines.policy.objective import LossSums
 class OldPolicySums(NamedTuple):
     """Sums over the step's sampled response tokens, under the policy π_old that they are a sample of.
 
-    nonfinite_rows: rows with a log-prob, of whomever, that is not finite; all other sums leave them out.
+    nonfinite_rows: rows with a log-prob that is not finite, under any policy; all other sums leave them out.
     kl: `log π_old − log π_ref` at temperature 1 (k1). surprisal: `−log π_old` as sampled. compared: tokens
-    that the learner scored with the very weights that sampled them; over those, mismatch: |log π_old of the
+    that the learner scored with the same weights that sampled them; over those, mismatch: |log π_old of the
     learner − of the rollout engine|, and mismatch_kl: rollout minus learner (k1).
     """
 
@@ -138,7 +138,7 @@ def _old_policy(
 
 
 def _broken_rows(batch: MiniBatch) -> Tensor:
-    """bool [N], sampled rows with a response token whose log-prob somebody reports as NaN or infinite."""
+    """bool [N], sampled rows with a response token that has a NaN or infinite log-prob under any policy."""
     finite_T = torch.isfinite(batch.old_T + batch.old_unit_T + batch.rollout_T)
     finite_T &= torch.isfinite(batch.reference_T + batch.reference_unit_T)
     count_N = torch.zeros_like(batch.advantage_N)

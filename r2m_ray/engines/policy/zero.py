@@ -109,7 +109,7 @@ class ZeroEngine:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Within, forward passes are followed by no backward pass."""
+        """Inside the block forward passes are followed by no backward pass."""
         with torch.no_grad():
             yield
         self._awaits_backward = True
@@ -169,7 +169,7 @@ class ZeroEngine:
 
     @contextmanager
     def gathered(self, parameter: nn.Parameter, *, modify: bool = False) -> Iterator[None]:
-        """Within, the parameter is whole on every rank; with `modify`, rank 0's values are kept."""
+        """Inside the block every rank has the full parameter; with `modify`, rank 0's values are kept."""
         if self.stage < 3:
             yield
             return
@@ -182,7 +182,7 @@ class ZeroEngine:
             yield
 
     def read_state(self, name: str, kind: str) -> Tensor:
-        """One entry of `STATE` of a parameter, float32, whole, on the engine's device."""
+        """One entry of `STATE` of a parameter, float32, of its full shape, on the engine's device."""
         parameter, utils = self.parameters[name], self._deepspeed.utils
         value: Tensor
         if self.stage == 0:
@@ -211,7 +211,7 @@ class ZeroEngine:
             utils.safe_set_full_optimizer_state(parameter, value, kind)
 
     def _write_partition(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        # The setters of whole ZeRO-3 tensors fail where the ranks do not divide the size: the last
+        # The setters of full ZeRO-3 tensors fail where the ranks do not divide the size: the last
         # partition is padded.
         utils = self._deepspeed.utils
         if kind == WEIGHT:

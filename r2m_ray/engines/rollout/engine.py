@@ -15,13 +15,20 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
-from r2m_ray.core.batch import Hidden, Prompt, SamplePlan, Trajectories, pack_rows
-from r2m_ray.engines.rollout.model_dir import parameter_shapes, stop_token_ids
+from r2m_ray.core.batch import Hidden, Prompt, RowText, SamplePlan, Trajectories, pack_rows
+from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.rollout.vllm_engine import OBJECT_STORE, Request, Sampled, VLLMEngine
 from r2m_ray.engines.text import policy_prompt_ids
 from r2m_ray.engines.weights import WeightBucket
@@ -36,21 +43,27 @@ class _Update:
     outstanding: dict[str, tuple[int, ...]]
 
 
+@raises_device_loss("rollout engine")
 class RolloutEngine:
     """Samples shards with the current weights, and exports the policy's hidden states.
 
-    model_dir: Hugging Face directory of the policy and its tokenizer; its weights are version 0.
-    dtype: "float32" or "bfloat16", of the weights, the KV cache and the exported states.
-    max_model_len: tokens of prompt and response together.
-    export_hidden: whether to export hidden states; otherwise they have width 0 and cost nothing.
-    hidden_norm: "post" exports ``last_hidden_state``, "pre" the state before the final norm.
-    engine_args: further ``vllm.EngineArgs``.
-    weight_backend: vLLM weight-transfer engine: "object_store" takes buckets, on any device; vLLM's own
-        "nccl" and "ipc" bring weights themselves (``init_weight_transfer``, ``receive_weights``).
+    Args:
+        model_dir: Hugging Face directory of the policy and its tokenizer; its weights are version 0.
+        dtype: "float32" or "bfloat16", of the weights, the KV cache and the exported states.
+        seed: of the engine; rows are seeded by their plan.
+        max_model_len: tokens of prompt and response together.
+        export_hidden: whether to export hidden states; otherwise they have width 0 and cost nothing.
+        engine_args: further ``vllm.EngineArgs``.
+        weight_backend: vLLM weight-transfer engine: "object_store" takes buckets, on any device; vLLM's own
+            "nccl" and "ipc" bring weights themselves (``init_weight_transfer``, ``receive_weights``).
 
-    The export needs memory beside the KV cache: a row of the policy's width, and 16 bytes, per cached token.
-    Raises InputError for engine arguments that vLLM does not have, that this class sets itself, or that the
-    export cannot be combined with, and for a vLLM version the engine was not tested with.
+    The export takes a share of the memory for keys and values: for each cached token, 16 bytes and the
+    token's hidden state, of which every tensor parallel rank keeps its own columns.
+
+    Raises:
+        InputError: for engine arguments that vLLM does not have, that this class sets itself, or that the
+            export cannot be combined with, and for a vLLM version that the engine was not tested with.
+        DeviceLost: by every method, where a device or a worker process failed.
     """
 
     def __init__(
@@ -61,13 +74,12 @@ class RolloutEngine:
         seed: int,
         max_model_len: int,
         export_hidden: bool,
-        hidden_norm: str,
         engine_args: Mapping[str, Any],
         weight_backend: str = OBJECT_STORE,
     ) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        self._stop_token_ids = stop_token_ids(model_dir, self._tokenizer)
-        self._parameters = parameter_shapes(model_dir)
+        self._stop_token_ids = _stop_token_ids(model_dir, self._tokenizer)
+        self._parameters = _parameter_shapes(model_dir)
         self._max_model_len = max_model_len
         self._exports = export_hidden
         self._backend = weight_backend
@@ -80,7 +92,7 @@ class RolloutEngine:
             dtype=dtype,
             seed=seed,
             max_model_len=max_model_len,
-            hidden_norm=hidden_norm if export_hidden else None,
+            export_hidden=export_hidden,
             engine_args=engine_args,
             weight_backend=weight_backend,
         )
@@ -97,13 +109,18 @@ class RolloutEngine:
         return dict(self._totals)
 
     def sample(self, plans: Sequence[SamplePlan]) -> list[tuple[Trajectories, Hidden]]:
-        """Sample every plan, all in one batch; returns the records of each plan (shard).
+        """Sample every plan, all in one batch.
 
         Rows are drawn from softmax(logits/temperature), untruncated, and ``rollout_logp_T`` holds its
         log-probs; those of greedy rows are at temperature 1. A response keeps its end token, and is
         truncated where it has none.
-        Raises InputError for a prompt that is empty or too long, and RunError while quarantined or when
-        hidden states are missing or torn twice.
+
+        Returns:
+            The records of each plan (shard): hidden_TP in the engine's dtype, [T, 0] without export.
+
+        Raises:
+            InputError: for a prompt that is empty or too long.
+            RunError: while quarantined, and when hidden states are missing or wrong twice.
         """
         if self._quarantined:
             raise RunError(
@@ -118,6 +135,22 @@ class RolloutEngine:
         self._totals["sample_seconds"] += time.perf_counter() - start
         self._totals["sampled_tokens"] += sum(int(t.action_T.sum()) for t, _ in shards)
         return shards
+
+    def texts(self, trajectories: Trajectories, rows: int) -> list[RowText]:
+        """The first ``rows`` rows of a shard in words, with the text of each input token."""
+        layout = trajectories.layout
+        found = zip(trajectories.row_prompts, trajectories.responses, strict=True)
+        return [
+            RowText(
+                prompt=prompt,
+                response=response,
+                tokens=tuple(
+                    self._tokenizer.decode([token])
+                    for token in trajectories.input_T[layout.slice_of(n)].tolist()
+                ),
+            )
+            for n, (prompt, response) in enumerate(islice(found, rows))
+        ]
 
     def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
         """Join the trainer's transfer group, with the ``init_info`` of the weight backend."""
@@ -150,8 +183,12 @@ class RolloutEngine:
     def finish_weight_update(self, *, version: int, digest: str | None) -> None:
         """Close the update; from now on the engine samples ``version``.
 
-        digest: sha256 that the sender computed over the buckets (``WeightDigest``); None is not compared.
-        Raises RunError, and leaves the engine quarantined, if a parameter is missing or the digest differs.
+        Args:
+            version: the training step whose weights these are.
+            digest: sha256 that the sender computed over the buckets (``WeightDigest``); None is not compared.
+
+        Raises:
+            RunError: if a parameter is missing or the digest differs; the engine stays quarantined.
         """
         update = self._take_update()
         if self._backend == OBJECT_STORE:
@@ -220,16 +257,16 @@ class RolloutEngine:
                 )
 
     def _generate(self, requests: Sequence[Request]) -> list[Sampled]:
-        """Samples whose hidden states are proven whole; a row that is not is sampled once more."""
+        """Samples whose hidden states are proven to be theirs; a row that fails is sampled once more."""
         sampled = self._vllm.generate(requests)
         if not self._exports:
             return sampled
-        torn = [n for n, fault in enumerate(_faults(requests, sampled)) if fault]
-        if torn:
-            self._totals["regenerated_rows"] += len(torn)
+        faulty = [n for n, fault in enumerate(_faults(requests, sampled)) if fault]
+        if faulty:
+            self._totals["regenerated_rows"] += len(faulty)
             # The fault may lie in a cached prefix, where it would be met again.
             self._vllm.forget_prefixes()
-            for n, row in zip(torn, self._vllm.generate([requests[n] for n in torn]), strict=True):
+            for n, row in zip(faulty, self._vllm.generate([requests[n] for n in faulty]), strict=True):
                 sampled[n] = row
             for n, fault in enumerate(_faults(requests, sampled)):
                 if fault:
@@ -260,6 +297,30 @@ def row_seed(seed: int, step: int, prompt: int, row: int) -> int:
     """Seed of one row: 63 bits of BLAKE2b over (seed, step, prompt index, row), each a 64-bit integer."""
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, prompt, row), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _stop_token_ids(model_dir: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of every end token: the tokenizer's, and all that the generation config names.
+
+    Raises InputError where neither names one: no response could ever end.
+    """
+    configured = GenerationConfig.from_pretrained(model_dir).eos_token_id
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    if not ids:
+        raise InputError(
+            f"model.policy {model_dir}: neither its tokenizer nor its generation config names an end token; "
+            "set eos_token_id in one of them"
+        )
+    return tuple(sorted(ids))
+
+
+def _parameter_shapes(model_dir: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the causal language model; tied ones once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        )
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _faults(requests: Sequence[Request], sampled: Sequence[Sampled]) -> Iterator[str]:

@@ -1,11 +1,12 @@
 """The learner's side of vLLM's own weight transfer (``nccl`` and ``ipc``): GPU to GPU, past the object store.
 
-vLLM drives the whole round: it opens the update on the engines, sends every parameter, and closes it.
+vLLM drives the complete update: it opens the update on the engines, sends every parameter, and closes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class Weights(Protocol):
 
 
 class LearnerSource(WeightSource):  # type: ignore[misc]
-    """A learner's parameters as vLLM reads them: Hugging Face names, whole tensors, one at a time."""
+    """A learner's parameters as vLLM reads them: Hugging Face names, full tensors, one at a time."""
 
     def __init__(self, learner: Weights) -> None:
         self._learner = learner
@@ -34,6 +35,11 @@ class LearnerSource(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._learner.weights()
+
+
+def ranks_per_engine(engine_args: Mapping[str, Any]) -> int:
+    """Processes of one engine that take part in a transfer: tensor × pipeline parallel ranks."""
+    return int(engine_args.get("tensor_parallel_size", 1)) * int(engine_args.get("pipeline_parallel_size", 1))
 
 
 def weight_sender(
@@ -48,18 +54,35 @@ def weight_sender(
 ) -> Any:
     """vLLM's sender for a learner rank; every rank makes one, rank 0 speaks to the engines.
 
-    client: the engines, as vLLM's ``VLLMWeightSyncClient``. address: where rank 0 listens (nccl).
-    world_size: the sender and all engine ranks together (nccl). Returns an object whose ``send_weights()``
-    runs one complete update and must be called on every rank.
+    Args:
+        learner: the rank whose weights are sent.
+        client: the engines, as vLLM's ``VLLMWeightSyncClient``.
+        backend: "nccl" or "ipc".
+        rank: of the learner.
+        address: where rank 0 listens (nccl).
+        world_size: the sender and all ranks of all engines together (nccl), see `ranks_per_engine`.
+        bucket_bytes: bytes that are sent at a time, or the largest parameter where that is more.
+
+    Returns an object whose ``send_weights()`` runs one complete update and must be called on every rank.
     """
+    info = transfer_info(
+        learner, backend=backend, rank=rank, address=address, world_size=world_size, bucket_bytes=bucket_bytes
+    )
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=LearnerSource(learner))
+
+
+def transfer_info(
+    learner: Weights, *, backend: str, rank: int, address: tuple[str, int], world_size: int, bucket_bytes: int
+) -> NCCLTrainerInitInfo | IPCTrainerInitInfo:
+    """What vLLM's trainer side needs to know to open a transfer."""
     if backend == "nccl":
-        info: Any = NCCLTrainerInitInfo(
+        return NCCLTrainerInitInfo(
             rank=rank,
             master_address=address[0],
             master_port=address[1],
             world_size=world_size,
             packed_buffer_size_bytes=bucket_bytes,
         )
-    else:
-        info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=LearnerSource(learner))
+    # One buffer is shared during the complete transfer, and no parameter may be larger than it.
+    sizes = (math.prod(shape) * dtype.itemsize for _, dtype, shape in learner.weight_shapes())
+    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, *sizes))

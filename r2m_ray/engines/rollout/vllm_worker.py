@@ -3,12 +3,12 @@
 Every token that vLLM computes owns a slot of the paged KV cache. A side buffer with the same slots
 keeps the token's hidden state, so paging, prefix sharing, chunked prefill and preemption are right
 for the hidden states whenever they are right for the keys and values. Three extension points of vLLM
-take part: the worker extension copies the model's output into the buffer after each forward pass; the
+take part: the worker copies the model's output into the buffer after each forward pass; the
 KV connector learns from the scheduler which blocks a finished request owned, keeps them from being
 freed, and reads the request's rows in the step that follows; a worker call hands the rows out.
 
 Each slot also remembers which token at which position wrote it, so a reader can prove that a row is
-whole and its own.
+complete and its own.
 
 Axes: T tokens of one forward pass or one request, P policy width.
 """
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -29,12 +29,25 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from r2m_ray.engines.faults import reach
+from r2m_ray.engines.hardware import host_buffer, wait_for_copies
 from r2m_ray.engines.rollout import vllm_weights  # noqa: F401  registers the weight-transfer engine
 from r2m_ray.engines.rollout.vllm_engine import Export, WeightReceipt
 from r2m_ray.errors import InputError
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+READ_TOKENS = 8192
+"""Tokens that leave the buffer at a time, so that reading needs little memory beside it."""
+
+SOURCE_BYTES = 16
+"""Token and position of a slot, both int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +92,19 @@ class HiddenBuffer:
             for r in requests
         ]
         sizes = [slot_T.numel() for slot_T in slots]
-        # All requests of a step leave the device in one copy.
-        slot_T = torch.cat(slots).to(self._hidden.device)
-        hidden = self._hidden.index_select(0, slot_T).cpu().split(sizes)
-        source = self._source.index_select(0, slot_T).cpu().split(sizes)
+        slot_T = torch.cat(slots)
+        device = self._hidden.device
+        hidden_TP = host_buffer((len(slot_T), self._hidden.shape[1]), self._hidden.dtype, device)
+        source_T2 = host_buffer((len(slot_T), 2), torch.int64, device)
+        for start in range(0, len(slot_T), READ_TOKENS):
+            part = slice(start, start + READ_TOKENS)
+            device_slot_T = slot_T[part].to(device)
+            hidden_TP[part].copy_(self._hidden.index_select(0, device_slot_T), non_blocking=True)
+            source_T2[part].copy_(self._source.index_select(0, device_slot_T), non_blocking=True)
+        wait_for_copies(device)
         return {
             r.request_id: Export(h, s[:, 0], s[:, 1])
-            for r, h, s in zip(requests, hidden, source, strict=True)
+            for r, h, s in zip(requests, hidden_TP.split(sizes), source_T2.split(sizes), strict=True)
         }
 
     def forget(self) -> None:
@@ -97,7 +116,7 @@ class HiddenBuffer:
 
 
 class FinishedRequests(KVConnectorMetadata):  # type: ignore[misc]
-    """What the scheduler tells the worker: requests that finished since the last step."""
+    """What the scheduler sends to the worker: requests that finished since the last step."""
 
     def __init__(self, requests: tuple[Finished, ...]) -> None:
         self.requests = requests
@@ -165,61 +184,33 @@ class HiddenStatesConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return exports
 
 
-class FinalNorm:
-    """Finds the model's final norm, the one whose output the model returns, and keeps its input.
+class RolloutWorker(PlatformWorker):  # type: ignore[misc]
+    """The platform's worker, with the export of hidden states and other calls of a rollout engine."""
 
-    It is found by what it does, not by a name, so this holds for every architecture that ends in a norm.
-    """
+    def determine_available_memory(self) -> int:
+        """Bytes for keys and values: vLLM's own number without the share that the side buffer takes."""
+        available: int = super().determine_available_memory()
+        if self.vllm_config.kv_transfer_config is None:
+            return available
+        specs = self.get_kv_cache_spec().values()
+        cached = sum(spec.page_size_bytes / spec.block_size for spec in specs)
+        columns = self._columns()
+        exported = (columns.stop - columns.start) * self.model_config.dtype.itemsize + SOURCE_BYTES
+        return int(available * cached / (cached + exported))
 
-    def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
-        self._handles: list[RemovableHandle] = [m.register_forward_hook(self._record) for m in norms]
-        self._last: tuple[nn.Module, Tensor, Tensor] | None = None
-        self._found = False
+    def export_hidden(self) -> None:
+        """Keep the hidden state of every token from now on, after the final norm.
 
-    def _record(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A norm fused with the residual sum returns (normed, sum), and the sum is what it normed.
-        normed, before = output if isinstance(output, tuple) else (output, args[0])
-        self._last = module, normed, before
-
-    def input_of(self, hidden_TP: Tensor) -> Tensor:
-        """The state that the final norm turned into the model's output [T, P]."""
-        if self._last is None or self._last[1].data_ptr() != hidden_TP.data_ptr():
-            raise InputError(
-                "feedback.norm=pre: the policy's output does not come from a norm that can be seen; "
-                "set feedback.norm=post or rollout.engine_args.enforce_eager=true"
-            )
-        module, _, before = self._last
-        if not self._found:
-            for handle in self._handles:
-                handle.remove()
-            self._handles = [module.register_forward_hook(self._record)]
-            self._found = True
-        self._last = None
-        return before.view(-1, before.shape[-1])
-
-
-class RolloutWorker:
-    """Worker extension; its methods are called by name on every worker of an engine."""
-
-    rank: int
-    use_v2_model_runner: bool
-    model_runner: Any
-    weight_transfer_engine: Any
-
-    def export_hidden(self, norm: str) -> None:
-        """Keep the hidden state of every token from now on, "post" or "pre" the final norm."""
-        if self.rank != 0:
-            return
+        With tensor parallelism every rank computes all columns, and keeps its own share of them.
+        """
         buffer: HiddenBuffer = get_kv_transfer_group().buffer
         runner = self.model_runner
-        final_norm = FinalNorm(runner.get_model()) if norm == "pre" else None
+        columns = self._columns()
 
         def keep(slots: Any, hidden_TP: Tensor, token_T: Tensor, position_T: Tensor) -> None:
             # One cache group: every layer has the same slots.
             slot_T = next(iter(slots.values()))
-            state_TP = final_norm.input_of(hidden_TP) if final_norm else hidden_TP
-            buffer.write(slot_T, state_TP, token_T, position_T)
+            buffer.write(slot_T, hidden_TP[:, columns], token_T, position_T)
 
         if self.use_v2_model_runner:
             sample = runner.sample_tokens
@@ -276,3 +267,9 @@ class RolloutWorker:
         """What the open weight update has brought so far."""
         receipt: WeightReceipt = self.weight_transfer_engine.receipt()
         return receipt
+
+    def _columns(self) -> slice:
+        """The columns of the hidden state that this rank keeps."""
+        width = self.model_config.get_hidden_size()
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        return slice(rank * width // ranks, (rank + 1) * width // ranks)

@@ -1,4 +1,1 @@
-"""What runs with a known gold score say about over-optimization: curves, matched KL, intervals, tables.
-
-It reads the files of finished runs and needs nothing that trained them.
-"""
+"""What finished runs show about over-optimization: curves, gold at matched KL, intervals, tables."""

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_ray.report.compare.comparison import Comparison, comparison, read_comparison
-from r2m_ray.report.compare.curves import read_curve
-from r2m_ray.report.compare.outcome import best_study, effects_figure, gallery, kl_star, write_pictures
-from r2m_ray.report.compare.page import Section, page
+from r2m_ray.errors import RunError
+from r2m_ray.report.compare.curves import Comparison, Curve, read_comparison
+from r2m_ray.report.compare.matched import mean_peak
+from r2m_ray.report.compare.pictures import effects, frontiers, over_training, png, rewards
+from r2m_ray.report.compare.study import Study, study
 from r2m_ray.report.compare.tables import preface, tables, write_tables
-from r2m_ray.report.compare.training import read_training
+from r2m_ray.report.html import Figure, Section, comparison_page
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import replace_file
+from r2m_ray.run.vocabulary import metric
 
 PAGE_FILE = "comparison.html"
 
@@ -25,42 +27,96 @@ def write_comparison(runs: Mapping[str, Sequence[Path]], baseline: str, director
     Raises InputError for runs that are half-finished, damaged or of different worlds, for an unknown baseline
     and where it is alone; RunError if the directory cannot be written.
     """
-    paired = read(runs, baseline)
-    found = best_study(paired, kl_star(paired.curves(baseline)))
-    trainings = {arm: [read_training(path, arm) for path in paths] for arm, paths in runs.items()}
-    figures = gallery(paired.arms, trainings, baseline)
+    paired = read_comparison(runs, baseline)
+    found = study(paired, mean_peak(paired.curves(baseline)))
+    figures = gallery(paired.arms, baseline)
     if (bars := effects_figure(found)) is not None:
         figures = {"effects": bars, **figures}
     write_tables(found, directory)
     write_pictures(figures, directory)
     section = Section(
-        heading="What this rests on",
+        heading="What the numbers depend on",
         notes=tuple(preface(found)),
         tables=tuple(tables(found)),
         figures=tuple(figures.values()),
     )
-    text = page(" · ".join(paired.arms), kind="r2m_ray comparison", facts=_facts(paired), sections=[section])
+    title = " · ".join(paired.arms)
+    text = comparison_page(title, kind="r2m_ray comparison", facts=_facts(paired), sections=[section])
     replace_file(directory / PAGE_FILE, text)
     return directory / PAGE_FILE
 
 
-def read(runs: Mapping[str, Sequence[Path]], baseline: str) -> Comparison:
-    """The runs as a comparison, with gold required of all as soon as one has it."""
-    curves = [read_curve(path, arm, gold=False) for arm, paths in runs.items() for path in paths]
-    paired = comparison(curves, baseline)
-    if any(np.isfinite(curve.gold).any() for curve in curves):
-        return read_comparison(runs, baseline)
-    return paired
+def gallery(arms: Mapping[str, Sequence[Curve]], baseline: str) -> dict[str, Figure]:
+    """The pictures of all arms, by file name without suffix; those that would be empty are left out."""
+    gold = any(np.isfinite(curve.gold).any() for curves in arms.values() for curve in curves)
+    drawn = [
+        (
+            "frontier",
+            "Gold and proxy against the distance from the reference" if gold else "Proxy against distance",
+            "Change since the start against √KL: the frozen reward model's score dashed"
+            + (", gold solid. " if gold else ". ")
+            + f"Faint lines are seeds, strong ones their mean, grey is {baseline}.",
+            frontiers(arms, baseline),
+        ),
+        (
+            "rewards",
+            "Scores over the training steps",
+            "Held-out prompts, the same ones at every point. An arm's own reward may rise because its scale "
+            "does: arms are never compared by it.",
+            rewards(arms, baseline),
+        ),
+        (
+            "pair_precision",
+            "Self-labelled pairs that gold confirms",
+            "Share of the winner–loser pairs of a training step that gold orders alike; 0.5 is chance. Faint "
+            "lines are seeds, the strong one is the moving average of their mean.",
+            over_training(arms, baseline, metric("gold/pair_precision"), "precision"),
+        ),
+        (
+            "scale_ratio",
+            "Scale of the arm's reward against the frozen one's",
+            "Within-group standard deviation of the arm's own reward over the frozen reward model's. A "
+            "reward model that labels its own pairs can inflate it, which weakens the KL penalty.",
+            over_training(arms, baseline, metric("reward/scale_ratio"), "ratio"),
+        ),
+    ]
+    return {
+        name: Figure(heading, caption, png(figure))
+        for name, heading, caption, figure in drawn
+        if figure is not None
+    }
+
+
+def effects_figure(found: Study) -> Figure | None:
+    """The picture of the primary endpoints; None where a study has none."""
+    figure = effects(found)
+    if figure is None:
+        return None
+    caption = (
+        f"Difference to {found.baseline} under the same seed: bars are means, dots are seeds, lines are "
+        "nominal 95 % intervals over the seeds, absent with one."
+    )
+    return Figure("Primary endpoints", caption, png(figure))
+
+
+def write_pictures(figures: Mapping[str, Figure], directory: Path) -> None:
+    """Write every figure as ``<name>.png``; RunError names the file that cannot be written."""
+    for name, figure in figures.items():
+        path = directory / f"{name}.png"
+        try:
+            path.write_bytes(figure.png)
+        except OSError as error:
+            raise RunError(f"{path}: cannot write it: {error.strerror}.") from error
 
 
 def _facts(paired: Comparison) -> dict[str, str]:
     here = environment()
+    sources = {
+        f"Runs of {arm}": ", ".join(str(c.source) for c in curves) for arm, curves in paired.arms.items()
+    }
     return {
         "Seeds": ", ".join(map(str, paired.seeds)),
-        **{
-            f"Runs of {arm}": ", ".join(str(curve.source) for curve in curves)
-            for arm, curves in paired.arms.items()
-        },
+        **sources,
         "Commit": here["commit"] or "not in a git checkout",
         "Command": " ".join(here["command"]),
     }

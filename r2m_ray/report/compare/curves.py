@@ -1,8 +1,8 @@
-"""The path a finished run took, from its evaluations: KL, gold and both rewards, step by step."""
+"""Finished runs as curves, and arms beside each other: the same world, the same seeds, one method per arm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,46 +12,74 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from r2m_ray.errors import InputError
-from r2m_ray.report.data import Row, RunRecord, column, known, read_run
+from r2m_ray.config.fields import compared
+from r2m_ray.config.schema import Compare
+from r2m_ray.errors import InputError, hint
+from r2m_ray.report.compare.statistics import MOST_FLIPPED
+from r2m_ray.report.data import Row, RunRecord, Series, column, read_run
 from r2m_ray.run.files import METRICS_FILE
+from r2m_ray.run.vocabulary import metric
 
-Series = NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-GOLD = "gold"
-REQUIRED = ("kl_sequence", "frozen_reward", "reward")
-"""Keys of an evaluation without which a run has no place in a comparison, beside gold where it is known."""
+KL, GOLD = metric("kl/sequence"), metric("gold/mean")
+FROZEN, OWN = metric("reward/frozen_mean"), metric("reward/mean")
 START_KL = 0.1
 """Nats per response that two engines may disagree by on one policy; more means a start off the reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Curve:
-    """One arm's evaluations under one seed; all series are read-only and as long as ``steps``.
+class Rows:
+    """The rows of one kind in a run's ``metrics.jsonl``, as read-only series of the length of ``steps``."""
 
-    steps: training steps after which the run was evaluated, from 0 to the planned last one.
-    kl: KL to the reference, nats per response; 0 at step 0, never negative.
-    gold, frozen, own: mean gold score, score of the original reward model, and score of the arm's own; gold
-    is NaN throughout where the task knows none.
-    metrics: every key of the evaluations by its name, NaN where a row lacks it.
-    settings: the run's configuration, value by dotted path.
+    steps: NDArray[np.int64]
+    metrics: Mapping[str, Series]
+
+    def series(self, name: str) -> Series:
+        """One metric, NaN where a row lacks it or it was not finite."""
+        return self.metrics[name] if name in self.metrics else _fixed(np.full(len(self.steps), np.nan))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Curve:
+    """One arm's run under one seed.
+
+    evaluations: after steps from 0 to the planned last one. training: every training step. kl: of each
+    evaluation the KL to the reference, nats per response; 0 at step 0, never negative. settings: the run's
+    configuration, value by dotted path.
     """
 
     arm: str
     seed: int
     source: Path
-    steps: NDArray[np.int64]
-    kl: Series
-    gold: Series
-    frozen: Series
-    own: Series
-    metrics: Mapping[str, Series]
     settings: Mapping[str, Any]
+    evaluations: Rows
+    training: Rows
+    kl: Series
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The training steps after which the run was evaluated."""
+        return self.evaluations.steps
+
+    @property
+    def gold(self) -> Series:
+        """Mean gold score; NaN throughout where the task knows none."""
+        return self.evaluations.series(GOLD)
+
+    @property
+    def frozen(self) -> Series:
+        """Mean score of the original reward model."""
+        return self.evaluations.series(FROZEN)
+
+    @property
+    def own(self) -> Series:
+        """Mean reward of the arm's own reward model."""
+        return self.evaluations.series(OWN)
 
     @property
     def knows_gold(self) -> bool:
-        """Whether the task has a gold score."""
+        """Whether every evaluation has a gold score."""
         return bool(np.isfinite(self.gold).all())
 
     @property
@@ -60,39 +88,131 @@ class Curve:
         return float(self.kl.max())
 
 
-def read_curve(directory: Path, arm: str, *, gold: bool = True) -> Curve:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Curves of several arms, paired by seed.
+
+    arms: of each arm, its curves in the order of ``seeds``. baseline: the arm that others are compared with.
+    """
+
+    arms: Mapping[str, tuple[Curve, ...]]
+    seeds: tuple[int, ...]
+    baseline: str
+
+    def curves(self, arm: str) -> tuple[Curve, ...]:
+        """One arm's curves in the order of the seeds; InputError for an arm that is not here."""
+        if arm not in self.arms:
+            known = list(self.arms)
+            raise InputError(f"no arm {arm!r} here; there are {', '.join(known)}.{hint(arm, known)}")
+        return self.arms[arm]
+
+    @property
+    def challengers(self) -> tuple[str, ...]:
+        """Every arm but the baseline."""
+        return tuple(arm for arm in self.arms if arm != self.baseline)
+
+
+def read_curve(directory: Path, arm: str) -> Curve:
     """The curve of a finished run; ``arm`` is the name it goes by in a comparison.
 
-    Raises InputError naming the file and the remedy for a run that is missing, damaged or half-finished, for
-    one that does not start at its reference, and, unless ``gold`` is False, for one without gold.
+    Raises InputError naming the file and the remedy for a run that is missing, damaged or half-finished, and
+    for one that does not start at its reference.
     """
     run = read_run(directory)
     file = directory / METRICS_FILE
-    rows = run.evaluations
     _check_steps(file, run)
-    _check_values(file, rows, (*REQUIRED, GOLD) if gold else REQUIRED)
-    kl = column(rows, "kl_sequence")
+    evaluations = _rows(run.evaluations)
+    for name in (KL, FROZEN, OWN):
+        _check_finite(file, evaluations, name)
+    kl = evaluations.series(KL)
     if abs(kl[0]) > START_KL:
         raise InputError(
             f"{file}: the KL at step 0 is {kl[0]:.3g} nats, so this run did not start at its reference and "
             "its KL cannot be matched. Run it again with model.reference=null."
         )
-    kl[0] = 0.0
-    names = sorted({key for row in rows for key in row} - {"step", "kind", "nonfinite"})
     settings = dict(flat(run.config))
     return Curve(
         arm=arm,
         seed=int(settings["run.seed"]),
         source=directory,
-        steps=_fixed(np.array([row["step"] for row in rows], dtype=np.int64)),
-        # The estimate log π − log π_ref is below 0 now and then where the KL is close to it.
-        kl=_fixed(np.maximum(kl, 0.0)),
-        gold=_fixed(column(rows, GOLD)),
-        frozen=_fixed(column(rows, "frozen_reward")),
-        own=_fixed(column(rows, "reward")),
-        metrics=MappingProxyType({name: _fixed(column(rows, name)) for name in names}),
         settings=MappingProxyType(settings),
+        evaluations=evaluations,
+        training=_rows(run.steps),
+        # The estimate log π − log π_ref is below 0 now and then where the KL is close to it.
+        kl=_fixed(np.concatenate([[0.0], np.maximum(kl[1:], 0.0)])),
     )
+
+
+def require_gold(curve: Curve) -> None:
+    """Raise InputError for a run without gold, or with a gold score that is not finite."""
+    file = curve.source / METRICS_FILE
+    if not np.isfinite(curve.gold).any():
+        raise InputError(
+            f"{file}: no gold score. Use a task that knows one (task=note2answer) and evaluate.prompts > 0."
+        )
+    _check_finite(file, curve.evaluations, GOLD)
+
+
+def read_comparison(runs: Mapping[str, Sequence[Path]], baseline: str) -> Comparison:
+    """Read the run directories of each arm and compare them.
+
+    As soon as one run has gold, all must. Errors of ``read_curve``, ``require_gold`` and ``comparison``.
+    """
+    curves = [read_curve(path, arm) for arm, paths in runs.items() for path in paths]
+    paired = comparison(curves, baseline)
+    if any(np.isfinite(curve.gold).any() for curve in curves):
+        for curve in curves:
+            require_gold(curve)
+    return paired
+
+
+def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
+    """Pair curves by seed.
+
+    Raises InputError naming the runs for an arm that lacks a seed or has it twice, for different worlds,
+    different starts under one seed, different methods under one arm's name, or more seeds than can be tested.
+    """
+    found: dict[str, dict[int, Curve]] = {}
+    for curve in curves:
+        seeds = found.setdefault(curve.arm, {})
+        if curve.seed in seeds:
+            raise InputError(
+                f"{curve.source} and {seeds[curve.seed].source} are both arm {curve.arm!r} with run.seed="
+                f"{curve.seed}. Leave one out."
+            )
+        seeds[curve.seed] = curve
+    every = sorted({seed for seeds in found.values() for seed in seeds})
+    for arm, seeds in found.items():
+        lacking = [seed for seed in every if seed not in seeds]
+        if lacking:
+            raise InputError(
+                f"arm {arm!r} has no run with run.seed={lacking[0]}, which others have, and arms are paired "
+                "by seed. Run it, or leave that seed out of every arm."
+            )
+    if len(every) > MOST_FLIPPED:
+        raise InputError(
+            f"{len(every)} seeds; tests are exact for up to {MOST_FLIPPED}: leave some out of every arm"
+        )
+    arms = {arm: tuple(seeds[seed] for seed in every) for arm, seeds in found.items()}
+    _check_alike(arms)
+    paired = Comparison(arms=MappingProxyType(arms), seeds=tuple(every), baseline=baseline)
+    paired.curves(baseline)
+    return paired
+
+
+def require_same(curves: Sequence[Curve], sections: Sequence[str], rule: str) -> None:
+    """Raise InputError at the first setting below ``sections`` that a curve does not share with the first."""
+    for curve in curves[1:]:
+        first = curves[0]
+        for path in sorted(first.settings.keys() | curve.settings.keys()):
+            if not any(path == s or path.startswith(f"{s}.") for s in sections):
+                continue
+            ours, theirs = first.settings.get(path), curve.settings.get(path)
+            if ours != theirs:
+                raise InputError(
+                    f"{path} is {ours!r} in {first.source} and {theirs!r} in {curve.source}; {rule}. "
+                    "Leave one of them out or run it again."
+                )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -102,6 +222,28 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _check_alike(arms: Mapping[str, tuple[Curve, ...]]) -> None:
+    everyone = [curve for curves in arms.values() for curve in curves]
+    require_same(
+        everyone,
+        _settings(everyone, Compare.always),
+        "runs of one comparison share their world, budget and measurement",
+    )
+    for curves in zip(*arms.values(), strict=True):
+        require_same(curves, _settings(curves, Compare.seed), "runs of one seed start from the same policy")
+    for arm, curves in arms.items():
+        require_same(
+            curves,
+            _settings(curves, Compare.arm),
+            f"the runs of arm {arm!r} are one method under several seeds",
+        )
+
+
+def _settings(curves: Sequence[Curve], answer: Compare) -> list[str]:
+    """Paths of the settings whose fields give this answer."""
+    return [path for curve in curves for path in curve.settings if compared(path) is answer]
 
 
 def _check_steps(file: Path, run: RunRecord) -> None:
@@ -120,18 +262,21 @@ def _check_steps(file: Path, run: RunRecord) -> None:
         )
 
 
-def _check_values(file: Path, rows: Sequence[Row], required: Sequence[str]) -> None:
-    if GOLD in required and not known(rows, GOLD):
+def _check_finite(file: Path, rows: Rows, name: str) -> None:
+    holes = np.flatnonzero(~np.isfinite(rows.series(name)))
+    if len(holes):
         raise InputError(
-            f"{file}: no gold score. Use a task that knows one (task=note2answer) and evaluate.prompts > 0."
+            f"{file}: {name} has no finite value after step {rows.steps[holes[0]]}. Find out what broke "
+            "there and run again; a path with a hole cannot be matched."
         )
-    for key in required:
-        holes = np.flatnonzero(~np.isfinite(column(rows, key)))
-        if len(holes):
-            raise InputError(
-                f"{file}: {key} has no finite value after step {rows[holes[0]]['step']}. Find out what broke "
-                "there and run again; a path with a hole cannot be matched."
-            )
+
+
+def _rows(rows: Sequence[Row]) -> Rows:
+    names = sorted({name for row in rows for name in row} - {"step", "kind", "nonfinite"})
+    return Rows(
+        steps=_fixed(np.array([row["step"] for row in rows], dtype=np.int64)),
+        metrics=MappingProxyType({name: _fixed(column(rows, name)) for name in names}),
+    )
 
 
 def _fixed(values: NDArray[Scalar]) -> NDArray[Scalar]:

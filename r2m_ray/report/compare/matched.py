@@ -1,24 +1,25 @@
-"""Gold at matched KL: where a run's path first reaches a KL, and how far to go before it is called peak.
+"""Places on a run's path: gold at matched KL, the peak, the fall from it, and gold over a range of KL.
 
 A path goes from evaluation to evaluation, straight in KL and gold. KL does not always rise along it, so a KL
-may be passed several times: the **first passage** counts, because that is the policy one would have stopped
-at. A path that never gets as far is censored there: it has no value, and none is extrapolated.
+may be passed several times: the **first passage** counts, because one would have stopped at that policy. A
+path that never gets as far is censored there: it has no value, and none is extrapolated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.curves import Curve, Series
+from r2m_ray.report.compare.curves import Curve
+from r2m_ray.report.data import Series
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """Where a path first reaches a KL: ``fraction`` of the way from evaluation ``index`` to the next one."""
+    """A place on a path: ``fraction`` of the way from evaluation ``index`` to the next one."""
 
     index: int
     fraction: float
@@ -57,10 +58,7 @@ def first_passage(curve: Curve, kl: float) -> Passage | None:
     if not len(beyond):
         return None
     index = int(beyond[0])
-    if index == 0:
-        return Passage(index=0, fraction=0.0)
-    before, after = curve.kl[index - 1], curve.kl[index]
-    return Passage(index=index - 1, fraction=float((kl - before) / (after - before)))
+    return _between(curve.kl, index, kl) if index else Passage(index=0, fraction=0.0)
 
 
 def gold_at(curve: Curve, kl: float) -> float | None:
@@ -95,23 +93,56 @@ def area(curve: Curve, kl: float) -> float | None:
     return total
 
 
-def peak_of_mean(curves: Sequence[Curve]) -> Peak:
+def mean_gold(curve: Curve, kl: float) -> float | None:
+    """Area under gold over [0, kl], divided by ``kl``: comparable between ranges; None where censored.
+
+    Raises ValueError for a range without extent.
+    """
+    if not kl > 0:
+        raise ValueError(f"kl={kl}: a range of KL has a positive end")
+    total = area(curve, kl)
+    return None if total is None else total / kl
+
+
+def common_range(curves: Iterable[Curve]) -> float:
+    """The largest KL that every one of the curves reaches, nats per response."""
+    return min(curve.max_kl for curve in curves)
+
+
+def highest(curve: Curve) -> int:
+    """Index of the evaluation with the highest gold, the earliest of equals.
+
+    The highest of many noisy values lies above the highest of their expectations, so a peak flatters.
+    """
+    return int(np.argmax(curve.gold))
+
+
+def fall(curve: Curve) -> float:
+    """Gold lost between the highest evaluation and the last one; never negative."""
+    return float(curve.gold[highest(curve)] - curve.gold[-1])
+
+
+def fallen(curve: Curve, amount: float) -> Passage | None:
+    """Where the path first lies ``amount`` of gold below its highest evaluation, after that one.
+
+    None where it never fell so far. Raises ValueError for an amount that is not positive.
+    """
+    if not amount > 0:
+        raise ValueError(f"amount={amount}: a fall is positive")
+    top = highest(curve)
+    level = float(curve.gold[top]) - amount
+    below = np.flatnonzero(curve.gold[top:] <= level)
+    return _between(curve.gold, top + int(below[0]), level) if len(below) else None
+
+
+def mean_peak(curves: Sequence[Curve]) -> Peak | None:
     """KL* of an arm: the KL at which the mean over its seeds, step by step, is highest in gold.
 
-    The mean and not the best evaluation, which would be the luckiest one. Raises InputError where the curves
-    were not evaluated after the same steps, or where mean gold is highest before any training.
+    The mean and not the best evaluation, which would be the luckiest one. None without curves or gold, and
+    where mean gold is highest before any training. Raises InputError for curves of different steps.
     """
-    top = highest_of_mean(curves)
-    if top.kl == 0:
-        raise InputError(
-            f"arm {curves[0].arm!r}: mean gold is highest at KL 0, before training, so there is no KL* to "
-            "match at. The world fails its gate of a baseline that first improves."
-        )
-    return top
-
-
-def highest_of_mean(curves: Sequence[Curve]) -> Peak:
-    """Where the mean over seeds is highest in gold, at KL 0 perhaps; InputError for different steps."""
+    if not curves or not all(curve.knows_gold for curve in curves):
+        return None
     steps = curves[0].steps
     for curve in curves[1:]:
         if not np.array_equal(curve.steps, steps):
@@ -122,6 +153,8 @@ def highest_of_mean(curves: Sequence[Curve]) -> Peak:
     gold = np.mean([curve.gold for curve in curves], axis=0)
     kl = np.mean([curve.kl for curve in curves], axis=0)
     best = int(np.argmax(gold))
+    if kl[best] == 0:
+        return None
     return Peak(
         arm=curves[0].arm,
         kl=float(kl[best]),
@@ -129,3 +162,9 @@ def highest_of_mean(curves: Sequence[Curve]) -> Peak:
         step=int(steps[best]),
         share=float(steps[best] / steps[-1]),
     )
+
+
+def _between(values: Series, index: int, value: float) -> Passage:
+    """Where a series takes ``value`` on the way to its entry ``index`` from the one before."""
+    before, after = values[index - 1], values[index]
+    return Passage(index=index - 1, fraction=float((value - before) / (after - before)))

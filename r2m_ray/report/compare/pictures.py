@@ -1,7 +1,7 @@
 """Pictures of a comparison: one panel per arm, every seed thin and their mean thick, or one bar per arm.
 
 Each arm's panel shows the baseline's mean in grey, so panels need not share an axis that the worst arm would
-stretch. A picture that would be empty is None.
+stretch. An empty picture is None.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from r2m_ray.report.compare.curves import Curve, Series
+from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.study import Contrast, Endpoint, Study
 from r2m_ray.report.compare.tables import CENSORED
-from r2m_ray.report.compare.training import Training
-from r2m_ray.report.plots import FROZEN, GOLD, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish, moving_average
+from r2m_ray.report.data import Series
+from r2m_ray.report.plots import FROZEN, GOLD, GREY, OWN, STYLE, WIDTH, blank, finish, grid, moving_average
 
-Run = TypeVar("Run", Curve, Training)
-Arms = Mapping[str, Sequence[Run]]
+Arms = Mapping[str, Sequence[Curve]]
 
 COLUMNS = 4
 SEED: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.35}
@@ -38,59 +36,52 @@ WINDOW_SHARE = 15
 """A moving average over training steps spans one in so many of them, and five at least."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line(Generic[Run]):
+@dataclass(frozen=True, slots=True)
+class Line:
     """One line of every panel: where a run's values lie."""
 
     label: str
     colour: str
-    x: Callable[[Run], Series]
-    y: Callable[[Run], Series]
+    x: Callable[[Curve], Series]
+    y: Callable[[Curve], Series]
     style: str = "-"
 
 
-def frontiers(arms: Arms[Curve], baseline: str) -> Figure | None:
+def frontiers(arms: Arms, baseline: str) -> Figure | None:
     """Gold (solid) and the frozen proxy (dashed), as changes from the start, against √KL."""
 
     def distance(curve: Curve) -> Series:
         return np.sqrt(curve.kl)
 
     lines = [
-        Line(label="gold", colour=GOLD, x=distance, y=lambda curve: curve.gold - curve.gold[0]),
-        Line(
-            label="frozen RM (proxy)",
-            colour=FROZEN,
-            x=distance,
-            y=lambda curve: curve.frozen - curve.frozen[0],
-            style="--",
-        ),
+        Line("gold", GOLD, distance, lambda curve: curve.gold - curve.gold[0]),
+        Line("frozen RM (proxy)", FROZEN, distance, lambda curve: curve.frozen - curve.frozen[0], "--"),
     ]
     return _multiples(arms, baseline, lines, "√KL, per response", "change since the start")
 
 
-def rewards(arms: Arms[Curve], baseline: str) -> Figure | None:
+def rewards(arms: Arms, baseline: str) -> Figure | None:
     """Gold, the frozen proxy and the arm's own reward over the training steps."""
 
     def steps(curve: Curve) -> Series:
         return curve.steps.astype(np.float64)
 
     lines = [
-        Line(label="gold", colour=GOLD, x=steps, y=lambda curve: curve.gold),
-        Line(label="frozen RM", colour=FROZEN, x=steps, y=lambda curve: curve.frozen, style="--"),
-        Line(label="own RM", colour=OWN, x=steps, y=lambda curve: curve.own, style="--"),
+        Line("gold", GOLD, steps, lambda curve: curve.gold),
+        Line("frozen RM", FROZEN, steps, lambda curve: curve.frozen, "--"),
+        Line("own RM", OWN, steps, lambda curve: curve.own, "--"),
     ]
     return _multiples(arms, baseline, lines, "training step", "score")
 
 
-def over_training(arms: Arms[Training], baseline: str, key: str, label: str) -> Figure | None:
+def over_training(arms: Arms, baseline: str, key: str, label: str) -> Figure | None:
     """One metric of the training steps; arms that lack it have no panel, thick lines are moving averages."""
-    line: Line[Training] = Line(
-        label=label,
-        colour=OWN,
-        x=lambda training: training.steps.astype(np.float64),
-        y=lambda training: training.series(key),
-    )
-    known = {arm: runs for arm, runs in arms.items() if any(np.isfinite(r.series(key)).any() for r in runs)}
+
+    def steps(curve: Curve) -> Series:
+        return curve.training.steps.astype(np.float64)
+
+    line = Line(label, OWN, steps, lambda curve: curve.training.series(key))
+    known = {arm: curves for arm, curves in arms.items() if _known(line, curves)}
     return _multiples(known, baseline, [line], "training step", label, smooth=True)
 
 
@@ -102,7 +93,7 @@ def effects(study: Study) -> Figure | None:
         return None
     height = 1.3 + BAR_INCHES * len(arms)
     with rc_context(STYLE):
-        figure = _figure(height)
+        figure = blank(height)
         left = 0.35 + 0.075 * max(map(len, arms))
         width = (WIDTH - left) / len(shown)
         for i, endpoint in enumerate(shown):
@@ -130,16 +121,16 @@ def png(figure: Figure) -> bytes:
 def mean_line(values: Sequence[Series]) -> Series:
     """Mean over runs, entry by entry, of what is finite; NaN where nothing is."""
     stacked = np.stack(list(values))
-    finite = np.isfinite(stacked)
-    total, count = np.where(finite, stacked, 0.0).sum(axis=0), finite.sum(axis=0)
+    known = np.isfinite(stacked)
+    total, count = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
     mean: Series = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return mean
 
 
 def _multiples(
-    arms: Arms[Run],
+    arms: Arms,
     baseline: str,
-    lines: Sequence[Line[Run]],
+    lines: Sequence[Line],
     x_label: str,
     y_label: str,
     *,
@@ -148,25 +139,22 @@ def _multiples(
     if not arms:
         return None
     columns = min(COLUMNS, len(arms))
-    rows = -(-len(arms) // columns)
     with rc_context(STYLE):
-        figure = _figure(HEIGHT * rows)
-        for i, (arm, runs) in enumerate(arms.items()):
-            line, place = divmod(i, columns)
-            axes = figure.add_axes(cell(place, line, columns, rows))
+        figure, cells = grid(len(arms), columns)
+        for i, ((arm, runs), axes) in enumerate(zip(arms.items(), cells, strict=True)):
             if arm != baseline and baseline in arms:
                 first = next(each for each in lines if _known(each, arms[baseline]))
                 axes.plot(*_mean(first, arms[baseline], smooth), color=GREY, linewidth=1.3, label=baseline)
             for each in lines:
                 _draw_line(axes, each, runs, smooth=smooth)
-            finish(axes, arm, x_label, y_label if place == 0 else "")
+            finish(axes, arm, x_label, "" if i % columns else y_label)
             if i > 1 and (legend := axes.get_legend()):
                 # The first panels, the baseline's and another's, explain all.
                 legend.remove()
     return figure
 
 
-def _draw_line(axes: Axes, line: Line[Run], runs: Sequence[Run], *, smooth: bool) -> None:
+def _draw_line(axes: Axes, line: Line, runs: Sequence[Curve], *, smooth: bool) -> None:
     if not _known(line, runs):
         return
     for run in runs:
@@ -174,11 +162,11 @@ def _draw_line(axes: Axes, line: Line[Run], runs: Sequence[Run], *, smooth: bool
     axes.plot(*_mean(line, runs, smooth), line.style, color=line.colour, label=line.label)
 
 
-def _known(line: Line[Run], runs: Sequence[Run]) -> bool:
+def _known(line: Line, runs: Sequence[Curve]) -> bool:
     return any(np.isfinite(line.y(run)).any() for run in runs)
 
 
-def _mean(line: Line[Run], runs: Sequence[Run], smooth: bool) -> tuple[Series, Series]:
+def _mean(line: Line, runs: Sequence[Curve], smooth: bool) -> tuple[Series, Series]:
     x, y = mean_line([line.x(run) for run in runs]), mean_line([line.y(run) for run in runs])
     return x, moving_average(y, max(5, len(y) // WINDOW_SHARE)) if smooth else y
 
@@ -200,9 +188,3 @@ def _draw_effects(axes: Axes, endpoint: Endpoint, contrasts: Sequence[Contrast])
     if not axes.patches:
         axes.set_xticks([])
     axes.set_title(textwrap.fill(endpoint.label, TITLE_LETTERS), fontsize=8.5)
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasAgg(figure)
-    return figure

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import bootstrap
 
 LEVEL = 0.95
 SIGNIFICANCE = 0.05
@@ -32,21 +33,25 @@ class Interval:
     pairs: int
 
 
-def paired_interval(
-    differences: Sequence[float], *, seed: int, level: float = LEVEL, resamples: int = RESAMPLES
-) -> Interval:
-    """Percentile bootstrap of the mean over seeds: pairs are drawn whole, with replacement.
+def paired_interval(differences: Sequence[float]) -> Interval:
+    """Percentile bootstrap of the mean over seeds: pairs are drawn with replacement.
 
-    The same ``seed`` and number of pairs draw the same pairs, so intervals of several arms move together.
-    Nominal: see ``typical_coverage`` for what few pairs make of it. Raises ValueError below two pairs.
+    Equal numbers of pairs draw the same pairs, so intervals of several arms move together. Nominal: see
+    ``typical_coverage`` for what few pairs make of it. Raises ValueError below two pairs.
     """
     values = np.asarray(differences, dtype=np.float64)
     pairs = len(values)
     if pairs < 2:
         raise ValueError(f"{pairs} pairs: an interval needs two, because one says nothing about spread")
-    drawn = np.random.default_rng(seed).integers(pairs, size=(resamples, pairs))
-    tail = (1 - level) / 2
-    low, high = np.quantile(values[drawn].mean(axis=1), [tail, 1 - tail])
+    drawn = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = drawn.confidence_interval
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), pairs=pairs)
 
 
@@ -69,6 +74,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     values = np.asarray(differences, dtype=np.float64)
     if not 1 <= len(values) <= MOST_FLIPPED:
         raise ValueError(f"{len(values)} pairs: from 1 to {MOST_FLIPPED} sign patterns are enumerated")
+    # Sums of sums: scipy's permutation_test visits each pattern by itself, 3,000 times as slow for 20 pairs.
     # A pattern and its opposite are equally far from 0, so the first sign can stay.
     sums = values[:1]
     for value in values[1:]:

@@ -1,46 +1,67 @@
 """The comparison that was decided on before the runs: endpoints, and each arm against the baseline.
 
-Primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the baseline's
-and counts as fixed: the intervals do not hold its own uncertainty. Gold at KLs between them tells whether
-much hangs on it, where the baseline's peak is flat.
+With gold, primary are gold at KL*, 2 KL* and 4 KL* and the area under gold over [0, 4 KL*], where KL* is the
+baseline's and counts as fixed: the intervals do not hold its own uncertainty. Gold at KLs between them shows
+whether much depends on it, where the baseline's peak is flat.
+
+Without gold, the frozen reward model's score is compared at matched KL. It is a proxy that training exploits,
+so a higher score at the same KL is no proof of a better policy: those endpoints show how arms differ, and
+never which one is good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
+import numpy as np
+
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.comparison import Comparison
-from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import Peak, area, gold_at, peak_of_mean
-from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
-from r2m_ray.report.compare.statistics import RESAMPLES, Interval, holm, paired_interval, sign_flip_p
+from r2m_ray.report.compare.curves import FROZEN, OWN, Comparison, Curve, require_same
+from r2m_ray.report.compare.matched import (
+    Peak,
+    area,
+    common_range,
+    fall,
+    fallen,
+    frozen_at,
+    gold_at,
+    highest,
+    mean_gold,
+)
+from r2m_ray.report.compare.statistics import Interval, holm, paired_interval, sign_flip_p
+from r2m_ray.run.vocabulary import metric
 
 MULTIPLES = (1, 2, 4)
 """Of KL*, where gold is matched; the area reaches to the last."""
 BETWEEN = (0.5, 1.5, 3)
-"""Of KL*, where gold is told beside the primary endpoints."""
+"""Of KL*, where gold is reported beside the primary endpoints."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of the largest KL that every run reaches, where the frozen score is matched without gold."""
 FALL = 0.5
-"""The fall of gold whose KL is told: what over-optimization must at least cost here."""
+"""The fall of gold whose KL is reported: what over-optimization must at least cost here."""
 SHARED_NAME = "shared_mean_gold"
 """The endpoint over the KL that an arm and the baseline both reach under every seed: a range per arm."""
+ACCURACIES = {
+    metric("pairs/accuracy"): "Accuracy of the arm's own reward model on held-out pairs, at the end",
+    metric("pairs/frozen_accuracy"): "Accuracy of the frozen reward model on the same pairs",
+}
 
 Values = tuple[float | None, ...]
 """One number per seed, in the order of the seeds; None where the arm is censored."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A number that a curve has or is censored in. label: for a reader. kl: nats it is taken at or up to."""
 
     name: str
     label: str
-    primary: bool
     value: Callable[[Curve], float | None]
     kl: float | None = None
+    primary: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,63 +104,39 @@ class Study:
         return tuple(arm for arm in next(iter(self.values.values())) if arm != self.baseline)
 
 
-def study(
-    comparison: Comparison, *, top: Peak | None = None, seed: int = 0, resamples: int = RESAMPLES
-) -> Study:
-    """Compare every arm with the baseline in every endpoint.
+def study(comparison: Comparison, top: Peak | None) -> Study:
+    """Compare every arm with the baseline in the endpoints that the curves allow.
 
-    top: where KL* is, if more of the baseline's seeds are known than are compared here; by default it is of
-    the baseline's mean curve. seed: the bootstrap's. Raises InputError where there is no other arm, where a
-    run has no gold, or where the baseline has no KL* (see ``peak_of_mean``).
+    That is gold at matched KL; without a KL* unmatched endpoints alone; without gold the frozen score.
+
+    Args:
+        comparison: the curves, paired by seed.
+        top: where KL* is, of ``mean_peak`` over all seeds of the baseline, though fewer be compared here: a
+            peak that only some of them have is none.
+
+    Raises:
+        InputError: there is no other arm, or only some runs have gold; or, without gold, runs of one seed
+            have different reward models, whose scores have nothing in common.
     """
+    if not all(curve.knows_gold for curve in comparison.curves(comparison.baseline)):
+        return _contrasted(comparison, [*_proxy_endpoints(comparison)], top=None)
     for curve in (curve for curves in comparison.arms.values() for curve in curves):
         if not curve.knows_gold:
             raise InputError(f"{curve.source}: no gold score to compare at matched KL.")
-    top = top or peak_of_mean(comparison.curves(comparison.baseline))
-    found = contrasted(comparison, endpoints(top.kl), seed=seed, resamples=resamples)
-    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
-    shared = [draw(arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
-    contrasts = MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)})
-    return replace(found, peak=top, contrasts=contrasts)
-
-
-def contrasted(
-    comparison: Comparison, endpoints: Sequence[Endpoint], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Study:
-    """Every arm held against the baseline in the endpoints given; InputError where there is no other arm."""
-    if not comparison.challengers:
-        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
-    values: dict[str, Mapping[str, Values]] = {}
-    contrasts: dict[str, Mapping[str, Contrast]] = {}
-    draw = partial(_contrast, comparison, seed=seed, resamples=resamples)
-    for endpoint in endpoints:
-        values[endpoint.name] = MappingProxyType(
-            {arm: tuple(endpoint.value(curve) for curve in curves) for arm, curves in comparison.arms.items()}
-        )
-        contrasts[endpoint.name] = _corrected([draw(arm, endpoint) for arm in comparison.challengers])
-    return Study(
-        baseline=comparison.baseline,
-        seeds=comparison.seeds,
-        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
-        peak=None,
-        endpoints=tuple(endpoints),
-        values=MappingProxyType(values),
-        contrasts=MappingProxyType(contrasts),
-    )
+    if top is None:
+        return _contrasted(comparison, UNMATCHED, top)
+    found = _contrasted(comparison, endpoints(top.kl), top)
+    shared = [_contrast(comparison, arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
+    return replace(found, contrasts=MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)}))
 
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
     """The endpoints of a comparison whose baseline peaks at KL* nats per response, the primary ones first."""
     widest = MULTIPLES[-1] * kl_star
-    under = Endpoint(
-        name="area",
-        label=f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats",
-        primary=True,
-        value=partial(area, kl=widest),
-        kl=widest,
-    )
-    matched = [_at(n, kl_star, primary=True) for n in MULTIPLES]
-    between = [_at(n, kl_star, primary=False) for n in BETWEEN]
+    label = f"Area under gold over KL from 0 to {MULTIPLES[-1]} KL* = {widest:.3g} nats"
+    under = Endpoint("area", label, partial(area, kl=widest), widest, primary=True)
+    matched = [_gold_at(multiple, kl_star, primary=True) for multiple in MULTIPLES]
+    between = [_gold_at(multiple, kl_star, primary=False) for multiple in BETWEEN]
     return (*matched, under, *between, *UNMATCHED)
 
 
@@ -148,50 +145,86 @@ def of_kl_star(multiple: float) -> str:
     return "KL*" if multiple == 1 else f"{multiple:g} KL*"
 
 
-def _at(multiple: float, kl_star: float, *, primary: bool) -> Endpoint:
+def _gold_at(multiple: float, kl_star: float, *, primary: bool) -> Endpoint:
     kl = multiple * kl_star
-    return Endpoint(
-        name=f"gold_at_{multiple:g}_kl_star",
-        label=f"Gold at {of_kl_star(multiple)} = {kl:.3g} nats",
-        primary=primary,
-        value=partial(gold_at, kl=kl),
-        kl=kl,
-    )
+    label = f"Gold at {of_kl_star(multiple)} = {kl:.3g} nats"
+    return Endpoint(f"gold_at_{multiple:g}_kl_star", label, partial(gold_at, kl=kl), kl, primary)
 
 
 def _fall_kl(curve: Curve) -> float | None:
     place = fallen(curve, FALL)
-    return None if place is None else place.kl
+    return None if place is None else place.of(curve.kl)
 
 
-def _secondary(name: str, label: str, value: Callable[[Curve], float | None]) -> Endpoint:
-    return Endpoint(name=name, label=label, primary=False, value=value)
-
-
+FINAL_KL = Endpoint("final_kl", "Final KL, nats", lambda curve: float(curve.kl[-1]))
 UNMATCHED = (
-    _secondary("final_gold", "Final gold", lambda curve: final(curve).gold),
-    _secondary("final_kl", "Final KL, nats", lambda curve: final(curve).kl),
-    _secondary("peak_gold", "Highest evaluation of gold", lambda curve: peak(curve).gold),
-    _secondary("peak_kl", "KL of that evaluation, nats", lambda curve: peak(curve).kl),
-    _secondary("fall", "Fall of gold from there to the end", fall),
-    _secondary("fall_kl", f"KL at which gold had fallen by {FALL:g}, nats", _fall_kl),
+    Endpoint("final_gold", "Final gold", lambda curve: float(curve.gold[-1])),
+    FINAL_KL,
+    Endpoint("peak_gold", "Highest evaluation of gold", lambda curve: float(curve.gold[highest(curve)])),
+    Endpoint("peak_kl", "KL of that evaluation, nats", lambda curve: float(curve.kl[highest(curve)])),
+    Endpoint("fall", "Fall of gold from there to the end", fall),
+    Endpoint("fall_kl", f"KL at which gold had fallen by {FALL:g}, nats", _fall_kl),
 )
 """Endpoints that need no KL*."""
 
 
 def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
-    pair = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
-    upper = min(MULTIPLES[-1] * kl_star, common_range(pair))
-    return Endpoint(
-        name=SHARED_NAME,
-        label="Mean gold over the KL that both reach",
-        primary=False,
-        value=lambda curve: mean_gold(curve, upper) if upper > 0 else None,
-        kl=upper,
+    both = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
+    upper = min(MULTIPLES[-1] * kl_star, common_range(both))
+    value = partial(mean_gold, kl=upper) if upper > 0 else lambda curve: None
+    return Endpoint(SHARED_NAME, "Mean gold over the KL that both reach", value, upper)
+
+
+def _proxy_endpoints(comparison: Comparison) -> Iterator[Endpoint]:
+    """Endpoints without gold; accuracies are left out where a run did not measure them."""
+    for runs in zip(*comparison.arms.values(), strict=True):
+        rule = "without gold, runs of one seed are compared by one reward model"
+        require_same(runs, ("model.reward",), rule)
+    curves = [curve for arm in comparison.arms.values() for curve in arm]
+    upper = common_range(curves)
+    for share in SHARES if upper > 0 else ():
+        kl = share * upper
+        label = f"Score of the frozen reward model at {kl:.3g} nats"
+        yield Endpoint(
+            f"frozen_at_{share:g}_of_common_kl", label, partial(frozen_at, kl=kl), kl, primary=True
+        )
+    yield Endpoint("final_frozen", "Final score of the frozen reward model", partial(_last, name=FROZEN))
+    yield FINAL_KL
+    label = "Final score of the arm's own reward model minus the frozen one's"
+    yield Endpoint("gap", label, lambda curve: _last(curve, OWN) - _last(curve, FROZEN))
+    for name, label in ACCURACIES.items():
+        if all(np.isfinite(_last(curve, name)) for curve in curves):
+            yield Endpoint(name, label, partial(_last, name=name))
+
+
+def _last(curve: Curve, name: str) -> float:
+    """A metric of the last evaluation, NaN where the run did not measure it."""
+    return float(curve.evaluations.series(name)[-1])
+
+
+def _contrasted(comparison: Comparison, endpoints: Sequence[Endpoint], top: Peak | None) -> Study:
+    if not comparison.challengers:
+        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
+    values, contrasts = {}, {}
+    for endpoint in endpoints:
+        values[endpoint.name] = {
+            arm: tuple(map(endpoint.value, curves)) for arm, curves in comparison.arms.items()
+        }
+        contrasts[endpoint.name] = _corrected(
+            [_contrast(comparison, arm, endpoint) for arm in comparison.challengers]
+        )
+    return Study(
+        baseline=comparison.baseline,
+        seeds=comparison.seeds,
+        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
+        peak=top,
+        endpoints=tuple(endpoints),
+        values=MappingProxyType(values),
+        contrasts=MappingProxyType(contrasts),
     )
 
 
-def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int, resamples: int) -> Contrast:
+def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint) -> Contrast:
     pairs = zip(comparison.curves(arm), comparison.curves(comparison.baseline), strict=True)
     differences = tuple(
         None if ours is None or theirs is None else ours - theirs
@@ -202,7 +235,7 @@ def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint, *, seed: int
         arm=arm,
         endpoint=endpoint.name,
         differences=differences,
-        interval=paired_interval(known, seed=seed, resamples=resamples) if len(known) > 1 else None,
+        interval=paired_interval(known) if len(known) > 1 else None,
         p=sign_flip_p(known) if len(known) == len(differences) > 1 else None,
         p_holm=None,
         kl=endpoint.kl,

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r2m_ray.errors import RunError, printable
+from r2m_ray.errors import RunError
 from r2m_ray.report.compare.statistics import LEVEL, limits
 from r2m_ray.report.compare.study import SHARED_NAME, Contrast, Study, Values
+from r2m_ray.report.html import Table, markdown_text
 from r2m_ray.run.files import replace_file
 
 MARKDOWN_FILE = "comparison.md"
 JSON_FILE = "comparison.json"
 CENSORED = "censored"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A table to render: plain text throughout, the first column names the row."""
-
-    heading: str
-    note: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """The table alone; no text can end a cell."""
-        rule = ["---", *["---:"] * (len(self.head) - 1)]
-        lines = ([_cell(text) for text in cells] for cells in (self.head, rule, *self.rows))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_tables(study: Study, directory: Path) -> tuple[Path, Path]:
@@ -51,8 +36,8 @@ def write_tables(study: Study, directory: Path) -> tuple[Path, Path]:
 
 
 def markdown(study: Study) -> str:
-    """What the numbers rest on, then one table per endpoint."""
-    parts = [sentence.replace("|", "\\|") for sentence in preface(study)]
+    """What the numbers depend on, then one table per endpoint."""
+    parts = [markdown_text(sentence) for sentence in preface(study)]
     for table in tables(study):
         parts += [f"## {table.heading}", table.note, table.markdown()]
     return "\n\n".join(parts) + "\n"
@@ -60,7 +45,7 @@ def markdown(study: Study) -> str:
 
 def preface(study: Study) -> list[str]:
     """Where arms are matched, what so many seeds can show, and how to read the cells."""
-    top, baseline = study.peak, printable(study.baseline)
+    top, baseline = study.peak, study.baseline
     if top is None and study.gold:
         matched = (
             f"There is no KL*: the mean gold of {baseline} is highest before any training, so arms are not "
@@ -74,7 +59,7 @@ def preface(study: Study) -> list[str]:
     else:
         ended = " The runs end at this peak: KL* is a lower bound." if top.share == 1 else ""
         matched = (
-            f"KL* = {top.kl:.4g} nats per response: there the mean curve of {printable(top.arm)} is highest "
+            f"KL* = {top.kl:.4g} nats per response: there the mean curve of {top.arm} is highest "
             f"in gold ({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}"
         )
     held = " with KL* held fixed" if top else ""
@@ -173,7 +158,3 @@ def mean(values: Values) -> str:
 def number(value: float | None) -> str:
     """Three decimals, or the word for a censored number."""
     return CENSORED if value is None else f"{value:.3f}"
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|")

@@ -21,29 +21,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from r2m_ray.config.schema import Config, TaskName
+from r2m_ray.config.fields import names_of
+from r2m_ray.config.schema import Config, Prepares, TaskName
 from r2m_ray.errors import InputError, RunError
 
 FORMAT = 1
 """Part of the digest; a change of what preparation does must raise it."""
 FACTS = "facts.json"
-SHARED_FIELDS = ("name", "max_prompt_tokens", "max_new_tokens")
-TASK_FIELDS = {
-    TaskName.note2answer: (
-        "values_per_attribute",
-        "self_correct_prob",
-        "annotator_bias",
-        "label_temperature",
-        "reward_reads_prompt",
-    ),
-    TaskName.preferences: ("prompt_field", "chosen_field", "rejected_field", "overlong"),
-}
+SHARED_FIELDS = names_of("task", Prepares.always)
+TASK_FIELDS = {task: names_of("task", Prepares[task.name]) for task in TaskName}
 """Fields of ``config.task`` that prepared models depend on; the files count by their content."""
 COMMAND_FIELDS: dict[str, tuple[str, ...]] = {
-    "run": ("seed",),
+    "run": names_of("run", Prepares.always),
     "task": (),
     "prepare": (),
-    "reward": ("max_length",),
+    "reward": names_of("reward", Prepares.always),
 }
 """What `r2m-ray prepare` must be given where it is not the default; none named means every field."""
 

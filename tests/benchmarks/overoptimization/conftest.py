@@ -48,9 +48,9 @@ if words.get("run.resume"):
     last = 10
 with (directory / "metrics.jsonl").open("w") as metrics:
     for t in range(last + 1):
-        rows = [{"step": t, "kind": "eval", "gold": gold[t] + int(seed) / 10, "kl_sequence": float(t),
-                 "reward": t / 2, "frozen_reward": t / 3, "rm_accuracy": 0.6 + t / 100,
-                 "rm_accuracy_frozen": 0.7}]
+        rows = [{"step": t, "kind": "eval", "gold/mean": gold[t] + int(seed) / 10, "kl/sequence": float(t),
+                 "reward/mean": t / 2, "reward/frozen_mean": t / 3, "pairs/accuracy": 0.6 + t / 100,
+                 "pairs/frozen_accuracy": 0.7}]
         if t:
             rows.insert(0, {"step": t, "kind": "step", "time/step": 2.0 if "r2m" in name else 1.0,
                             "time/reward": 0.5, "alarm/kl": float(t >= plan.get("alarm", 99))})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.overoptimization.gate_rules import baseline_gates, rank_correlation
+from benchmarks.overoptimization.gates import baseline_gates, rank_correlation
 from benchmarks.overoptimization.information import (
     Explained,
     Information,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ from benchmarks.overoptimization.runs import code_digest
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Peak
 from r2m_ray.report.compare.tables import markdown
-from r2m_ray.report.compare.training import Training
 
 MakeLab = Callable[..., Lab]
 MakeCurve = Callable[..., Curve]
@@ -40,13 +38,15 @@ def found_of(curves: list[Curve]) -> Found:
     arms: dict[str, list[Curve]] = {}
     for curve in curves:
         arms.setdefault(curve.arm, []).append(curve)
-    return Found(world=WORLD, curves=arms, trainings={}, missing=[], tickets={})
+    return Found(world=WORLD, curves=arms, missing=[], tickets={})
 
 
-def curve(make_curve: MakeCurve, arm: str, seed: int, extra: float = 0.0, peak: int = 1) -> Curve:
+def curve(
+    make_curve: MakeCurve, arm: str, seed: int, extra: float = 0.0, peak: int = 1, **more: object
+) -> Curve:
     gold = np.array([0.0, 1.0, 0.5, 0.0]) + extra * (KL > 0)
     gold[peak] += peak
-    return make_curve(KL, gold, arm=arm, seed=seed)
+    return make_curve(KL, gold, arm=arm, seed=seed, **more)
 
 
 def test_arms_are_compared_under_all_seeds_that_they_share_with_the_baseline(make_curve: MakeCurve) -> None:
@@ -121,7 +121,7 @@ def test_warnings_come_from_gates_and_from_mixed_code() -> None:
     passed = {"gate": 1, "question": "?", "failures": [], "passed": True, "values": {}}
     made = {"a": ("1", "x"), "b": ("2", "y"), "c": ("1", "w")}
     tickets = {name: {"code": code, "commit": commit} for name, (code, commit) in made.items()}
-    found = Found(world=WORLD, curves={}, trainings={}, missing=[], tickets=tickets)
+    found = Found(world=WORLD, curves={}, missing=[], tickets=tickets)
     said = warnings(found, [passed, shut])
     assert said[0].startswith("This world failed gate 2 (is it good?): seed 0: no.")
     assert said[1:] == (
@@ -186,7 +186,7 @@ def test_a_part_of_a_schedule_is_compared_and_the_rest_is_listed(make_lab: MakeL
     assert runs["finished"]["rloo-seed-0"]["code"] == code_digest()
     curves = read(world / "curves.json")
     assert curves["rloo"]["0"]["gold"][:3] == [1.0, 1.3, 1.5]
-    assert curves["rloo_r2m"]["0"]["rm_accuracy"][-1] == 0.7
+    assert curves["rloo_r2m"]["0"]["pairs/accuracy"][-1] == 0.7
     (family,) = read(world / "comparison.json")["families"]
     assert family["kl_star"]["kl"] == 2.0
     assert family["values"]["gold_at_1_kl_star"] == {"rloo": [1.5], "rloo_r2m": [1.5]}
@@ -206,36 +206,24 @@ def test_results_of_a_failed_gate_say_so_before_any_number(make_lab: MakeLab, tm
     assert page.read_text().index(said) < page.read_text().index("<table")
 
 
-def with_accuracy(made: Curve, before: float, after: float) -> Curve:
-    own, frozen = np.array([before, 0.6, 0.7, after]), np.full(4, 0.7)
-    metrics = MappingProxyType({"rm_accuracy": own, "rm_accuracy_frozen": frozen})
-    return Curve(**{name: getattr(made, name) for name in made.__slots__} | {"metrics": metrics})
-
-
-def seconds(step: list[float]) -> dict[str, np.ndarray]:
-    return {"time/step": np.array(step), "time/reward": np.array([0.1, 0.2, 9.0])}
-
-
 def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve: MakeCurve) -> None:
+    def times(step: list[float]) -> dict[str, list[float]]:
+        return {"time/step": step, "time/reward": [0.1, 0.2, 9.0]}
+
+    r2m = curve(
+        make_curve,
+        "rloo_r2m",
+        0,
+        0.5,
+        evaluated={"pairs/accuracy": [0.64, 0.6, 0.7, 0.66], "pairs/frozen_accuracy": [0.7] * 4},
+        trained=times([2.0, 2.5, 60.0]),
+    )
     curves = {
-        "rloo": [curve(make_curve, "rloo", 0), curve(make_curve, "rloo", 1)],
-        "rloo_r2m": [with_accuracy(curve(make_curve, "rloo_r2m", 0, 0.5), 0.64, 0.66)],
+        "rloo": [curve(make_curve, "rloo", 0, trained=times([1.0, 2.0, 50.0])), curve(make_curve, "rloo", 1)],
+        "rloo_r2m": [r2m],
         "grpo": [curve(make_curve, "grpo", 7, 0.5)],
     }
-    steps = {
-        arm: [
-            Training(
-                arm=arm,
-                seed=0,
-                steps=np.arange(3),
-                metrics=MappingProxyType(
-                    {"time/step": np.array(times), "time/reward": np.array([0.1, 0.2, 9])}
-                ),
-            )
-        ]
-        for arm, times in (("rloo", [1.0, 2.0, 50.0]), ("rloo_r2m", [2.0, 2.5, 60.0]))
-    }
-    arms, accuracy, cost = paper_tables(curves, steps, Peak(arm="rloo", kl=2.0, gold=2.0, step=5, share=0.3))
+    arms, accuracy, cost = paper_tables(curves, Peak(arm="rloo", kl=2.0, gold=2.0, step=5, share=0.3))
     rows = {row[0]: row[1:] for row in arms.rows}
     assert all(head.startswith(("paper: ", "here: ")) for head in arms.head[1:])
     assert rows["RLOO"] == ("28.4", "30.2", "2.000", "0.500", "0.000", "2")
@@ -245,7 +233,7 @@ def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve
     assert rows["ReMax"] == ("–", "–", "–", "–", "–", "0")
     assert [row[1:] for row in accuracy.rows] == [("72.3", "70.0"), ("69.2", "64.0"), ("78.6", "66.0")]
     assert [row[2] for row in cost.rows] == ["2.00", "2.50", "1.25", "0.20"]
-    unmatched, *_ = paper_tables(curves, {}, None)
+    unmatched, *_ = paper_tables(curves, None)
     assert {row[0]: row[3:6] for row in unmatched.rows}["RLOO"] == ("–", "–", "0.000")
 
 

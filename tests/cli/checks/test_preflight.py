@@ -1,4 +1,4 @@
-"""Preflight: what is wrong with models is told before Ray starts, all at once."""
+"""Preflight: what is wrong with models is reported before Ray starts, all at once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from told import only
 
-from r2m_ray.cli.checks.preflight import engine_problems, model_problems, preflight
+from r2m_ray.cli.checks.preflight import (
+    SLOW_STORE,
+    engine_problems,
+    model_problems,
+    preflight,
+    store_problems,
+)
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.model_files import ModelFiles, local_directory, open_model
 
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_policy_dir: Path, tiny_reward_dir: Path) -> Config:
-    """A run with whole models, copied so that a test may damage them."""
+    """A run with complete models, copied so that a test may damage them."""
     config = Config()
     config.run.root = str(tmp_path / "runs")
     config.model.policy = str(shutil.copytree(tiny_policy_dir, tmp_path / "policy"))
@@ -34,11 +41,11 @@ def edit(directory: str, **changes: Any) -> None:
     file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
-def test_whole_models_have_no_problem(config: Config) -> None:
+def test_complete_models_have_no_problem(config: Config) -> None:
     assert preflight(config) == []
 
 
-def test_everything_is_told_at_once(config: Config, tmp_path: Path) -> None:
+def test_everything_is_reported_at_once(config: Config, tmp_path: Path) -> None:
     edit(config.model.reward, id2label={"0": "a", "1": "b"})
     (Path(config.model.policy) / "tokenizer.json").unlink()
     (tmp_path / "runs" / "run").mkdir(parents=True)
@@ -81,90 +88,52 @@ def test_a_hub_id_is_left_to_the_hub(
     assert model_problems(config) == []
 
 
-def drop_config(policy: Path) -> None:
-    (policy / "config.json").unlink()
-
-
-def break_config(policy: Path) -> None:
-    (policy / "config.json").write_text("{")
-
-
-def list_config(policy: Path) -> None:
-    (policy / "config.json").write_text("[]")
-
-
-def pickle_weights(policy: Path) -> None:
-    (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
-
-
-def drop_weights(policy: Path) -> None:
-    (policy / "model.safetensors").unlink()
-
-
-def cut_weights(policy: Path) -> None:
-    os.truncate(policy / "model.safetensors", (policy / "model.safetensors").stat().st_size - 8)
-
-
-def cut_header(policy: Path) -> None:
-    os.truncate(policy / "model.safetensors", 20)
-
-
-def overwrite_weights(policy: Path) -> None:
-    (policy / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 
 
 def drop_shard(policy: Path) -> None:
-    (policy / "model.safetensors").rename(policy / "model-00001-of-00002.safetensors")
-    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (policy / WEIGHTS).rename(policy / SHARDS[0])
+    (policy / INDEX).write_text(json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))}))
 
 
-def break_index(policy: Path) -> None:
-    (policy / "model.safetensors.index.json").write_text("{}")
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda p: (p / "config.json").unlink(), "config.json: missing, so this is no model"),
+    (lambda p: (p / "config.json").write_text("{"), "config.json: not a JSON object"),
+    (lambda p: (p / "config.json").write_text("[]"), "config.json: not a JSON object"),
+    (
+        lambda p: (p / WEIGHTS).rename(p / "pytorch_model.bin"),
+        "pytorch_model.bin: only pickled weights, which are never loaded",
+    ),
+    (lambda p: (p / WEIGHTS).unlink(), f"{WEIGHTS}: no weights here; save the model with save_pretrained"),
+    (
+        lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size - 8),
+        f"{WEIGHTS}: not a complete safetensors file",
+    ),
+    (lambda p: os.truncate(p / WEIGHTS, 20), f"{WEIGHTS}: not a complete safetensors file"),
+    (drop_shard, f"{SHARDS[1]}: missing; copy the file again"),
+    (lambda p: (p / INDEX).write_text("{}"), f"{INDEX}: has no weight_map"),
+    (
+        lambda p: (p / "tokenizer.json").unlink(),
+        "tokenizer.json: no tokenizer here; save it beside the model",
+    ),
+    (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
+    (lambda p: edit(str(p), vocab_size=100), "tokenizer.json: has ids up to 159, but vocab_size is 100"),
+    (
+        lambda p: edit(str(p), architectures=["LlamaForSequenceClassification"]),
+        "architectures is LlamaForSequenceClassification; use a causal language model",
+    ),
+    (
+        lambda p: edit(str(p), max_position_embeddings=111),
+        "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111",
+    ),
+]
 
 
-def drop_tokenizer(policy: Path) -> None:
-    (policy / "tokenizer.json").unlink()
-
-
-def break_tokenizer(policy: Path) -> None:
-    (policy / "tokenizer.json").write_text("{}")
-
-
-def shrink_embedding(policy: Path) -> None:
-    edit(str(policy), vocab_size=100)
-
-
-def classify(policy: Path) -> None:
-    edit(str(policy), architectures=["LlamaForSequenceClassification"])
-
-
-def shorten(policy: Path) -> None:
-    edit(str(policy), max_position_embeddings=111)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (drop_config, "config.json: missing, so this is no model"),
-        (break_config, "config.json: not a JSON object"),
-        (list_config, "config.json: not a JSON object"),
-        (pickle_weights, "pytorch_model.bin: only pickled weights, which are never loaded"),
-        (drop_weights, "model.safetensors: no weights here; save the model with save_pretrained"),
-        (cut_weights, "bytes where its header says"),
-        (cut_header, "model.safetensors: cut off: 20 bytes end inside its header; copy the file again"),
-        (overwrite_weights, "its header is not that of a safetensors file"),
-        (drop_shard, "model-00002-of-00002.safetensors: missing; copy the file again"),
-        (break_index, "model.safetensors.index.json: has no weight_map"),
-        (drop_tokenizer, "tokenizer.json: no tokenizer here; save it beside the model"),
-        (break_tokenizer, "tokenizer.json: not a tokenizer"),
-        (shrink_embedding, "tokenizer.json: has ids up to 159, but vocab_size is 100"),
-        (classify, "architectures is LlamaForSequenceClassification; use a causal language model"),
-        (shorten, "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_a_damaged_policy_names_file_and_remedy(
-    damage: Callable[[Path], None], words: str, config: Config
+    damage: Callable[[Path], object], words: str, config: Config
 ) -> None:
     damage(Path(config.model.policy))
     assert words in only(model_problems(config))
@@ -207,7 +176,7 @@ def test_the_length_of_a_reward_model_that_reads_prompts_is_a_warning(config: Co
     assert problems[0].warning
 
 
-def test_what_a_config_file_tells(config: Config) -> None:
+def test_what_a_config_file_says(config: Config) -> None:
     policy = open_model("model.policy", Path(config.model.policy))
     assert isinstance(policy, ModelFiles)
     assert (policy.positions, policy.vocabulary, policy.architecture) == (256, 160, "LlamaForCausalLM")
@@ -237,3 +206,30 @@ def test_prepared_models_that_are_missing_name_the_command(tmp_path: Path) -> No
 def test_deepspeed_options_that_contradict_ours(config: Config) -> None:
     config.policy.deepspeed = {"optimizer": {"params": {"lr": 1e-3}}}
     assert only(engine_problems(config)).startswith("policy.deepspeed.optimizer.params.lr: ")
+
+
+@pytest.mark.parametrize(
+    ("address", "gib", "allowed", "refused"),
+    [
+        ("local", 64, "", True),
+        ("local", 9, "", False),
+        # Up to 10 GB Ray uses a disk instead, and beyond it where the user allows that.
+        ("local", 64, "1", False),
+        ("auto", 64, "", False),
+    ],
+)
+def test_an_object_store_larger_than_shared_memory(
+    address: str, gib: int, allowed: str, refused: bool, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=16 * 2**30 if gib > 9 else 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    monkeypatch.setenv(SLOW_STORE, allowed)
+    config.cluster.address, config.cluster.object_store_gb = address, gib
+    found = store_problems(config.cluster)
+    assert bool(found) is refused
+    if found:
+        text = only(found)
+        assert text.startswith("cluster.object_store_gb: 64, but /dev/shm has 16.0 GiB free")
+        assert "use 14 or less" in text
+        assert "--shm-size=80g or --ipc=host" in text
+        assert not found[0].warning

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from r2m_ray.config.schema import FeedbackNorm
 from r2m_ray.core.batch import Trajectories
 from r2m_ray.engines.policy import causal
 from r2m_ray.engines.policy.blocks import Rows, blocks, grids, idle_block
@@ -103,7 +102,6 @@ def test_packed_rows_equal_rows_alone(
     scorer = CausalScorer(
         load(request.getfixturevalue(model_dir)),
         temperature=TEMPERATURE,
-        norm=FeedbackNorm.post,
         token_budget=64,
     )
     weight_T = torch.randn(records[0].layout.tokens + records[1].layout.tokens)
@@ -127,7 +125,7 @@ def test_rows_on_a_line_leak_with_a_cache_and_not_without(
     tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
 ) -> None:
     """Why `use_cache=False` stands in the forward pass: transformers' default lets rows read each other."""
-    scorer = CausalScorer(load(tiny_policy_dir), temperature=1.0, norm=FeedbackNorm.post, token_budget=64)
+    scorer = CausalScorer(load(tiny_policy_dir), temperature=1.0, token_budget=64)
     records = [make_trajectories(0)]
     (block,) = blocks(Rows.of(records), token_budget=10_000, packed=True, device=CPU)
     with torch.no_grad():
@@ -140,29 +138,6 @@ def test_rows_on_a_line_leak_with_a_cache_and_not_without(
     assert (cached - alone).abs().max() > 0.1
 
 
-def test_states_before_the_final_norm_become_those_after_it(
-    tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
-) -> None:
-    records = [make_trajectories(0)]
-    with torch.no_grad():
-        before, logp_T, _ = score(
-            CausalScorer(load(tiny_policy_dir), temperature=1.0, norm=FeedbackNorm.pre, token_budget=64),
-            records,
-            budget=40,
-            packed=False,
-        )
-        model = load(tiny_policy_dir)
-        after, expected, _ = score(
-            CausalScorer(model, temperature=1.0, norm=FeedbackNorm.post, token_budget=64),
-            records,
-            budget=40,
-            packed=False,
-        )
-        torch.testing.assert_close(model.base_model.norm(before), after, atol=1e-6, rtol=1e-6)
-    assert not torch.allclose(before, after, atol=0.1)
-    torch.testing.assert_close(logp_T, expected, atol=0, rtol=0)
-
-
 def test_scoring_in_chunks_changes_nothing(
     tiny_policy_dir: Path,
     make_trajectories: Callable[[int], Trajectories],
@@ -172,9 +147,7 @@ def test_scoring_in_chunks_changes_nothing(
     found = []
     for chunks in (1, 50):
         monkeypatch.setattr(causal, "LOGITS_AT_ONCE", 64 * 160 // chunks)
-        scorer = CausalScorer(
-            load(tiny_policy_dir), temperature=TEMPERATURE, norm=FeedbackNorm.post, token_budget=64
-        )
+        scorer = CausalScorer(load(tiny_policy_dir), temperature=TEMPERATURE, token_budget=64)
         _, logp_T, unit_T = score(scorer, records, budget=10_000, packed=False)
         logp_T.sum().backward()
         found.append((logp_T.detach(), unit_T, scorer.model.lm_head.weight.grad.clone()))
@@ -204,7 +177,7 @@ def test_dropout_is_off_in_training(tmp_path: Path, tiny_policy_dir: Path) -> No
 
 
 def test_an_idle_block_reaches_every_parameter(tied_policy_dir: Path) -> None:
-    scorer = CausalScorer(load(tied_policy_dir), temperature=1.0, norm=FeedbackNorm.post, token_budget=64)
+    scorer = CausalScorer(load(tied_policy_dir), temperature=1.0, token_budget=64)
     block = idle_block(CPU)
     hidden_SP, logp_A, _ = scorer(block.input_BL, block.position_BL, block.pick_A, block.label_A)
     (0 * logp_A.sum()).backward()
@@ -269,11 +242,3 @@ def test_unusable_weights_are_refused(tmp_path: Path, tiny_policy_dir: Path) -> 
         load(tmp_path)
     with pytest.raises(InputError, match=r"model.policy=.*nowhere cannot be loaded"):
         load(tmp_path / "nowhere")
-
-
-def test_a_model_without_a_known_final_norm_cannot_export_states_before_it(neox_dir: Path) -> None:
-    model = load(neox_dir)
-    model.base_model.odd_name = model.base_model.final_layer_norm
-    del model.base_model.final_layer_norm
-    with pytest.raises(InputError, match=r"feedback.norm=pre.*feedback.norm=post"):
-        CausalScorer(model, temperature=1.0, norm=FeedbackNorm.pre, token_budget=64)

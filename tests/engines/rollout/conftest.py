@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from r2m_ray.core.batch import Prompt, SamplePlan, Trajectories
 from r2m_ray.engines.rollout.engine import RolloutEngine
+from r2m_ray.engines.rollout.vllm_engine import prepare_environment
 
 # Small blocks, so that longer prompts fill some and the prefix cache has something to share.
 ENGINE_ARGS = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 64}
@@ -32,7 +33,6 @@ def running(model_dir: Path, **arguments: Any) -> Iterator[RolloutEngine]:
         "seed": 0,
         "max_model_len": 128,
         "export_hidden": True,
-        "hidden_norm": "post",
     }
     engine_args = ENGINE_ARGS | arguments.pop("engine_args", {})
     engine = RolloutEngine(**(settings | arguments), engine_args=engine_args)
@@ -67,9 +67,38 @@ def readings(model: PreTrainedModel, rows: Trajectories) -> Iterator[tuple[slice
             yield where, hidden, model.get_output_embeddings()(hidden)
 
 
-@pytest.fixture(scope="session")
-def start_engine() -> Callable[..., AbstractContextManager[RolloutEngine]]:
-    return running
+@pytest.fixture(scope="module", params=["synchronous", "asynchronous"])
+def scheduling(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How vLLM schedules: asynchronously, as it does by default on GPUs, or not, as it does on CPUs."""
+    prepare_environment({})
+    from vllm.platforms.cpu import CpuPlatform
+
+    # vLLM calls it on the class.
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep_asynchronous(platform: type[CpuPlatform], config: Any) -> None:
+        wanted = config.scheduler_config.async_scheduling
+        check(platform, config)
+        config.scheduler_config.async_scheduling = wanted
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "asynchronous":
+            patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_asynchronous))
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def start_engine(scheduling: str) -> Callable[..., AbstractContextManager[RolloutEngine]]:
+    """Starts an engine, under both kinds of scheduling."""
+
+    @contextmanager
+    def started(model_dir: Path, **arguments: Any) -> Iterator[RolloutEngine]:
+        with running(model_dir, **arguments) as engine:
+            config = engine._vllm._llm.llm_engine.vllm_config
+            assert config.scheduler_config.async_scheduling == (scheduling == "asynchronous")
+            yield engine
+
+    return started
 
 
 @pytest.fixture(scope="session")

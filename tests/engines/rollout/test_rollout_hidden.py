@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from r2m_ray.core.batch import SamplePlan, Trajectories
+from r2m_ray.errors import InputError
 
 Readings = Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, torch.Tensor, torch.Tensor]]]
 
@@ -35,7 +36,7 @@ def without_export(
     return rows
 
 
-@pytest.mark.parametrize("engine_args", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize("name", ENGINES)
 def test_every_row_equals_transformers_and_no_token_changes(
     start_engine: Callable[..., Any],
     policy_dir: Path,
@@ -43,8 +44,18 @@ def test_every_row_equals_transformers_and_no_token_changes(
     make_plan: Callable[..., SamplePlan],
     read_rows: Readings,
     without_export: Trajectories,
-    engine_args: dict[str, Any],
+    scheduling: str,
+    name: str,
 ) -> None:
+    engine_args = ENGINES[name]
+    if (scheduling, name) == ("asynchronous", "preemption"):
+        # Tokens would change, so the engine refuses to start and leaves room for another.
+        with (
+            pytest.raises(InputError, match="async_scheduling=false"),
+            start_engine(policy_dir, engine_args=engine_args),
+        ):
+            pass
+        return
     with start_engine(policy_dir, engine_args=engine_args) as engine:
         preempted = count_preemptions(engine)
         # The second time, long prompts come from the prefix cache where there is one.
@@ -57,24 +68,6 @@ def test_every_row_equals_transformers_and_no_token_changes(
         assert hidden.hidden_TP.dtype == torch.float32
         for where, expected, _ in read_rows(policy, rows):
             torch.testing.assert_close(hidden.hidden_TP[where], expected, atol=1e-4, rtol=0)
-
-
-def test_the_state_before_the_final_norm_is_exported_on_request(
-    start_engine: Callable[..., Any],
-    policy_dir: Path,
-    policy: PreTrainedModel,
-    make_plan: Callable[..., SamplePlan],
-    read_rows: Readings,
-) -> None:
-    entering: list[torch.Tensor] = []
-    hook = policy.model.norm.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0][0]))
-    with start_engine(policy_dir, hidden_norm="pre") as engine:
-        ((rows, hidden),) = engine.sample([make_plan()])
-    for where, after, _ in read_rows(policy, rows):
-        # States before the norm reach 80 here, so the bound is relative.
-        torch.testing.assert_close(hidden.hidden_TP[where], entering[-1], atol=1e-3, rtol=1e-5)
-        assert not torch.allclose(hidden.hidden_TP[where], after, atol=0.1)
-    hook.remove()
 
 
 def count_preemptions(engine: Any) -> list[str]:

@@ -191,6 +191,16 @@ def test_hidden_states_torn_twice_are_an_error(
         engine.sample([make_plan(group_size=1)])
 
 
+def test_the_export_shares_the_memory_of_keys_and_values(
+    engine: RolloutEngine, policy: PreTrainedModel
+) -> None:
+    config, cache = policy.config, engine._vllm._llm.llm_engine.vllm_config.cache_config
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    exported = config.hidden_size * 4 + 16
+    used = cache.num_gpu_blocks * cache.block_size * (keys_and_values + exported)
+    assert 0.99 < used / cache.kv_cache_memory_bytes <= 1
+
+
 def test_prompts_that_are_empty_or_too_long_are_refused(engine: RolloutEngine, make_plan: MakePlan) -> None:
     with pytest.raises(InputError, match="prompt 7 has 0 tokens"):
         engine.sample([make_plan(prompts=(Prompt(index=7, text=""),))])
@@ -207,24 +217,22 @@ def test_a_second_exporting_engine_in_this_process_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("engine_args", "hidden_norm", "message"),
+    ("engine_args", "message"),
     [
-        ({"max_num_seq": 4}, "post", r"engine_args\.max_num_seq: .*max_num_seqs"),
-        ({"trust_remote_code": True}, "post", "sets this itself"),
-        ({"pipeline_parallel_size": 2}, "post", r"pipeline_parallel_size=2: .*with 1 only"),
-        ({"enforce_eager": False}, "pre", "enforce_eager=true"),
+        ({"max_num_seq": 4}, r"engine_args\.max_num_seq: .*max_num_seqs"),
+        ({"trust_remote_code": True}, "sets this itself"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2: .*with 1 only"),
     ],
 )
 def test_engine_arguments_that_cannot_work_are_refused(
     start_engine: Callable[..., Any],
     policy_dir: Path,
     engine_args: dict[str, Any],
-    hidden_norm: str,
     message: str,
 ) -> None:
     with (
         pytest.raises(InputError, match=message),
-        start_engine(policy_dir, engine_args=engine_args, hidden_norm=hidden_norm),
+        start_engine(policy_dir, engine_args=engine_args),
     ):
         pass
 

@@ -62,7 +62,6 @@ def measured(model_dir: str) -> dict[str, float]:
         seed=0,
         max_model_len=96,
         export_hidden=True,
-        hidden_norm="post",
         engine_args={"enforce_eager": True, "block_size": 32},
     )
     prompts = tuple(

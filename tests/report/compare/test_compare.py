@@ -10,15 +10,11 @@ from pathlib import Path
 import pytest
 
 from r2m_ray.__main__ import main
-from r2m_ray.errors import InputError
-from r2m_ray.report.compare.comparison import read_comparison
-from r2m_ray.report.compare.proxy import proxy_study
+from r2m_ray.report.compare.curves import read_comparison, read_curve
 from r2m_ray.report.compare.study import study
-from r2m_ray.report.compare.tables import preface
-from r2m_ray.report.compare.training import read_training
 
 MakeRun = Callable[..., Path]
-ACCURACIES = {"rm_accuracy": (0.7, 0.72, 0.78), "rm_accuracy_frozen": (0.7, 0.7, 0.7)}
+ACCURACIES = {"pairs/accuracy": (0.7, 0.72, 0.78), "pairs/frozen_accuracy": (0.7, 0.7, 0.7)}
 BLIND = (None, None, None)
 
 
@@ -94,8 +90,8 @@ def test_without_gold_the_proxy_and_its_trust_are_compared(make_run: MakeRun, tm
     # Both reach 4 nats, where the frozen score is half the KL whatever the path.
     assert values["frozen_at_0.5_of_common_kl"] == ([1.0], [1.0])
     assert values["gap"] == ([4.5], [2.0])
-    assert values["rm_accuracy"] == ([0.7], [0.78])
-    assert values["rm_accuracy_frozen"] == ([0.7], [0.7])
+    assert values["pairs/accuracy"] == ([0.7], [0.78])
+    assert values["pairs/frozen_accuracy"] == ([0.7], [0.7])
     assert "final_gold" not in values
     text = (out / "comparison.md").read_text()
     assert "There is no gold score here" in text
@@ -104,11 +100,8 @@ def test_without_gold_the_proxy_and_its_trust_are_compared(make_run: MakeRun, tm
 
 def test_accuracies_that_a_run_lacks_are_left_out(make_run: MakeRun) -> None:
     runs = {"vanilla": [make_run("v", gold=BLIND)], "r2m": [make_run("r", gold=BLIND, evaluated=ACCURACIES)]}
-    paired = read_comparison(runs, "vanilla", gold=False)
-    names = [endpoint.name for endpoint in proxy_study(paired).endpoints]
-    assert names[-1] == "gap"
-    with pytest.raises(InputError, match="v: no gold score to compare"):
-        study(paired)
+    found = study(read_comparison(runs, "vanilla"), top=None)
+    assert [endpoint.name for endpoint in found.endpoints][-1] == "gap"
 
 
 def test_a_baseline_that_never_improves_is_said_to_have_no_kl_star(make_run: MakeRun, tmp_path: Path) -> None:
@@ -166,16 +159,8 @@ def test_runs_that_cannot_be_compared_are_named(
     assert not out.exists()
 
 
-def test_training_steps_are_read_whole(make_run: MakeRun) -> None:
-    steps = read_training(make_run("a", seed=4, trained=lambda step: {"x": step / 2}), "r2m")
-    assert (steps.arm, steps.seed) == ("r2m", 4)
-    assert steps.steps.tolist() == list(range(1, 11))
-    assert steps.series("x") == pytest.approx([step / 2 for step in range(1, 11)])
-    assert steps.series("y") == pytest.approx([float("nan")] * 10, nan_ok=True)
-
-
-def test_the_words_before_the_tables_name_what_is_matched(make_run: MakeRun) -> None:
-    runs = {"vanilla": [make_run("v")], "r|m": [make_run("r")]}
-    found = study(read_comparison(runs, "vanilla"))
-    assert preface(found)[0].startswith("KL* = 3 nats per response: there the mean curve of vanilla")
-    assert found.challengers == ("r|m",)
+def test_a_curve_has_every_training_step(make_run: MakeRun) -> None:
+    training = read_curve(make_run("a", trained=lambda step: {"x": step / 2}), "r2m").training
+    assert training.steps.tolist() == list(range(1, 11))
+    assert training.series("x") == pytest.approx([step / 2 for step in range(1, 11)])
+    assert training.series("y") == pytest.approx([float("nan")] * 10, nan_ok=True)

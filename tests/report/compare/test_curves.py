@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.comparison import Comparison, comparison, read_comparison
-from r2m_ray.report.compare.curves import Curve, flat, read_curve
+from r2m_ray.report.compare.curves import (
+    Comparison,
+    Curve,
+    comparison,
+    flat,
+    read_comparison,
+    read_curve,
+    require_gold,
+)
 from r2m_ray.run.files import METRICS_FILE
 
 MakeCurve = Callable[..., Curve]
@@ -26,14 +32,14 @@ def test_a_curve_is_what_the_run_logged(make_run: MakeRun) -> None:
     assert curve.gold.tolist() == [1.0, 2.0, 0.5]
     assert curve.own.tolist() == [1e-7, -0.02, 9.0]
     assert curve.frozen.tolist() == [5e-8, -0.01, 4.5]
-    assert curve.metrics["gold/correct"].tolist() == [1.5, 1.5, 1.5]
-    assert curve.metrics["kl_sequence"].tolist() == [1e-7, -0.02, 9.0], "as it was measured"
+    assert curve.evaluations.series("gold/correct").tolist() == [1.5, 1.5, 1.5]
+    assert curve.evaluations.series("kl/sequence").tolist() == [1e-7, -0.02, 9.0], "as it was measured"
     assert curve.settings["task.annotator_bias"] == 0.3
 
 
 def test_a_curve_cannot_be_changed(make_run: MakeRun) -> None:
     curve = read_curve(make_run("a"), "vanilla")
-    for series in (curve.steps, curve.kl, curve.gold, curve.frozen, curve.own, *curve.metrics.values()):
+    for series in (curve.steps, curve.kl, curve.evaluations.series("x"), *curve.training.metrics.values()):
         with pytest.raises(ValueError, match="read-only"):
             series[0] = 1
     with pytest.raises(AttributeError):
@@ -58,8 +64,8 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     ("written", "message"),
     [
         ({"gold": (None, None, None)}, r"no gold score.*task=note2answer"),
-        ({"gold": (1.0, float("nan"), 2.0)}, r"gold has no finite value after step 5"),
-        ({"kl": (0.0, 3.0, float("inf"))}, r"kl_sequence has no finite value after step 10"),
+        ({"gold": (1.0, float("nan"), 2.0)}, r"gold/mean has no finite value after step 5"),
+        ({"kl": (0.0, 3.0, float("inf"))}, r"kl/sequence has no finite value after step 10"),
         ({"kl": (2.5, 3.0, 9.0)}, r"the KL at step 0 is 2.5 nats.*model.reference=null"),
     ],
 )
@@ -67,7 +73,7 @@ def test_a_path_with_a_hole_or_another_start_is_refused(
     make_run: MakeRun, written: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        read_curve(make_run("a", **written), "vanilla")
+        require_gold(read_curve(make_run("a", **written), "vanilla"))
 
 
 def test_evaluations_start_at_step_0_and_come_once(make_run: MakeRun) -> None:
@@ -159,8 +165,3 @@ def test_more_seeds_than_can_be_tested_are_refused(make_curve: MakeCurve) -> Non
     assert comparison([make_curve(*path, seed=s) for s in range(24)], "vanilla").seeds == tuple(range(24))
     with pytest.raises(InputError, match="25 seeds; tests are exact for up to 24"):
         comparison([make_curve(*path, seed=s) for s in range(25)], "vanilla")
-
-
-def test_curves_hold_float64(make_run: MakeRun) -> None:
-    curve = read_curve(make_run("a"), "vanilla")
-    assert {curve.kl.dtype, curve.gold.dtype, curve.frozen.dtype, curve.own.dtype} == {np.dtype(np.float64)}

@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 
 from r2m_ray.errors import InputError
 from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.matched import Passage, area, first_passage, gold_at, peak_of_mean
-from r2m_ray.report.compare.measures import common_range, fall, fallen, final, mean_gold, peak
+from r2m_ray.report.compare.matched import (
+    Passage,
+    area,
+    common_range,
+    fall,
+    fallen,
+    first_passage,
+    gold_at,
+    highest,
+    mean_gold,
+    mean_peak,
+)
 
 MakeCurve = Callable[..., Curve]
 
@@ -110,22 +120,23 @@ def test_area_adds_up_and_follows_gold(
 def test_kl_star_is_of_the_mean_curve_and_not_of_the_luckiest_evaluation(make_curve: MakeCurve) -> None:
     lucky = make_curve([0, 2, 6, 10], [0, 1.0, 0.8, 5.0], seed=0)
     others = [make_curve([0, 4, 8, 30], [0, 2.0, 1.2, -6.0], seed=s) for s in (1, 2)]
-    top = peak_of_mean([lucky, *others])
+    top = mean_peak([lucky, *others])
+    assert top is not None
     assert (top.step, top.share) == (5, pytest.approx(1 / 3))
     assert (top.kl, top.gold) == (pytest.approx(10 / 3), pytest.approx(5 / 3))
 
 
 def test_without_a_rise_or_a_mean_there_is_no_kl_star(make_curve: MakeCurve) -> None:
-    with pytest.raises(InputError, match="highest at KL 0"):
-        peak_of_mean([make_curve([0, 2, 6], [3, 1, 2])])
+    assert mean_peak([make_curve([0, 2, 6], [3, 1, 2])]) is None, "highest before training"
+    assert mean_peak([make_curve([0, 2, 6], [math.nan] * 3)]) is None
+    assert mean_peak([]) is None
     with pytest.raises(InputError, match="evaluated after other steps"):
-        peak_of_mean([make_curve([0, 2, 6], [0, 1, 2]), make_curve([0, 2], [0, 1], seed=1)])
+        mean_peak([make_curve([0, 2, 6], [0, 1, 2]), make_curve([0, 2], [0, 1], seed=1)])
 
 
-def test_end_peak_and_fall(make_curve: MakeCurve) -> None:
+def test_peak_and_fall(make_curve: MakeCurve) -> None:
     curve = make_curve([0, 4, 10, 8, 16], [1, 3, 3, 2, -1])
-    assert (peak(curve).gold, peak(curve).kl, peak(curve).step) == (3, 4, 5)
-    assert (final(curve).gold, final(curve).kl, final(curve).step) == (-1, 16, 20)
+    assert highest(curve) == 1, "the earliest of equals"
     assert fall(curve) == 4
     assert fall(make_curve([0, 1], [0, 1])) == 0
 
@@ -135,8 +146,8 @@ def test_the_kl_of_a_fall_is_on_the_path(make_curve: MakeCurve) -> None:
     half, most = fallen(curve, 0.5), fallen(curve, 4)
     assert half is not None
     assert most is not None
-    assert (half.gold, half.kl, half.step) == (2.5, 9, 12.5), "half way from 10 back to 8"
-    assert (most.gold, most.kl, most.step) == (-1, 16, 20)
+    assert (half.of(curve.gold), half.of(curve.kl)) == (2.5, 9), "half way from 10 back to 8"
+    assert (most.of(curve.gold), most.of(curve.kl)) == (-1, 16)
     assert fallen(curve, 4.001) is None
     dipped = make_curve([0, 1, 2, 3], [2, 0, 5, 4])
     assert fallen(dipped, 1.5) is None, "a dip before the peak is not a fall from it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from r2m_ray.report.compare.comparison import Comparison, comparison
-from r2m_ray.report.compare.curves import Curve
-from r2m_ray.report.compare.outcome import best_study, effects_figure, gallery, kl_star
+from r2m_ray.report.compare.compare import effects_figure, gallery
+from r2m_ray.report.compare.curves import Comparison, Curve, comparison
+from r2m_ray.report.compare.matched import mean_peak
 from r2m_ray.report.compare.pictures import (
     COLUMNS,
     effects,
@@ -24,7 +23,7 @@ from r2m_ray.report.compare.pictures import (
     png,
     rewards,
 )
-from r2m_ray.report.compare.training import Training
+from r2m_ray.report.compare.study import study
 
 MakeCurve = Callable[..., Curve]
 KL = np.array([0.0, 1.0, 4.0, 9.0])
@@ -41,15 +40,6 @@ def arms(make_curve: MakeCurve) -> Comparison:
             make_curve(KL / 9, gold, arm="slow", seed=seed),
         ]
     return comparison(curves, "vanilla")
-
-
-def training(arm: str, seed: int, values: list[float] | None) -> Training:
-    return Training(
-        arm=arm,
-        seed=seed,
-        steps=np.arange(1, 5),
-        metrics=MappingProxyType({} if values is None else {"precision": np.array(values)}),
-    )
 
 
 def lines(axes: Axes, colour: str | None = None) -> list[Line2D]:
@@ -110,7 +100,7 @@ def test_panels_fill_lines_of_four(make_curve: MakeCurve) -> None:
 
 def test_effects_are_means_intervals_and_seeds(make_curve: MakeCurve) -> None:
     paired = arms(make_curve)
-    found = best_study(paired, kl_star(paired.curves("vanilla")))
+    found = study(paired, mean_peak(paired.curves("vanilla")))
     figure = effects(found)
     assert figure is not None
     assert len(figure.axes) == 4
@@ -129,10 +119,11 @@ def test_effects_are_means_intervals_and_seeds(make_curve: MakeCurve) -> None:
     assert [text.get_position()[1] for text in at_peak.texts] == [1]
 
 
-def test_metrics_of_training_are_drawn_for_the_arms_that_have_them() -> None:
+def test_metrics_of_training_are_drawn_for_the_arms_that_have_them(make_curve: MakeCurve) -> None:
+    seeds = [0.6, 0.5, np.nan, 0.3], [0.8, 0.7, 0.6, np.nan]
     runs = {
-        "vanilla": [training("vanilla", 0, None)],
-        "r2m": [training("r2m", 0, [0.6, 0.5, np.nan, 0.3]), training("r2m", 1, [0.8, 0.7, 0.6, np.nan])],
+        "vanilla": [make_curve(KL, KL)],
+        "r2m": [make_curve(KL, KL, seed=i, trained={"precision": v}) for i, v in enumerate(seeds)],
     }
     figure = over_training(runs, "vanilla", "precision", "precision")
     assert figure is not None
@@ -153,7 +144,7 @@ def test_a_mean_is_of_what_is_finite() -> None:
 
 def test_the_gallery_leaves_out_what_would_be_empty(make_curve: MakeCurve) -> None:
     paired = arms(make_curve)
-    figures = gallery(paired.arms, {"vanilla": [training("vanilla", 0, None)]}, "vanilla")
+    figures = gallery(paired.arms, "vanilla")
     assert list(figures) == ["frontier", "rewards"]
     assert figures["frontier"].png.startswith(b"\x89PNG")
     again = frontiers(paired.arms, "vanilla")
@@ -179,7 +170,7 @@ def test_without_a_primary_endpoint_there_are_no_bars(make_curve: MakeCurve) -> 
         [make_curve(KL, -KL), make_curve(KL, 1 - KL, arm="other")],
         "vanilla",
     )
-    found = best_study(falling, kl_star(falling.curves("vanilla")))
+    found = study(falling, mean_peak(falling.curves("vanilla")))
     assert found.peak is None
     assert effects_figure(found) is None
     assert found.contrasts["final_gold"]["other"].differences == pytest.approx((1.0,))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import permutation_test
 
 from r2m_ray.report.compare.statistics import (
     holm,
@@ -23,11 +23,11 @@ from r2m_ray.report.compare.statistics import (
 differences = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 
 
-@pytest.mark.parametrize("pairs", [3, 5, 10, 50])
+@pytest.mark.parametrize("pairs", [3, 5, 10])
 def test_an_interval_covers_a_known_effect_as_often_as_it_says(pairs: int) -> None:
     trials, effect = 1500, 0.7
     noise = np.random.default_rng(pairs).normal(effect, 2.0, size=(trials, pairs))
-    intervals = [paired_interval(row, seed=i, resamples=1000) for i, row in enumerate(noise)]
+    intervals = [paired_interval(row) for row in noise]
     covered = np.mean([i.low <= effect <= i.high for i in intervals])
     expected = typical_coverage(pairs)
     # Four binomial standard deviations (1 in 16,000), and the half percent to which `expected` is known.
@@ -38,35 +38,27 @@ def test_an_interval_covers_a_known_effect_as_often_as_it_says(pairs: int) -> No
 
 def test_three_seeds_make_the_interval_their_range() -> None:
     # All three draws hit the lowest in 1 of 27 resamples, which is more than 2.5 %.
-    interval = paired_interval([0.1, 0.4, 0.2], seed=0)
+    interval = paired_interval([0.1, 0.4, 0.2])
     assert (interval.low, interval.high) == (pytest.approx(0.1), pytest.approx(0.4))
     assert interval.mean == pytest.approx(0.7 / 3)
     assert interval.pairs == 3
 
 
-def test_the_quantiles_are_those_of_all_resamples() -> None:
-    values = np.array([0.0, 1.0, 3.0, 7.0])
-    every = [np.mean(draw) for draw in product(values, repeat=4)]
-    interval = paired_interval(values, seed=0, level=0.8, resamples=100_000)
-    # Neighbouring means of this lattice are at most 1/4 apart at these quantiles.
-    assert interval.low == pytest.approx(np.quantile(every, 0.1), abs=0.25)
-    assert interval.high == pytest.approx(np.quantile(every, 0.9), abs=0.25)
-
-
-@given(values=differences, seed=st.integers(0, 9))
-def test_an_interval_repeats_lies_in_the_data_and_moves_with_it(values: list[float], seed: int) -> None:
-    interval = paired_interval(values, seed=seed, resamples=200)
-    assert interval == paired_interval(values, seed=seed, resamples=200)
+@given(values=differences)
+@settings(max_examples=30)
+def test_an_interval_repeats_lies_in_the_data_and_moves_with_it(values: list[float]) -> None:
+    interval = paired_interval(values)
+    assert interval == paired_interval(values)
     slack = 1e-9
     assert min(values) - slack <= interval.low <= interval.high <= max(values) + slack
-    moved = paired_interval([2 * v + 3 for v in values], seed=seed, resamples=200)
+    moved = paired_interval([2 * v + 3 for v in values])
     assert moved.low == pytest.approx(2 * interval.low + 3, abs=1e-6)
     assert moved.high == pytest.approx(2 * interval.high + 3, abs=1e-6)
 
 
 def test_one_pair_has_no_interval() -> None:
     with pytest.raises(ValueError, match="1 pairs: an interval needs two"):
-        paired_interval([1.0], seed=0)
+        paired_interval([1.0])
     with pytest.raises(ValueError, match="needs two"):
         typical_coverage(1)
 
@@ -81,25 +73,14 @@ def test_sign_flip_by_hand() -> None:
     assert sign_flip_p([0.1, 0.2, 0.3, 0.4, 0.5]) == 0.0625
 
 
-@given(values=st.lists(st.floats(-100, 100), min_size=1, max_size=8))
-def test_sign_flip_agrees_with_every_pattern(values: list[float]) -> None:
-    sums = [abs(math.fsum(s * v for s, v in zip(signs, values, strict=True))) for signs in
-            product((1, -1), repeat=len(values))]  # fmt: skip
-    slack = 1e-12 * math.fsum(map(abs, values))
-    observed = abs(math.fsum(values))
-    exact = np.mean([s >= observed for s in sums])
-    tolerant = np.mean([s >= observed - 2 * slack for s in sums])
-    assert exact <= sign_flip_p(values) <= tolerant
+@given(values=st.lists(st.integers(-100, 100).map(lambda n: n / 8), min_size=2, max_size=8))
+@settings(max_examples=30)
+def test_sign_flip_is_scipys_permutation_test(values: list[float]) -> None:
+    # Eighths add up without rounding, so both know which patterns are ties.
+    by_scipy = permutation_test((np.array(values),), np.sum, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip_p(values) == pytest.approx(by_scipy.pvalue, abs=1e-12)
     assert sign_flip_p(values) >= smallest_p(len(values))
     assert sign_flip_p([-v for v in values]) == sign_flip_p(values)
-
-
-def test_sign_flip_rejects_a_true_null_no_more_often_than_its_level() -> None:
-    trials = 2000
-    noise = np.random.default_rng(1).normal(size=(trials, 8))
-    rejected = np.mean([sign_flip_p(row) <= 0.05 for row in noise])
-    # 6 of 128 patterns may be rejected: .047, give or take four binomial standard deviations.
-    assert abs(rejected - 6 / 128) < 4 * math.sqrt(0.05 * 0.95 / trials)
 
 
 @pytest.mark.parametrize("count", [0, 25])
