@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import numpy as np
+from curve_fixtures import MakeCurve
 
 from benchmarks.overoptimization.curves_record import curves_record
-from r2m_ray.report.compare.curves import Curve
-
-MakeCurve = Callable[..., Curve]
 
 
 def test_training_steps_are_averaged_since_the_evaluation_before(make_curve: MakeCurve) -> None:

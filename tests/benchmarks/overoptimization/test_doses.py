@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from curve_fixtures import MakeCurve
 
 from benchmarks.overoptimization.doses import KNOBS, dose_sections, responses, table
 from benchmarks.overoptimization.presets import PRESETS
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Peak
 
-MakeCurve = Callable[..., Curve]
 TOP = Peak(arm="rloo", kl=2.0, gold=1.0, step=5, share=0.1)
 
 

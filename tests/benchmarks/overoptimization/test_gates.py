@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
+from curve_fixtures import MakeCurve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +16,7 @@ from benchmarks.overoptimization.information import (
     information,
     precheck_failures,
 )
-from r2m_ray.report.compare.curves import Curve
 
-MakeCurve = Callable[..., Curve]
 GOOD = [0.0, 0.3, 0.5, 0.4, 0.2, 0.0, -0.1, -0.2, -0.2, -0.3, -0.4]
 
 

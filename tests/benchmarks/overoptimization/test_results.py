@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from curve_fixtures import MakeCurve
 
 from benchmarks.overoptimization.information import Regime
 from benchmarks.overoptimization.lab import Lab, conduct
@@ -29,7 +30,6 @@ from r2m_ray.report.compare.matched import Peak
 from r2m_ray.report.compare.tables import markdown
 
 MakeLab = Callable[..., Lab]
-MakeCurve = Callable[..., Curve]
 WORLD = World(name="toy", regime=Regime.informative, overrides=())
 KL = np.array([0.0, 2.0, 4.0, 8.0])
 

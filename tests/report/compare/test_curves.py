@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from curve_fixtures import MakeCurve, MakeRun
 
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.report.compare.curves import (
     Comparison,
-    Curve,
     comparison,
     flat,
     read_comparison,
@@ -19,9 +18,6 @@ from r2m_ray.report.compare.curves import (
     require_gold,
 )
 from r2m_ray.run.files import METRICS_FILE
-
-MakeCurve = Callable[..., Curve]
-MakeRun = Callable[..., Path]
 
 
 def test_a_curve_is_what_the_run_logged(make_run: MakeRun) -> None:
@@ -53,11 +49,6 @@ def test_flat_names_every_value() -> None:
 def test_a_half_finished_run_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(InputError, match=r"a/metrics.jsonl: half-finished.*step 5 of 10.*run.resume=true"):
         read_curve(make_run("a", done=9), "vanilla")
-
-
-def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere/config.yaml.*the directory of a run"):
-        read_curve(tmp_path / "nowhere", "vanilla")
 
 
 @pytest.mark.parametrize(

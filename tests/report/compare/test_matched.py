@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from curve_fixtures import MakeCurve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import (
     Passage,
     area,
@@ -24,8 +23,6 @@ from r2m_ray.report.compare.matched import (
     mean_gold,
     mean_peak,
 )
-
-MakeCurve = Callable[..., Curve]
 
 finite = st.floats(-10, 10)
 # Nats: a KL that only a subnormal number holds is no KL.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from curve_fixtures import MakeCurve
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from PIL import Image
 
 from r2m_ray.report.compare.compare import effects_figure, gallery
-from r2m_ray.report.compare.curves import Comparison, Curve, comparison
+from r2m_ray.report.compare.curves import Comparison, comparison
 from r2m_ray.report.compare.matched import mean_peak
 from r2m_ray.report.compare.pictures import (
     COLUMNS,
@@ -25,7 +25,6 @@ from r2m_ray.report.compare.pictures import (
 )
 from r2m_ray.report.compare.study import study
 
-MakeCurve = Callable[..., Curve]
 KL = np.array([0.0, 1.0, 4.0, 9.0])
 
 

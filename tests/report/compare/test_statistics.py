@@ -45,7 +45,7 @@ def test_three_seeds_make_the_interval_their_range() -> None:
 
 
 @given(values=differences)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_an_interval_repeats_lies_in_the_data_and_moves_with_it(values: list[float]) -> None:
     interval = paired_interval(values)
     assert interval == paired_interval(values)
@@ -74,7 +74,7 @@ def test_sign_flip_by_hand() -> None:
 
 
 @given(values=st.lists(st.integers(-100, 100).map(lambda n: n / 8), min_size=2, max_size=8))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_sign_flip_is_scipys_permutation_test(values: list[float]) -> None:
     # Eighths add up without rounding, so both know which patterns are ties.
     by_scipy = permutation_test((np.array(values),), np.sum, permutation_type="samples", n_resamples=np.inf)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from curve_fixtures import MakeCurve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.report.compare.curves import Comparison, Curve, comparison
+from r2m_ray.report.compare.curves import Comparison, comparison
 from r2m_ray.report.compare.matched import mean_peak
 from r2m_ray.report.compare.study import SHARED_NAME, Study, study
 from r2m_ray.report.compare.tables import markdown, record, write_tables
 
-MakeCurve = Callable[..., Curve]
 Effects = dict[int, float]
 
 SHIFTS = {0: 0.1, 1: 0.2, 2: 0.4, 3: 0.3}
@@ -94,7 +93,7 @@ def test_a_seed_that_is_censored_takes_the_test_but_not_the_others_numbers(make_
 
 
 @given(effects=st.lists(st.floats(-50, 50), min_size=4, max_size=4))
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 def test_what_a_seed_does_to_every_arm_cancels(make_curve: MakeCurve, effects: list[float]) -> None:
     plain = studied(arms(make_curve, dict.fromkeys(SHIFTS, 0.0)))
     shaken = studied(arms(make_curve, dict(zip(SHIFTS, effects, strict=True))))
