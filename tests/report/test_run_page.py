@@ -58,6 +58,7 @@ def test_every_plot_of_a_full_run_is_drawn(full_run: Path, full_page: str):
     assert drawn == {plot.name for plot in (*PLOTS, OVERVIEW)}
     width, height = png_size(full_run / "report" / "overview.png")
     assert width > 3 * height
+    assert len((full_run / "metrics.jsonl").read_text().splitlines()) == 60 + 13, "the record is as it was"
 
 
 def test_the_headlines_are_the_first_and_last_evaluation(full_run: Path):
@@ -205,9 +206,3 @@ def test_rows_of_earlier_versions_are_read_under_todays_names(tmp_path: Path):
     file.write_text("".join(json.dumps(row) + "\n" for row in old))
     assert "rm_accuracy_style" in file.read_text()
     assert read_run(directory) == today
-
-
-def test_the_record_of_a_run_is_left_as_it_was(full_run: Path, full_page: str):
-    rows = (full_run / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 60 + 13
-    assert json.loads(rows[0])["kind"] == "eval"

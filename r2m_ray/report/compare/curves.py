@@ -32,7 +32,7 @@ START = ("model.policy", "model.reference")
 METHOD = ("algo", "policy", "reward", "feedback")
 """Settings that are the same under every seed of an arm."""
 FREE = ("prepare.root", "prepare.policy")
-"""Settings of these that say only where something lies."""
+"""Settings of these that name only where files are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from curve_fixtures import MakeCurve
+from curve_fixtures import make_curve
 
 from benchmarks.overoptimization.curves_record import curves_record
 
 
-def test_training_steps_are_averaged_since_the_evaluation_before(make_curve: MakeCurve) -> None:
+def test_training_steps_are_averaged_since_the_evaluation_before() -> None:
     steps = np.arange(1, 11)
     curve = make_curve(
         [0.0, 1.23456789, 4.0],

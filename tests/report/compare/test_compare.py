@@ -10,7 +10,7 @@ from curve_fixtures import MakeRun
 from html_page import HtmlPage
 
 from r2m_ray.__main__ import main
-from r2m_ray.report.compare.curves import read_comparison, read_curve
+from r2m_ray.report.compare.curves import read_comparison
 from r2m_ray.report.compare.study import study
 
 ACCURACIES = {"pairs/accuracy": (0.7, 0.72, 0.78), "pairs/frozen_accuracy": (0.7, 0.7, 0.7)}
@@ -131,10 +131,3 @@ def test_runs_that_cannot_be_compared_are_named(
     assert main(["compare", *arguments, "--baseline", "vanilla", "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
-
-
-def test_a_curve_has_every_training_step(make_run: MakeRun) -> None:
-    training = read_curve(make_run("a", trained=lambda step: {"x": step / 2}), "r2m").training
-    assert training.steps.tolist() == list(range(1, 11))
-    assert training.series("x") == pytest.approx([step / 2 for step in range(1, 11)])
-    assert training.series("y") == pytest.approx([float("nan")] * 10, nan_ok=True)
