@@ -32,8 +32,8 @@ def make_curve(
 ) -> Curve:
     """A curve with these KLs and gold scores, evaluated every five steps.
 
-    frozen: the proxy's scores, by default the KLs. evaluated: more metrics of the evaluations. trained: metrics
-    of the training steps. settings: of the configuration.
+    frozen: the proxy's scores, by default the KLs. evaluated, trained: more metrics of the evaluations, and
+    metrics of the training steps. settings: of the configuration.
     """
     proxy = kl if frozen is None else frozen
     metrics = {"gold/mean": gold, "reward/frozen_mean": proxy, "reward/mean": proxy, **evaluated}
