@@ -26,11 +26,12 @@ def make_curve(
     arm: str = "vanilla",
     seed: int = 0,
     frozen: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
     evaluated: Mapping[str, Sequence[float]] = MappingProxyType({}),
     trained: Mapping[str, Sequence[float]] = MappingProxyType({}),
     **settings: object,
 ) -> Curve:
-    """A curve with these KLs and gold scores, evaluated every five steps.
+    """A curve with these KLs and gold scores, by default evaluated every five steps.
 
     frozen: the proxy's scores, by default the KLs. evaluated, trained: more metrics of the evaluations, and
     metrics of the training steps. settings: of the configuration.
@@ -42,7 +43,7 @@ def make_curve(
         seed=seed,
         source=Path(f"runs/{arm}-{seed}"),
         settings=MappingProxyType({"run.seed": seed, **settings}),
-        evaluations=rows(5 * np.arange(len(kl)), metrics),
+        evaluations=rows(5 * np.arange(len(kl)) if steps is None else np.array(steps), metrics),
         training=rows(np.arange(1, 1 + max(map(len, trained.values()), default=0)), trained),
         kl=np.array(kl, dtype=np.float64),
     )
