@@ -43,7 +43,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(f"r2m-ray {__version__}")
         return 0
     if arguments[0] in ("-sc", "--shell-completion"):
-        return complete()
+        return complete(arguments)
     name = arguments[0]
     if name not in COMMANDS:
         raise InputError(

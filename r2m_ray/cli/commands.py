@@ -331,7 +331,7 @@ def check(configs: Sequence[Config], problems: Callable[[Config], Sequence[Probl
     refuse(found, subject)
 
 
-def complete() -> int:
+def complete(arguments: Sequence[str]) -> int:
     """Answer a shell that asks how a command line goes on, or install the completion: ``-sc`` alone."""
     words = os.environ.get("COMP_LINE", "").split(" ")
     command = words[1] if len(words) > 2 else ""
@@ -339,7 +339,7 @@ def complete() -> int:
         print(" ".join(name for name in COMMANDS if len(words) == 2))
         return 0
     os.environ["COMP_LINE"] = " ".join(["r2m-ray", *words[2:]])
-    return _hydra("r2m-ray", sys.argv[1:], lambda tree: None)
+    return _hydra("r2m-ray", arguments, lambda tree: None)
 
 
 def _through_hydra(command: str, arguments: Sequence[str], work: _Work) -> int:
