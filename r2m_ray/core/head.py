@@ -22,8 +22,8 @@ from torch.autograd.function import FunctionCtx
 from r2m_ray.core.packing import segment_sum
 
 STATES_AT_ONCE, STATES_AT_ONCE_ON_CPU = 2**26, 2**20
-"""Numbers of hidden states that are copied at a time, in float32 256 MiB and 4 MiB: an accelerator needs large
-blocks to be busy, a CPU reads a block again while its caches hold it."""
+"""Numbers of hidden states that are copied at a time, in float32 256 MiB and 4 MiB: an accelerator needs
+large blocks to be busy, a CPU reads a block again while its caches hold it."""
 
 
 def omega(step: int, total_steps: int, floor: float) -> float:
