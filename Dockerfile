@@ -3,9 +3,10 @@ FROM python:3.11-slim
 
 ARG DEVICE=cpu
 
-# DeepSpeed compiles a helper when it first starts; vLLM's CPU build binds threads to memory nodes.
+# DeepSpeed compiles a helper when it first starts; vLLM's CPU build binds threads to memory nodes; KubeRay asks a
+# node for its health by wget.
 RUN apt-get update \
-    && apt-get install --no-install-recommends --yes build-essential git libnuma1 \
+    && apt-get install --no-install-recommends --yes build-essential git libnuma1 wget \
     && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir uv
 
@@ -27,7 +28,7 @@ COPY r2m_ray r2m_ray
 RUN uv pip install --system --no-cache --compile-bytecode --no-deps .
 
 # Runs, prepared models and caches are written below the working directory, which is meant to be a volume.
-RUN useradd --create-home r2m && mkdir /work && chown r2m /work
+RUN useradd --create-home --uid 1000 r2m && mkdir /work && chown r2m /work
 USER r2m
 WORKDIR /work
 

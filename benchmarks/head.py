@@ -97,6 +97,13 @@ def kept_bytes(function: Callable[[], object], case: Case) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in given)
 
 
+def operations(function: Callable[[], object]) -> int:
+    """Operations of torch in one call; on a GPU each costs at least one kernel launch."""
+    with torch.profiler.profile() as profile:
+        function()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+
 def compared(width: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Times, kept memory and agreement of both sides at one width."""
     case = random_case(width, arguments)
@@ -114,6 +121,7 @@ def compared(width: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": {name: measure.summary(times[name]) for name in functions},
         "speedup": measure.summary(ratios),
         "kept_for_backward_bytes": kept,
+        "operations": {name: operations(function) for name, function in functions.items()},
         "gradient_relative_difference": relative(values["r2m_head"], values["literal"]),
     }
 

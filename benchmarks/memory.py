@@ -46,7 +46,7 @@ COMMON = [
     "evaluate.every=0",
     "evaluate.prompts=8",
     "evaluate.pairs=8",
-    # The whole cache is in use within two steps.
+    # Every slot of the cache is in use within two steps.
     "rollout.engine_args.num_gpu_blocks_override=192",
     "cluster.cpus=4",
 ]

@@ -15,9 +15,11 @@ def test_a_wheel_holds_every_package_and_the_configuration() -> None:
     }
     assert set(setuptools["packages"]) == found | {"r2m_ray.conf"}
     assert setuptools["package-dir"] == {"r2m_ray.conf": "conf"}
+    beside_code = {file for file in (ROOT / "r2m_ray").rglob("*.*") if file.suffix not in (".py", ".pyc")}
     data = {
         file
-        for pattern in setuptools["package-data"]["r2m_ray.conf"]
-        for file in (ROOT / "conf").glob(pattern)
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for file in (ROOT / setuptools["package-dir"].get(package, package.replace(".", "/"))).glob(pattern)
     }
-    assert data == set((ROOT / "conf").rglob("*.yaml"))
+    assert data == set((ROOT / "conf").rglob("*.yaml")) | beside_code

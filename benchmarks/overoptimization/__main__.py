@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     preset = chosen(parsed.preset, parsed.arms, parsed.seeds)
     out = parsed.out or parsed.root / "results" / preset.name
 
-    # torch takes seconds to import, and a mistake above is told without it.
+    # torch takes seconds to import, and a mistake above is reported without it.
     from benchmarks.overoptimization.lab import Conducted, Lab, check, conduct, summary
     from benchmarks.overoptimization.precheck import precheck
     from benchmarks.overoptimization.results import made_with, write_results
@@ -72,21 +72,21 @@ def run(arguments: Sequence[str]) -> int:
         extra=tuple(extra),
         despite_gates=parsed.despite_gates,
     )
-    done, told = Conducted(shut=(), failed=()), None
+    done, stopped = Conducted(ended=(), failed=()), None
     if not parsed.report_only:
         check(lab)
         with run_lock(lab.root):
             try:
                 done = conduct(lab)
             except Preempted as error:
-                told = error
+                stopped = error
     command = shlex.join([*PROGRAM.split(), *redacted_command(arguments)])
     print(write_results(preset, lab.root, out, made_with(command)))
-    if told is not None:
-        raise told
+    if stopped is not None:
+        raise stopped
     for line in summary(done):
         print(line, file=sys.stderr)
-    return RunError.exit_code if done.shut or done.failed else 0
+    return RunError.exit_code if done.ended or done.failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Drawing
 
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.presets import INFORMATIVE, SELF_CORRECT
@@ -23,7 +21,7 @@ from r2m_ray.report.compare.pictures import png
 from r2m_ray.report.compare.study import MULTIPLES, Values, of_kl_star
 from r2m_ray.report.compare.tables import mean, number
 from r2m_ray.report.html import Figure, Section, Table
-from r2m_ray.report.plots import GOLD, HEIGHT, OWN, STYLE, WIDTH, cell, finish
+from r2m_ray.report.plots import GOLD, OWN, STYLE, finish, grid
 from r2m_ray.run.files import replace_file
 
 COLOURS = (OWN, GOLD)
@@ -34,7 +32,7 @@ Curves = Mapping[str, Mapping[str, Sequence[Curve]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A setting whose dose differs. lines: of each line, the world and the arm that hold each dose of it."""
+    """A setting whose dose differs. lines: of each line, the world and the arm that have each dose of it."""
 
     setting: str
     meaning: str
@@ -119,10 +117,8 @@ def table(response: Response) -> Table:
 def figure(response: Response) -> Figure:
     """A panel per multiple of KL*: gold over the dose, seeds as dots and their mean as a line."""
     with rc_context(STYLE):
-        drawing = Drawing(figsize=(WIDTH, HEIGHT))
-        FigureCanvasAgg(drawing)
-        for place, multiple in enumerate(MULTIPLES):
-            axes = drawing.add_axes(cell(place, 0, len(MULTIPLES), 1))
+        drawing, cells = grid(len(MULTIPLES), len(MULTIPLES))
+        for place, (multiple, axes) in enumerate(zip(MULTIPLES, cells, strict=True)):
             for colour, (line, doses) in zip(COLOURS, response.gold.items(), strict=False):
                 seen = {dose: [g for g in gold[place] if g is not None] for dose, gold in doses.items()}
                 means = {dose: sum(known) / len(known) for dose, known in seen.items() if known}

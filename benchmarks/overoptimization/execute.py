@@ -1,4 +1,4 @@
-"""Commands run side by side, each in a process of its own with a log, until all are done or told to stop."""
+"""Commands run side by side, each in its own process with a log, until all end or a signal stops them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def failed(self) -> list[str]:
-        """Names of the jobs that ended otherwise than done or told to stop."""
+        """Names of the jobs that failed; a signal is no failure."""
         return [name for name, code in self.codes.items() if code and code not in STOPPED]
 
 
@@ -91,7 +91,7 @@ async def _work(
         seconds = time.monotonic() - since
         job.ended(code, seconds)
         outcome.codes[job.name] = code
-        print(f"[{place}/{total}] {job.name}: {_told(job, code, seconds)}", flush=True)
+        print(f"[{place}/{total}] {job.name}: {_outcome(job, code, seconds)}", flush=True)
 
 
 async def _run(job: Job, outcome: Outcome, running: set[asyncio.subprocess.Process]) -> int:
@@ -110,7 +110,7 @@ async def _run(job: Job, outcome: Outcome, running: set[asyncio.subprocess.Proce
             running.discard(process)
 
 
-def _told(job: Job, code: int, seconds: float) -> str:
+def _outcome(job: Job, code: int, seconds: float) -> str:
     if code == 0:
         return f"done in {seconds:.0f} s"
     if code in STOPPED:

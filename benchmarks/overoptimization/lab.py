@@ -1,4 +1,4 @@
-"""Gates first, then the baseline, then every arm: what a schedule does, told by what lies on disk alone.
+"""Gates first, then the baseline, then every arm: what is left of a schedule follows from the disk alone.
 
 Nothing that is finished is done again, and what was interrupted goes on where its last commit was. Runs of
 other code or another configuration are never touched: their names are refused.
@@ -78,9 +78,9 @@ class Lab:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conducted:
-    """What came of a schedule: worlds that a gate shut, and runs that failed."""
+    """What came of a schedule: worlds that a gate ended, and runs that failed."""
 
-    shut: tuple[str, ...]
+    ended: tuple[str, ...]
     failed: tuple[str, ...]
 
 
@@ -106,7 +106,7 @@ def conduct(lab: Lab) -> Conducted:
     Raises Preempted where a signal stopped it, InputError for names that hold other runs, and RunError where
     models could not be prepared.
     """
-    shut, failed = [], []
+    ended, failed = [], []
     for world in lab.preset.worlds:
         runs, seeds = lab.runs(world), lab.preset.gate_seeds(world)
         words = {f"seed-{seed}": world_overrides(world, seed, lab.extra) for seed in seeds}
@@ -114,16 +114,16 @@ def conduct(lab: Lab) -> Conducted:
         refuse_others(lab, runs, code_digest())
         verdicts = _early_gates(lab, world, prepared)
         if _closed(lab, world, verdicts):
-            shut.append(world.name)
+            ended.append(world.name)
             continue
         failed += train(lab, [run for run in runs if run.arm.name == BASELINE])
         curves = results.find(lab.preset, world, lab.root).curves.get(BASELINE, ())
-        verdicts.append(_told(baseline_gate(curves, lab.preset.seeds(world))))
+        verdicts.append(_printed(baseline_gate(curves, lab.preset.seeds(world))))
         if _closed(lab, world, verdicts):
-            shut.append(world.name)
+            ended.append(world.name)
             continue
         failed += train(lab, [run for run in runs if run.arm.name != BASELINE])
-    return Conducted(shut=tuple(shut), failed=tuple(failed))
+    return Conducted(ended=tuple(ended), failed=tuple(failed))
 
 
 def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
@@ -133,7 +133,7 @@ def train(lab: Lab, runs: Sequence[Run]) -> list[str]:
 
     def job(run: Run, resume: bool) -> Job:
         words = run.overrides(_models(lab, run))
-        # Before the first one starts: what cannot be read is told then, and leaves nothing running.
+        # Before the first run starts, so that a file that cannot be read leaves nothing running.
         identity = run_identity(composed(words))
         again = ("run.resume=true",) if resume else ()
         return Job(
@@ -202,7 +202,7 @@ def prepare(lab: Lab, world: World, overrides: Mapping[str, Sequence[str]]) -> d
 def _early_gates(lab: Lab, world: World, prepared: Mapping[int, Prepared]) -> list[Verdict]:
     """Gates 1 to 3, which need no run, asked of the prepared models of each seed."""
     facts = {seed: one.facts for seed, one in prepared.items()}
-    verdicts = [_told(policy_gate(facts)), _told(reward_gate(facts))]
+    verdicts = [_printed(policy_gate(facts)), _printed(reward_gate(facts))]
     if not (lab.goes_on(world) or all(verdict.passed for verdict in verdicts)):
         return verdicts
     found, failures = {}, []
@@ -211,7 +211,7 @@ def _early_gates(lab: Lab, world: World, prepared: Mapping[int, Prepared]) -> li
             found[seed] = information(lab, world, seed, one)
         except ValueError as error:
             failures.append(f"seed {seed}: the pre-check cannot be made: {error}.")
-    return [*verdicts, _told(information_gate(found, world.regime, failures))]
+    return [*verdicts, _printed(information_gate(found, world.regime, failures))]
 
 
 def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Information:
@@ -243,11 +243,11 @@ def _closed(lab: Lab, world: World, verdicts: Sequence[Verdict]) -> bool:
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if not failed or lab.goes_on(world):
         return False
-    print(f"{world.name}: shut by gate {failed[0].gate}; --despite-gates goes on, and labels every result")
+    print(f"{world.name}: ended by gate {failed[0].gate}; --despite-gates goes on and labels every result")
     return True
 
 
-def _told(verdict: Verdict) -> Verdict:
+def _printed(verdict: Verdict) -> Verdict:
     print(verdict, flush=True)
     return verdict
 
@@ -269,7 +269,7 @@ def _go_on(stopped: bool) -> None:
 
 def summary(done: Conducted) -> Iterable[str]:
     """What a reader of the terminal must know at the end."""
-    if done.shut:
-        yield f"shut by a gate: {', '.join(done.shut)}"
+    if done.ended:
+        yield f"ended by a gate: {', '.join(done.ended)}"
     if done.failed:
         yield f"failed: {', '.join(done.failed)}; the same command tries them again"

@@ -6,8 +6,8 @@ reward model that reads the same responses. In miniature the paper's Figures 1, 
 
 The labels are the better and the worse half of each prompt's responses. What the policy's embeddings show is
 in the words alone, and its layers have to show more; the reward model is read at the last token, whose
-embedding is always the same. Where all states of a layer are almost parallel, its differences are small: hold
-them against how far the cosines are from 1. Beside the JSON is a picture of the same name.
+embedding is always the same. Where all states of a layer are almost parallel, its differences are small:
+compare them with how far the cosines are from 1. Beside the JSON is a picture of the same name.
 
 Axes: N responses, L layers (embeddings first, the last after the final norm), P width of the model.
 """
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
@@ -46,7 +45,7 @@ from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError, RunError, printable, redacted
 from r2m_ray.report.compare.pictures import SEED, mean_line, png
 from r2m_ray.report.data import Series
-from r2m_ray.report.plots import FROZEN, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish
+from r2m_ray.report.plots import FROZEN, GREY, OWN, STYLE, finish, grid
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.files import CONFIG_FILE
 from r2m_ray.tasks.models import Models
@@ -164,10 +163,8 @@ def trained_policy(run: Path, config: Config, prepared: Prepared) -> Path:
 def picture(found: Mapping[int, Mapping[str, Layers]]) -> Figure:
     """By layer how much more alike states of the same label are; every seed thin, their mean thick."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT))
-        FigureCanvasAgg(figure)
-        for place, (title, read) in enumerate(PANELS):
-            axes = figure.add_axes(cell(place, 0, len(PANELS), 1))
+        figure, cells = grid(len(PANELS), len(PANELS))
+        for place, ((title, read), axes) in enumerate(zip(PANELS, cells, strict=True)):
             axes.axhline(0, color=GREY, linewidth=0.8)
             for name, colour in COLOURS.items():
                 lines = [read(seed[name]).difference_L for seed in found.values() if name in seed]

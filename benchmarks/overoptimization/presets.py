@@ -112,7 +112,7 @@ class Preset:
         """Arm and seed of each run of a world: the baseline's first, then all arms of a seed before the next.
 
         So the gate of the baseline is decided before any other arm is run, and an interrupted schedule has
-        whole seeds to compare.
+        complete seeds to compare.
         """
         parts = [part for part in self.parts if part.world is world]
         wanted = {(arm.name, seed) for part in parts for arm in part.arms for seed in part.seeds}

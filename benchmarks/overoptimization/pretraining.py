@@ -31,17 +31,19 @@ from transformers import (
 )
 
 from benchmarks.overoptimization.worlds import HELP, POLICY, Additions
-from r2m_ray.config.schema import Config
+from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.model_files import ModelFiles, open_model
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError, Problem, refuse
-from r2m_ray.tasks.note2answer.gold import gold
+from r2m_ray.tasks.note2answer.gold import GoldScore, gold
 from r2m_ray.tasks.prepare.build import Made, reward_training, save, trained_policy, trained_reward
 from r2m_ray.tasks.prepare.materials import materials
+from r2m_ray.tasks.prepare.measurement import mean_gold, policy_scores
 from r2m_ray.tasks.prepare.trainers import (
     UNTRAINED,
     Trained,
     Training,
+    every_core,
     shared_arguments,
     train,
     training_order,
@@ -78,7 +80,20 @@ def build(config: Config, additions: Additions, directory: Path) -> dict[str, An
 
     reward = trained_reward(config, supplies, initialise)
     reward.facts["auxiliary"] = counted.facts()
-    return save(config, supplies, policy, reward, directory)
+    facts = save(config, supplies, policy, reward, directory)
+    if config.task.name is TaskName.note2answer:
+        with every_core():
+            scores = policy_scores(config, policy.model, supplies.policy_tokenizer)
+        shown = [gold(*demonstration, False) for demonstration in supplies.demonstrations]
+        facts["policy"]["correction_rate"] = correction_rate(scores)
+        facts["demonstrator"] = {"gold": mean_gold(shown), "correction_rate": correction_rate(shown)}
+    return facts
+
+
+def correction_rate(scores: Sequence[GoldScore]) -> float:
+    """Share of the wrong facts about the one asked about that are corrected to the truth; 0 without any."""
+    corrected, wrong = sum(score.corrected for score in scores), sum(score.wrong for score in scores)
+    return corrected / (corrected + wrong) if corrected else 0.0
 
 
 def counts(prompt: str, response: str, *, truth: bool) -> list[float]:

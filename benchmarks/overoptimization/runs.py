@@ -1,4 +1,4 @@
-"""One run of the schedule: what starts it, where it lies, and how far it got, all told by files.
+"""One run of the schedule: what starts it, where it lies, and how far it got; files alone say so.
 
 A run ``<root>/<world>/<arm>-seed-<n>`` is an ordinary run directory. Beside it lie ``….log``, what its
 processes printed, and ``….ticket.json``, what it was made of when it was first started and how each attempt
@@ -126,10 +126,10 @@ def standing(run: Run) -> Standing:
     steps = int(ticket["identity"]["config"]["algo.steps"])
     file = run.directory / METRICS_FILE
     rows = read_steps(file) if file.is_file() else []
-    whole = any(row.get("kind") == "eval" and row["step"] == steps for row in rows)
+    is_complete = any(row.get("kind") == "eval" and row["step"] == steps for row in rows)
     return Standing(
         # A last attempt that failed before it wrote anything left a run to start, not one to resume.
-        state=State.finished if whole else State.half if used(run) else State.absent,
+        state=State.finished if is_complete else State.half if used(run) else State.absent,
         step=max((int(row["step"]) for row in rows if row.get("kind") == "step"), default=0),
         steps=steps,
         exit_code=last["exit_code"],

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,32 +28,8 @@ STEP_TIME = metric("time/step")
 _SMOOTHED_FROM = 40
 WIDTH, HEIGHT = 11.8, 2.9  # Inches of a figure, and of each line of panels in it.
 _LABEL_WIDTH = 0.72  # Inches.
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.edgecolor": "#9AA0A6",
-    "axes.labelcolor": "#4A4F55",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E8EB",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#6A7077",
-    "ytick.color": "#6A7077",
-    "lines.linewidth": 1.9,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "legend.handlelength": 1.8,
-    "axes.formatter.useoffset": False,
-    "figure.dpi": 150,
-    "savefig.facecolor": "white",
-}
+STYLE = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle", use_default_template=False)
+"""The look of every figure, for matplotlib's ``rc_context``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,29 +112,38 @@ def save_plot(plot: Plot, run: RunRecord, directory: Path) -> Path | None:
     panels = [panel for panel in plot.panels if panel.present(run)]
     if not panels:
         return None
-    columns = len(panels) if len(panels) <= 4 else 3
-    lines = -(-len(panels) // columns)
     path = directory / f"{plot.name}.png"
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, HEIGHT * lines))
-        FigureCanvasAgg(figure)
-        for i, panel in enumerate(panels):
-            line, place = divmod(i, columns)
-            panel.draw(figure.add_axes(cell(place, line, columns, lines)), run)
+        figure, cells = grid(len(panels), len(panels) if len(panels) <= 4 else 3)
+        for panel, axes in zip(panels, cells, strict=True):
+            panel.draw(axes, run)
         figure.savefig(path)
     return path
 
 
-def cell(place: int, line: int, columns: int, lines: int) -> tuple[float, float, float, float]:
-    """Left, bottom, width and height of a panel's axes; margins are in inches, so that all panels align."""
+def grid(panels: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, line by line; their margins are in inches, so that all panels align."""
+    lines = -(-panels // columns)
+    figure = blank(HEIGHT * lines)
     width, height = WIDTH / columns, HEIGHT
     left, right, top, bottom = 0.66, 0.12, 0.60, 0.52
-    return (
-        (place * width + left) / WIDTH,
-        ((lines - 1 - line) * height + bottom) / (lines * height),
-        (width - left - right) / WIDTH,
-        (height - top - bottom) / (lines * height),
+    boxes = (
+        (
+            (i % columns * width + left) / WIDTH,
+            ((lines - 1 - i // columns) * height + bottom) / (lines * height),
+            (width - left - right) / WIDTH,
+            (height - top - bottom) / (lines * height),
+        )
+        for i in range(panels)
     )
+    return figure, [figure.add_axes(box) for box in boxes]
+
+
+def blank(height: float) -> Figure:
+    """A figure without panels, which can be saved without a display."""
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def moving_average(values: Series, window: int) -> Series:

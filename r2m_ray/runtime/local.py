@@ -53,10 +53,6 @@ class LocalWorker:
         """The answers, which are there."""
         return [await answer for _, answer in calls]
 
-    async def require_agreement(self, phase: str, method: str) -> None:
-        """One worker agrees with itself."""
-        return
-
     async def all(self, phase: str, method: str, *arguments: Any) -> list[Any]:
         """Call a method and return its answer, as the only one."""
         return [getattr(self._worker, method)(*arguments)]

@@ -25,6 +25,7 @@ from r2m_ray.core.batch import (
 from r2m_ray.core.roles import LabelledPairs, Ref, Shards, Stats
 from r2m_ray.runtime.actors import PolicyWork, RewardWork
 from r2m_ray.runtime.recovery import Job, Redo
+from r2m_ray.runtime.worker_group import require_agreement
 from r2m_ray.runtime.workers import Workers
 
 
@@ -167,7 +168,7 @@ class RewardRole:
         ]
         stats: list[Stats] = await self._group.settle("reward update", calls)
         if len(self._group) > 1 and self._verify_every and step % self._verify_every == 0:
-            await self._group.require_agreement("reward update", "head_digests")
+            await require_agreement(self._group, "reward update", "head_digests")
         return stats[0]
 
     async def attention(

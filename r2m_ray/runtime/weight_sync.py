@@ -24,7 +24,7 @@ import ray
 
 from r2m_ray.config.schema import Config, SyncBackend, SyncConfig
 from r2m_ray.core.roles import Ref, Stats, WeightSync
-from r2m_ray.runtime.worker_group import Actors
+from r2m_ray.runtime.worker_group import Actors, require_agreement
 from r2m_ray.runtime.workers import Workers
 
 PHASE = "weight sync"
@@ -67,7 +67,7 @@ class ObjectStoreSync:
             sent, buckets = sent + size, buckets + 1
         digests = await self._policy.all(PHASE, "weight_digest")
         if len(set(digests)) > 1:
-            await self._policy.require_agreement(PHASE, "weight_digests")
+            await require_agreement(self._policy, PHASE, "weight_digests")
         await self._rollout.all(PHASE, "finish_weight_update", version, digests[0])
         self._last = version
         return {
@@ -130,7 +130,7 @@ class DirectSync:
         start = time.monotonic()
         every = self._config.sync.verify_every
         if len(self._policy) > 1 and every and version % every == 0:
-            await self._policy.require_agreement(PHASE, "weight_digests")
+            await require_agreement(self._policy, PHASE, "weight_digests")
         # A dead engine is blamed before the learner that would wait for it.
         await self._rollout.all(PHASE, "ready")
         members = [*self._policy.handles, *self._rollout.handles]

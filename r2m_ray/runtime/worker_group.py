@@ -25,7 +25,7 @@ from r2m_ray.core.roles import Ref
 from r2m_ray.errors import ActorLost, DeviceLost, InputError, Loss, PeersLost, RunError
 from r2m_ray.runtime.device import Address, free_address
 from r2m_ray.runtime.placement import Placement
-from r2m_ray.runtime.workers import Call
+from r2m_ray.runtime.workers import Call, Workers
 
 PEER_GRACE_S = 5.0
 """After a failure, how long to wait for its cause: a rank that died makes its peers fail too."""
@@ -114,20 +114,6 @@ class Actors:
             _late(name, phase, waited) if task in pending else task.exception() or task.result()
             for (name, _), task in zip(calls, tasks, strict=True)
         ]
-
-    async def require_agreement(self, phase: str, method: str) -> None:
-        """Compare the digests of every tensor, which ``method`` returns by name, between all actors.
-
-        Raises: RunError, naming the first tensor that differs and who holds another than most; of two actors,
-            another than rank 0.
-        """
-        difference = first_difference(self.names, await self.all(phase, method))
-        if difference:
-            raise RunError(
-                f"{phase}: {difference}. Their memory or a collective is broken: nothing of this step was "
-                "kept. Continue from the last checkpoint with run.resume=true, on other devices if it "
-                "happens again."
-            )
 
     async def _answer(self, name: str, phase: str, call: Awaitable[Any]) -> Any:
         try:
@@ -274,6 +260,20 @@ def raises_peers_lost(kind: type[Kind]) -> type[Kind]:
     return kind
 
 
+async def require_agreement(actors: Workers, phase: str, method: str) -> None:
+    """Compare the digests of every tensor, which ``method`` returns by name, between all actors.
+
+    Raises: RunError, naming the first tensor that differs and who holds another than most; of two actors,
+        another than rank 0.
+    """
+    difference = first_difference(actors.names, await actors.all(phase, method))
+    if difference:
+        raise RunError(
+            f"{phase}: {difference}. Their memory or a collective is broken: nothing of this step was kept. "
+            "Continue from the last checkpoint with run.resume=true, on other devices if it happens again."
+        )
+
+
 def first_difference(names: Sequence[str], digests: Sequence[Mapping[str, str]]) -> str | None:
     """The first tensor that actors do not agree on, in words; None where they agree on all."""
     for tensor in digests[0]:
@@ -308,13 +308,13 @@ def _whereabouts(_: object) -> tuple[int, Address]:
 def _raised(name: str, phase: str, error: RayTaskError) -> Exception:
     """What an actor's method raised, as a typed error that names the actor."""
     cause = error.cause
+    if isinstance(cause, RayError):
+        # What it works with went with another actor or a node; it is alive itself.
+        return ActorLost(f"{name}, {phase}: {_on_one_line(cause)}", (), Loss.record)
     if isinstance(cause, DeviceLost):
         return ActorLost(f"{name} lost its device during {phase}: {cause}", (name,), Loss.device)
     if isinstance(cause, PeersLost):
         return ActorLost(f"{name} lost its peers during {phase}: {cause}", (name,), Loss.peers)
-    if isinstance(cause, RayError):
-        # What it works with went with another actor or a node; it is alive itself.
-        return ActorLost(f"{name}, {phase}: {_on_one_line(cause)}", (), Loss.record)
     if type(cause) is InputError:
         return InputError(f"{name}, {phase}: {cause}")
     if type(cause) is RunError:

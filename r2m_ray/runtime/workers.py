@@ -32,13 +32,6 @@ class Workers(Protocol):
         """Wait for calls and return their answers; a failure or the deadline ends the wait."""
         ...
 
-    async def require_agreement(self, phase: str, method: str) -> None:
-        """Compare the digests of every tensor, which ``method`` returns by name, between all workers.
-
-        Raises RunError naming the first tensor that differs.
-        """
-        ...
-
     async def all(self, phase: str, method: str, *arguments: Any) -> list[Any]:
         """Call a method on every worker and wait for every answer."""
         ...

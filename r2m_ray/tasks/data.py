@@ -1,11 +1,11 @@
-"""Prompts and preference pairs: every row of a source is used, or counted with a reason."""
+"""Prompts and preference pairs: every row of a source is used or counted with a reason."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +34,9 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences:
-    """The usable pairs of a source, and why the other rows are not: ``rows == len(pairs) + Σ dropped``.
+    """The usable pairs of a source, and why the others are not: ``rows == len(pairs) + Σ dropped``.
 
-    places: where each pair stands, ``file:line``.
+    places: ``file:line`` of each pair. dropped: rows by reason.
     """
 
     source: str
@@ -54,7 +54,7 @@ class Preferences:
         return tuple(dict.fromkeys(pair.prompt for pair in self.pairs))
 
     def keep(self, reasons: Sequence[str | None]) -> Preferences:
-        """Drop each pair that has a reason to be dropped."""
+        """The pairs without a reason to drop them; the others are counted by their reason."""
         kept = [n for n, reason in enumerate(reasons) if reason is None]
         dropped = Counter(reason for reason in reasons if reason is not None)
         return replace(
@@ -65,13 +65,26 @@ class Preferences:
         )
 
 
-def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preferences:
+def load_preferences(source: str | None, task: TaskConfig, *, split: str) -> Preferences:
     """Read every pair of a source.
 
-    split: of a `datasets` id that names none. Pairs whose responses are the same text are dropped and
-    counted, and so are up to ``task.skip_bad_rows`` rows that are no preference pairs. Raises InputError
-    naming file, line and field of the next such row.
+    Pairs whose responses are the same text are dropped and counted, and so are up to ``task.skip_bad_rows``
+    rows that are no preference pairs.
+
+    Args:
+        source: ``task.train_file`` or ``task.eval_file``.
+        task: names the fields, and says how many bad rows may be skipped.
+        split: of a `datasets` id that names none.
+
+    Raises:
+        InputError: there is no source, or no row in it, or one bad row too many; file, line and field are
+            named.
     """
+    if not source:
+        raise InputError(
+            "task.train_file and task.eval_file: task=preferences needs both; give a .jsonl or .parquet "
+            "file, or a dataset as org/name:split"
+        )
     fields = (task.prompt_field, task.chosen_field, task.rejected_field)
     places: list[str] = []
     pairs: list[PreferencePair] = []
@@ -98,9 +111,9 @@ def load_preferences(source: str, task: TaskConfig, *, split: str) -> Preference
 
 
 def over_limit(
-    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, prompt: str, responses: Iterable[str]
+    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, prompt: str, *responses: str
 ) -> str | None:
-    """Which limit of the task a prompt or a response exceeds, in the policy's tokens; None if none."""
+    """Which limit of the task a prompt or a response exceeds, in tokens of the policy's; None if none."""
     if len(policy_prompt_ids(tokenizer, prompt)) > task.max_prompt_tokens:
         return f"prompt over task.max_prompt_tokens={task.max_prompt_tokens}"
     if any(len(policy_response_ids(tokenizer, text)) > task.max_new_tokens for text in responses):
@@ -109,9 +122,15 @@ def over_limit(
 
 
 def sift(found: Preferences, over: Callable[[PreferencePair], str | None], overlong: Overlong) -> Preferences:
-    """Treat each pair that is ``over`` a limit as ``overlong`` says: an error, or dropped and counted.
+    """The pairs within a limit; those over it are an error or dropped and counted, as ``overlong`` says.
 
-    Raises InputError too if no pair is left.
+    Args:
+        found: the pairs of a source.
+        over: which limit a pair exceeds; None if none.
+        overlong: what becomes of such pairs.
+
+    Raises:
+        InputError: a pair is over the limit and that is an error, or no pair is left.
     """
     reasons = [over(pair) for pair in found.pairs]
     if overlong is Overlong.error:
@@ -134,7 +153,14 @@ def packed_pairs(
     pairs_per_shard: int,
     version: int,
 ) -> list[Trajectories]:
-    """Pairs as groups of two rows, chosen first, tokenized as the policy (``tokenizer``) writes."""
+    """Pairs as groups of two rows, chosen first, in shards.
+
+    Args:
+        tokenizer: the policy's; rows hold the tokens that the policy would write.
+        pairs: in the order of the groups.
+        pairs_per_shard: groups of each shard; the last one may have fewer.
+        version: of the policy whose hidden states the rows will be read with.
+    """
     return [
         pack_rows(
             [pair.prompt for pair in shard],
@@ -217,7 +243,10 @@ def _pair(row: Any, fields: tuple[str, str, str]) -> PreferencePair | BadRow:
 def _text(row: Mapping[str, Any], field: str) -> str | BadRow:
     if field not in row:
         known = shown(", ".join(map(str, row)))
-        return BadRow(f"no field {field!r} among {known} (task.prompt_field and its kin name the fields)")
+        return BadRow(
+            f"no field {field!r} among {known}; task.prompt_field, task.chosen_field and task.rejected_field "
+            "name the fields"
+        )
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         # A conversation: its last turn is the response.
@@ -230,13 +259,13 @@ def _text(row: Mapping[str, Any], field: str) -> str | BadRow:
 
 
 def _described(value: Any) -> str:
-    """A value in a message; only the kind of one that may be nested."""
+    """A value as a message names it; of a nested one only its kind."""
     kinds: dict[type, str] = {dict: "an object", list: "a list", str: "white space"}
     return kinds.get(type(value)) or shown(value)
 
 
 def _skipping(skipped: int) -> str:
-    """What can be done about one bad row more than the ``skipped`` ones."""
+    """The remedy for one bad row after ``skipped`` others."""
     if skipped:
         return f"{skipped} bad rows before it were skipped, as many as task.skip_bad_rows allows"
     return "repair it, or skip and count up to N such rows by task.skip_bad_rows=N"

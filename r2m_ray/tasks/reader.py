@@ -1,8 +1,8 @@
-"""Rows of files and datasets that nobody here wrote: read one by one, in bounded memory, with their place.
+"""Rows of untrusted files and datasets: read one by one, in bounded memory, with their place.
 
 A source is a JSON Lines file, plain or gzip, a Parquet file, or the id of a `datasets` dataset, which may
 name its split: ``org/name:train_prefs``. Nothing in a source can run code. A row that cannot be read is
-handed on as a `BadRow`, for the reader to refuse or to count; a file that cannot be read is an error.
+a `BadRow`, which the caller refuses or counts; a file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ PlacedRow = tuple[str, Any]
 
 
 def read_rows(source: str, split: str) -> Iterator[PlacedRow]:
-    """Each row of a source; blank lines are none. split: of a `datasets` id that names none.
+    """Each row of a source; blank lines are no rows.
 
-    Raises InputError with file, line and reason for a source that cannot be read, or that changes meanwhile.
+    Args:
+        source: a path, or the id of a `datasets` dataset.
+        split: of an id that names none.
+
+    Raises:
+        InputError: with file, line and reason, where a source cannot be read or changes meanwhile.
     """
     path, name = Path(source), printable(source)
     if not path.exists():

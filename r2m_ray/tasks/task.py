@@ -1,4 +1,4 @@
-"""Tasks: what the policy is prompted with, what it is held against, and gold where it is known."""
+"""Tasks: training prompts, held-out prompts and pairs, and the gold score where a task knows one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.data import PreferencePair, load_preferences, over_limit, sift
-from r2m_ray.tasks.note2answer import world as note2answer
+from r2m_ray.tasks.note2answer.counterfactual import counterfactual_pairs
+from r2m_ray.tasks.note2answer.gold import gold
+from r2m_ray.tasks.note2answer.samples import gold_pairs, preference_pairs
+from r2m_ray.tasks.note2answer.world import prompts as note2answer_prompts
 
 GoldScorer = Callable[[str, str, bool], Mapping[str, float]]
-"""(prompt, response, truncated) → the gold score as ``total``, and the parts it is made of."""
+"""(prompt, response, truncated) → the gold score as ``total``, and its parts."""
 
 NOTE2ANSWER_PROMPTS = 8192
 """Training prompts of note2answer: more than any run here draws."""
@@ -21,13 +24,13 @@ NOTE2ANSWER_PROMPTS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Prompts to train on, held-out prompts and pairs.
+    """What a run learns from and is measured on.
 
-    train_pairs: those that a prepared reward model was trained on, within the policy's limits of length; none
-        where the config does not use them.
-    counterfactual_pairs: by kind, pairs of responses made to differ in that alone, the better one by gold
-        first; none where a task knows no gold.
-    counts: what became of the rows of each file, for the run's record.
+    train_pairs: those that a prepared reward model was trained on, within the policy's limits of length;
+        empty where the configuration does not use them.
+    counterfactual_pairs: by kind, pairs whose responses differ in that alone, the better one by gold first;
+        empty where a task knows no gold.
+    counts: for each use of a file its ``rows``, those ``used``, and the others by reason.
     """
 
     train_prompts: tuple[str, ...]
@@ -39,9 +42,14 @@ class Task:
 
 
 def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The task that a config names, within its limits of length; tokenizer: the policy's.
+    """The task that a configuration names, within its limits of length.
 
-    Raises InputError for data that cannot serve, and for fewer training pairs than the warm-up takes.
+    Args:
+        config: of the run.
+        tokenizer: the policy's; lengths are counted in its tokens.
+
+    Raises:
+        InputError: data cannot serve, or there are fewer training pairs than the warm-up takes.
     """
     match config.task.name:
         case TaskName.note2answer:
@@ -61,23 +69,18 @@ def gold_scorer(config: Config) -> GoldScorer | None:
     """The gold score of a config's task; None where the task has none."""
     match config.task.name:
         case TaskName.note2answer:
-            from r2m_ray.tasks.note2answer.gold import gold
-
             return lambda prompt, response, truncated: gold(prompt, response, truncated).parts()
         case TaskName.preferences:
             return None
 
 
 def _note2answer(config: Config) -> Task:
-    from r2m_ray.tasks.note2answer.counterfactual import counterfactual_pairs
-    from r2m_ray.tasks.note2answer.samples import gold_pairs, preference_pairs
-
     seed, values = config.run.seed, config.task.values_per_attribute
     pairs = config.prepare.pair_rows if config.uses_human_pairs else 0
     return Task(
-        train_prompts=note2answer.prompts(seed, "train", NOTE2ANSWER_PROMPTS, values),
+        train_prompts=note2answer_prompts(seed, "train", NOTE2ANSWER_PROMPTS, values),
         train_pairs=preference_pairs(config, "train", pairs),
-        eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts, values),
+        eval_prompts=note2answer_prompts(seed, "eval", config.evaluate.prompts, values),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
         counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs // 2),
         counts={},
@@ -86,17 +89,12 @@ def _note2answer(config: Config) -> Task:
 
 def _preferences(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     task = config.task
-    if not task.train_file or not task.eval_file:
-        raise InputError(
-            "task.train_file and task.eval_file: task=preferences needs both; give a .jsonl or .parquet "
-            "file, or a dataset as org/name:split"
-        )
 
     def prompt_over(pair: PreferencePair) -> str | None:
-        return over_limit(tokenizer, task, pair.prompt, [])
+        return over_limit(tokenizer, task, pair.prompt)
 
     def pair_over(pair: PreferencePair) -> str | None:
-        return over_limit(tokenizer, task, pair.prompt, [pair.chosen, pair.rejected])
+        return over_limit(tokenizer, task, pair.prompt, pair.chosen, pair.rejected)
 
     found = load_preferences(task.train_file, task, split="train")
     train = sift(found, prompt_over, task.overlong)

@@ -182,29 +182,12 @@ class Bomb:
         return os.system, (f"touch {self.canary}",)
 
 
-class Watch:
-    """The pickles that were loaded while it looked; an audit hook cannot be removed, but can be idle."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self.seen: list[tuple[Any, ...]] = []
-        sys.addaudithook(self._hook)
-
-    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.on and event == "pickle.find_class":
-            self.seen.append(arguments)
-
-    def __enter__(self) -> Watch:
-        self.on = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.on = False
-
-
 @pytest.fixture(scope="module")
-def watch() -> Watch:
-    return Watch()
+def loaded() -> list[object]:
+    """What was loaded from pickles, from now on."""
+    found: list[object] = []
+    sys.addaudithook(lambda event, about: found.append(about) if event == "pickle.find_class" else None)
+    return found
 
 
 def plant(checkpoint: Path, canary: Path, *, listed: bool) -> None:
@@ -231,25 +214,20 @@ def plant(checkpoint: Path, canary: Path, *, listed: bool) -> None:
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_pickle_in_a_checkpoint_is_never_run(
-    run: Path, roles: Any, tmp_path: Path, watch: Watch, listed: bool
+    run: Path, roles: Any, tmp_path: Path, loaded: list[object], listed: bool
 ) -> None:
     canary = tmp_path / "canary"
     plant(run / "checkpoints/step-000002", canary, listed=listed)
     assert fault(run / "checkpoints/step-000002") is None
-    with watch:
-        assert command("verify", run) == 0
-        assert command("export", run, tmp_path / "out") == 0
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy")
-        load_head(tmp_path / "out" / "reward_head")
-        step = asyncio.run(Checkpoints(run / "checkpoints", keep=2).restore(roles))
-    assert step == 2
+    loaded.clear()
+    assert command("verify", run) == 0
+    assert command("export", run, tmp_path / "out") == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy")
+    load_head(tmp_path / "out" / "reward_head")
+    assert asyncio.run(Checkpoints(run / "checkpoints", keep=2).restore(roles)) == 2
     assert not canary.exists()
-    assert watch.seen == []
-
-
-def test_the_bomb_and_the_watch_work(tmp_path: Path, watch: Watch) -> None:
-    with watch:
-        pickle.loads(pickle.dumps(Bomb(tmp_path / "canary")))  # noqa: S301 (our own)
-    assert (tmp_path / "canary").exists()
-    assert [module for module, _ in (arguments[:2] for arguments in watch.seen)] == [os.system.__module__]
-    watch.seen.clear()
+    assert loaded == []
+    # The hook and the payload work.
+    pickle.loads((run / "checkpoints/step-000002/evil.pkl").read_bytes())  # noqa: S301 (our own)
+    assert canary.exists()
+    assert len(loaded) == 1

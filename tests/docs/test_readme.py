@@ -114,7 +114,7 @@ def test_the_loop_in_the_readme_is_the_drivers() -> None:
     for call in (
         "w=omega_at(config,t)",
         "rollout.sample(plans)",
-        "advantages(config,trajectories,annotation,reference,r0)",
+        "advantages(config,rows,r0)",
     ):
         assert call in squeezed(shown[1])
         assert call in driver

@@ -33,7 +33,7 @@ CONTAINER = {
     "resources": {"requests": MAP, "limits": MAP},
     "volumeMounts": [{"name": TEXT, "mountPath": TEXT}],
 }
-POD = {"spec": {"containers": [CONTAINER], "volumes": [VOLUME]}}
+POD = {"spec": {"securityContext": {"fsGroup": COUNT}, "containers": [CONTAINER], "volumes": [VOLUME]}}
 RAY_JOB: dict[str, Any] = {
     "apiVersion": TEXT,
     "kind": TEXT,
@@ -141,6 +141,10 @@ def test_a_ray_job_runs_what_its_cluster_can_hold(name: str) -> None:
         for _ in range(count)
     ]
     assert shortage(demands(config), offers, config.cluster.placement) is None
+    user = re.search(r"useradd .*--uid (\d+)", (LAUNCH.parent / "Dockerfile").read_text())
+    assert user is not None
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == int(user[1])
     for _, container, _ in nodes:
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts == {"/work", "/dev/shm"}

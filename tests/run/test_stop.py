@@ -7,12 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from r2m_ray.errors import InputError, Preempted
-from r2m_ray.run.files import run_lock
+from r2m_ray.errors import Preempted
 from r2m_ray.run.stop import StopRequest
 
 SCRIPT = """
@@ -97,7 +95,7 @@ def test_a_step_that_does_not_end_is_given_up() -> None:
 
 
 def test_the_second_signal_ends_the_process_at_once() -> None:
-    # Senders like timeout(1) tell a process and its group: that is one request.
+    # Senders like timeout(1) signal a process and its group: that is one request.
     assert ended("SIGTERM", "twice") == (75, "the same request came twice\n")
 
 
@@ -122,22 +120,3 @@ def test_the_former_handlers_come_back() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_one_process_at_a_time_writes_a_run(tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    refusal = pytest.raises(InputError, match=rf"process {os.getpid()} on .* is writing")
-    with run_lock(directory), refusal, run_lock(directory):
-        pytest.fail("both have it")
-    with run_lock(directory):
-        pass
-
-
-def test_a_dead_process_lets_its_lock_go(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
-        with run_lock(tmp_path):
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    with run_lock(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()

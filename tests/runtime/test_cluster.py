@@ -87,6 +87,36 @@ def test_a_server_that_ends_ends_the_run_with_three() -> None:
     remove_leftovers(Path(tempfile.gettempdir()))
 
 
+HEAD = """
+import socket, sys, time
+from r2m_ray.run.stop import StopRequest
+from r2m_ray.runtime import cluster
+
+cluster.WATCH_S, cluster.HEAD_SILENCE_S = 0.1, 1
+stop = StopRequest(1)
+stop._name = sys.argv[1] or None
+with socket.create_server(("127.0.0.1", 0)) as head:
+    watch = cluster.ServerWatch(stop, head=f"127.0.0.1:{head.getsockname()[1]}")
+    time.sleep(2)
+    print("still there", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal", "code", "word"),
+    [("", RunError.exit_code, "error"), ("SIGTERM", Preempted.exit_code, "stopped")],
+)
+def test_the_head_of_a_joined_cluster_may_not_stay_away(signal: str, code: int, word: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD, signal], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "still there\n"
+    assert done.stderr.startswith(f"{word}: the head of the Ray cluster (127.0.0.1:")
+    assert "run.resume=true" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [(Exception("the node timed out"), RunError), (Preempted("stopped by SIGINT"), Preempted)],

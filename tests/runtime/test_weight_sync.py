@@ -24,7 +24,7 @@ from r2m_ray.errors import RunError
 from r2m_ray.runtime.actors import PolicyActor, RewardActor
 from r2m_ray.runtime.device import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
-from r2m_ray.runtime.worker_group import Actors, first_difference
+from r2m_ray.runtime.worker_group import Actors, first_difference, require_agreement
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 FLIPPED = "model.layers.1.mlp.down_proj.weight"
@@ -198,11 +198,11 @@ def test_reward_replicas_that_drift_apart_are_reported_by_replica_and_parameter(
         address = free_address()
         starts = actors.each("start", lambda i: (config, str(tiny_reward_dir), 64, i, address, 0.0))
         asyncio.run(actors.settle("start", starts))
-        asyncio.run(actors.require_agreement("reward update", "head_digests"))
+        asyncio.run(require_agreement(actors, "reward update", "head_digests"))
         change = flip(lambda actor: actor._engine.head.w_v)
         ray.get(actors.handles[0].__ray_call__.remote(change), timeout=60)
         with pytest.raises(RunError, match=r"reward update: w_v of reward-1 is not that of reward-0"):
-            asyncio.run(actors.require_agreement("reward update", "head_digests"))
+            asyncio.run(require_agreement(actors, "reward update", "head_digests"))
     finally:
         for handle in actors.handles:
             ray.kill(handle)

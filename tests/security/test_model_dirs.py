@@ -50,7 +50,7 @@ def edit(file: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_told_by_file_and_tensor(
+def test_weights_that_are_not_finite_are_reported_by_file_and_tensor(
     dtype: torch.dtype, value: float, policy: Path
 ) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in load_file(policy / WEIGHTS).items()}
@@ -148,7 +148,9 @@ def test_a_shard_outside_the_directory_is_refused(policy: Path, reward: Path) ->
 # Tokenizer
 
 
-def test_token_ids_beyond_the_stored_embedding_are_told_whatever_the_configuration_says(policy: Path) -> None:
+def test_token_ids_beyond_the_stored_embedding_are_reported_whatever_the_configuration_says(
+    policy: Path,
+) -> None:
     weights = load_file(policy / WEIGHTS)
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:100].clone()
     save_file(weights, policy / WEIGHTS)
@@ -168,7 +170,7 @@ def test_token_ids_beyond_the_stored_embedding_are_told_whatever_the_configurati
         {"model": []},
     ],
 )
-def test_a_tokenizer_of_the_wrong_types_is_told(content: object, policy: Path) -> None:
+def test_a_tokenizer_of_the_wrong_types_is_refused(content: object, policy: Path) -> None:
     (policy / "tokenizer.json").write_text(json.dumps(content))
     (text,) = problems(policy)
     assert "tokenizer.json: not a tokenizer" in text

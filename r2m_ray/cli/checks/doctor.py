@@ -151,9 +151,7 @@ def software_checks() -> Iterator[Check]:
         return
     needed, found = SpecifierSet(described["Requires-Python"]), platform.python_version()
     outside = Outcome.failed if not needed.contains(found, prereleases=True) else None
-    yield _judged(
-        "Python", f"{found}, {needed} supported", outside, "make the environment with such a Python"
-    )
+    yield _check("Python", f"{found}, {needed} supported", outside, "make the environment with such a Python")
     yield from package_checks([Requirement(line) for line in described.get_all("Requires-Dist") or ()])
 
 
@@ -195,7 +193,7 @@ def import_check(engine: str, deadline_s: float) -> Check:
         return Check(f"import {engine}", Outcome.failed, process.reason, remedy)
     found = process.output.rpartition("version ")[2].strip()
     unknown = engine == "vllm" and not SUPPORTED_VLLM.contains(found, prereleases=True)
-    return _judged(
+    return _check(
         f"import {engine}",
         f"{found}, {process.seconds:.1f} s",
         Outcome.failed if unknown else None,
@@ -216,7 +214,7 @@ def collective_check(deadline_s: float = COLLECTIVE_SECONDS) -> Check:
     faults = [f"rank {rank}: {process.reason}" for rank, process in enumerate(found) if process.reason]
     value = "; ".join(faults) or f"gloo on {LOOPBACK}, {time.monotonic() - start:.1f} s"
     remedy = f"let processes of this machine connect over {LOOPBACK}; unset GLOO_SOCKET_IFNAME"
-    return _judged("2-rank all-reduce", value, Outcome.failed if faults else None, remedy)
+    return _check("2-rank all-reduce", value, Outcome.failed if faults else None, remedy)
 
 
 def machine_checks(root: Path) -> Iterator[Check]:
@@ -288,7 +286,7 @@ def leftovers_check(root: Path, sessions: Path) -> Check:
     value = f"{len(dead)} of dead runs, {_gib(size)}" if dead else "none"
     places = " and ".join(dict.fromkeys(str(path.parent) for path in dead))
     large = Outcome.warning if size > GIB else None
-    return _judged("leftovers", value, large, f"delete what no run uses any more in {places}")
+    return _check("leftovers", value, large, f"delete what no run uses any more in {places}")
 
 
 def _cores() -> Check:
@@ -296,7 +294,7 @@ def _cores() -> Check:
     quotas += [us / 100_000 for us in cgroup_number("cpu.cfs_quota_us")]
     limit = f"control group allows {min(quotas):g}" if quotas else "no control-group limit"
     few = Outcome.warning if min([float(cores), *quotas]) < LEAST_CORES else None
-    return _judged("cores", f"{cores}, {limit}", few, f"give it {LEAST_CORES} or more: actors share them")
+    return _check("cores", f"{cores}, {limit}", few, f"give it {LEAST_CORES} or more: actors share them")
 
 
 def _memory() -> Check:
@@ -306,7 +304,7 @@ def _memory() -> Check:
     value = f"{_gib(memory.available)} of {_gib(memory.total)} available, {limit}"
     little = Outcome.warning if min([float(memory.available), *limits]) < LEAST_MEMORY else None
     remedy = f"even the demo takes up to {_gib(LEAST_MEMORY)}: see `r2m-ray plan experiment=demo`"
-    return _judged("memory", value, little, remedy)
+    return _check("memory", value, little, remedy)
 
 
 def _shared_memory() -> Check:
@@ -318,7 +316,7 @@ def _shared_memory() -> Check:
         f"Ray's object store of {_gib(needed)} goes to a slow disk; start a container with --shm-size=2g or "
         "--ipc=host"
     )
-    return _judged("shared memory", f"{_gib(free)} free in {SHARED_MEMORY}", little, remedy)
+    return _check("shared memory", f"{_gib(free)} free in {SHARED_MEMORY}", little, remedy)
 
 
 def _disk(name: str, directory: Path) -> Check:
@@ -326,9 +324,7 @@ def _disk(name: str, directory: Path) -> Check:
     free = shutil.disk_usage(existing).free
     outcome = Outcome.warning if free < FEW_FREE_BYTES else None
     outcome = Outcome.failed if free < LEAST_FREE_BYTES else outcome
-    return _judged(
-        f"disk of {name}", f"{_gib(free)} free at {existing}", outcome, "free some, or use another"
-    )
+    return _check(f"disk of {name}", f"{_gib(free)} free at {existing}", outcome, "free some, or use another")
 
 
 def _ports() -> Check:
@@ -349,7 +345,7 @@ def _gpus() -> Check:
     value = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
     blind = Outcome.warning if not torch.accelerator.is_available() else None
     remedy = f"torch {torch.__version__} cannot use them; install its GPU build and vLLM's ('.[gpu]')"
-    return _judged("GPUs", value, blind, remedy)
+    return _check("GPUs", value, blind, remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +416,7 @@ def _bytes(path: Path) -> int:
     return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
-def _judged(name: str, value: str, problem: Outcome | None, remedy: str) -> Check:
+def _check(name: str, value: str, problem: Outcome | None, remedy: str) -> Check:
     """A check that is ok, without a remedy, where there is no problem."""
     return Check(name, problem or Outcome.ok, value, remedy if problem else "")
 

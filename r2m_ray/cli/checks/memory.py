@@ -102,9 +102,10 @@ class ActorMemory:
     """One of ``count`` actors of a role.
 
     On a CPU everything is in the machine's memory. With ``gpu``, process and buffers are in the machine's
-    memory, and the rest is on each of the actor's GPUs. cache: keys and values of the rollout engine;
-    exports: its side buffer of hidden states, beside the cache. Both are None where they share what vLLM
-    takes of the GPU. phases: what each phase needs for a while, beside the model and in the machine's memory.
+    memory, and the rest is on each of the actor's GPUs. slots: tokens that the rollout engine's cache holds;
+    None where vLLM takes what is left of its GPU. slot_cache, slot_export: bytes of a slot's keys and values,
+    and of its hidden state in the side buffer. phases: what each phase needs for a while, beside the model
+    and in the machine's memory.
     """
 
     role: str
@@ -113,8 +114,9 @@ class ActorMemory:
     weights: int
     gradients: int = 0
     optimizer: int = 0
-    cache: int | None = 0
-    exports: int | None = 0
+    slots: int | None = 0
+    slot_cache: int = 0
+    slot_export: int = 0
     phases: tuple[tuple[int, int], ...]
 
     @property
@@ -139,13 +141,13 @@ class ActorMemory:
 
     @property
     def device(self) -> int:
-        """Bytes of each GPU's memory; a cache of unknown size is not counted."""
+        """Bytes of each GPU's memory, without a cache that takes the rest."""
         return self._model if self.gpu else 0
 
     @property
     def _model(self) -> int:
-        kept = self.weights + self.gradients + self.optimizer + (self.cache or 0) + (self.exports or 0)
-        return kept + self.working
+        slots = (self.slots or 0) * (self.slot_cache + self.slot_export)
+        return self.weights + self.gradients + self.optimizer + slots + self.working
 
 
 def replicas(config: Config) -> dict[str, int]:
@@ -234,8 +236,8 @@ def learner(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
 def rollout(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) -> ActorMemory:
     """One vLLM engine; on GPUs, one of its tensor × pipeline parallel ranks.
 
-    weights: P·b over the ranks. cache: `cached_tokens` slots of keys and values over the ranks. exports: for
-    each slot the rank's own columns of h, w/TP, and 16 bytes. Phases: a forward pass with its logits and the
+    weights: P·b over the ranks. Each of `cached_tokens` slots: keys and values over the ranks; in the side
+    buffer the rank's own columns of h, w/TP, and 16 bytes. Phases: a forward pass with its logits and the
     exports of its share of a step, twice; loading weights, a second copy of the largest tensor beside the
     bucket.
     """
@@ -245,7 +247,6 @@ def rollout(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
     parts = tensor * int(args.get("pipeline_parallel_size", 1))
     # On a CPU all ranks are in the machine's memory.
     divided, columns = (parts, tensor) if gpu else (1, 1)
-    slots = cached_tokens(config, model)
     rows = min(int(args.get("max_num_seqs", SEQUENCES)), batch.rows)
     tokens = min(int(args.get("max_num_batched_tokens", BATCHED_TOKENS)), rows * batch.row_tokens)
     share = batch.shards_per_replica["rollout"][1] * batch.rows_per_shard * batch.row_tokens
@@ -259,8 +260,9 @@ def rollout(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
         count=config.rollout.replicas,
         gpu=gpu,
         weights=model.parameters * b // divided,
-        cache=None if slots is None else slots * model.layers * model.key_value * b // divided,
-        exports=(None if slots is None else slots * side) if exported else 0,
+        slots=cached_tokens(config, model),
+        slot_cache=model.layers * model.key_value * b // divided,
+        slot_export=side if exported else 0,
         phases=(
             (inference(model, tokens, b) + logits, answers),
             (model.largest * b, bucket_bytes(config, model)),

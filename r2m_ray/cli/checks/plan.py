@@ -30,7 +30,7 @@ from r2m_ray.cli.checks import memory
 from r2m_ray.cli.checks.memory import PROCESS_BYTES, ActorMemory, BatchPlan, ModelSizes
 from r2m_ray.cli.checks.preflight import GIB, LOCAL, NO_CLUSTER, engine_problems, nearest, preflight
 from r2m_ray.config.rules import validate
-from r2m_ray.config.schema import PREPARED, Config, TaskName
+from r2m_ray.config.schema import PREPARED, Config, SyncBackend, TaskName
 from r2m_ray.engines.hardware import accelerators
 from r2m_ray.engines.model_files import local_directory, open_model
 from r2m_ray.errors import Problem, printable, refuse, shown
@@ -97,7 +97,8 @@ def plan(config: Config) -> Plan:
         # A new step is sampled beside the last one's records; h is freed once it is refreshed.
         stale = records["hidden"] if records["fresh_hidden"] else 0
         second = max(0, records["trajectories"] + records["hidden"] - stale)
-        buckets = 2 * memory.bucket_bytes(config, models["policy"])
+        through = config.sync.backend is SyncBackend.object_store
+        buckets = 2 * memory.bucket_bytes(config, models["policy"]) if through else 0
         found = replace(
             found,
             actors=memory.actor_memory(config, found.batch, models),
@@ -363,28 +364,34 @@ def _batch_table(batch: BatchPlan, config: Config) -> Table:
 def _memory_table(actors: Sequence[ActorMemory]) -> Table:
     """Peak memory of one actor of each role, by what it is for."""
     table = _table("one actor, peak", *(actor.role for actor in actors))
-    parts: dict[str, Callable[[ActorMemory], int | None]] = {
-        "process": lambda actor: actor.process,
-        "weights": lambda actor: actor.weights,
-        "gradients": lambda actor: actor.gradients,
-        "optimizer": lambda actor: actor.optimizer,
-        "KV cache": lambda actor: actor.cache,
-        "export buffer": lambda actor: actor.exports,
-        "largest pass": lambda actor: actor.working,
-        "buffers": lambda actor: actor.buffers,
+    parts: dict[str, Callable[[ActorMemory], str]] = {
+        "process": lambda actor: size(actor.process),
+        "weights": lambda actor: size(actor.weights),
+        "gradients": lambda actor: size(actor.gradients),
+        "optimizer": lambda actor: size(actor.optimizer),
+        "KV cache": lambda actor: _slots(actor, actor.slot_cache),
+        "export buffer": lambda actor: _slots(actor, actor.slot_export),
+        "largest pass": lambda actor: size(actor.working),
+        "buffers": lambda actor: size(actor.buffers),
     }
     for name, part in parts.items():
-        sizes = [part(actor) for actor in actors]
-        table.add_row(name, *("the rest" if nbytes is None else size(nbytes) for nbytes in sizes))
+        table.add_row(name, *map(part, actors))
     table.add_section()
     table.add_row("memory", *(size(actor.host) for actor in actors))
     if any(actor.gpu for actor in actors):
-        rest = [" + the rest" if actor.cache is None else "" for actor in actors]
+        rest = [" + the rest" if actor.slots is None else "" for actor in actors]
         table.add_row(
             "memory of each GPU", *(f"{size(a.device)}{r}" for a, r in zip(actors, rest, strict=True))
         )
     table.add_row("actors", *(f"× {actor.count}" for actor in actors))
     return table
+
+
+def _slots(actor: ActorMemory, each: int) -> str:
+    """Bytes of a part of every slot, or its share of the memory that is left for slots."""
+    if actor.slots is not None:
+        return size(actor.slots * each)
+    return f"{each / (actor.slot_cache + actor.slot_export):.1%} of the rest"
 
 
 def _traffic_table(plan: Plan) -> Table:

@@ -34,8 +34,16 @@ class PolicyLearner:
     """π_θ and its optimizer on one rank; every method is called on all ranks, with the same arguments except
     the shards. A rank's shards are its own, and may be none.
 
-    Expects MASTER_ADDR and MASTER_PORT in the environment.
-    Raises InputError for a model, a DeepSpeed key or a feedback setting that cannot be trained with.
+    Args:
+        config: of the run.
+        model_dir: Hugging Face directory of the policy.
+        rank, world_size: this process among the data parallel ranks, which meet at MASTER_ADDR and
+            MASTER_PORT of the environment.
+        device: where this rank computes.
+
+    Raises:
+        InputError: for a model or a DeepSpeed key that cannot be trained with.
+        DeviceLost: by every method, where a device or another rank failed.
     """
 
     def __init__(
@@ -73,9 +81,13 @@ class PolicyLearner:
     ) -> tuple[dict[str, float], list[Hidden]]:
         """k epochs of the clipped objective (Eq. 2) over the step's mini-batches.
 
-        batches, shard_ids: this rank's shards and their numbers in the step, which decide the mini-batch.
-        Returns statistics, equal on all ranks, and the refreshed h of each batch, in its order: none with
-        ``feedback.refresh=none``, of width 0 in a run without feedback.
+        Args:
+            batches: this rank's shards.
+            shard_ids: their numbers in the step, which decide the mini-batch.
+
+        Returns:
+            Statistics, equal on all ranks, and the refreshed h of each batch, in its order: none with
+            ``feedback.refresh=none``, of width 0 in a run without feedback.
 
         π_old is the learner before its first step, scored without gradients; rows of the first mini-batch
         are scored by their own training pass, which sees the same weights. With ``algo.old_logp=rollout``

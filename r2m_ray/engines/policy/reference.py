@@ -17,7 +17,14 @@ from r2m_ray.engines.weights import module_digest
 class ReferencePolicy:
     """A causal language model that never changes and scores what the policy sampled.
 
-    Raises InputError, naming ``model.reference``, where it cannot be loaded.
+    Args:
+        config: of the run.
+        model_dir: Hugging Face directory of the reference policy.
+        device: where it computes.
+
+    Raises:
+        InputError: naming ``model.reference``, where it cannot be loaded.
+        DeviceLost: by every method, where its device failed.
     """
 
     def __init__(self, *, config: Config, model_dir: str, device: torch.device) -> None:

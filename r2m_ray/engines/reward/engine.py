@@ -32,11 +32,18 @@ HEAD_DIRECTORY = "reward_head"
 class RewardEngine:
     """One replica of the reward model: annotates shards, and updates the head together with its peers.
 
-    policy_width: P, the width of h; a run without feedback (Ω = 1) takes h of width 0 whatever it is.
-    rank, world_size: this replica among its peers. With several, they meet at MASTER_ADDR and MASTER_PORT of
-    the environment, and start alike because every draw is seeded by ``run.seed``.
-    gold: the gold score of a (prompt, response, truncated) as ``total`` and parts, where the task knows one.
-    Raises InputError where the reward model or its score layer does not fit.
+    Args:
+        config: of the run.
+        model_dir: directory of the reward model.
+        policy_width: P, the width of h; a run without feedback (Ω = 1) takes h of width 0 whatever it is.
+        rank, world_size: this replica among its peers. With several, they meet at MASTER_ADDR and MASTER_PORT
+            of the environment, and start alike because every draw is seeded by ``run.seed``.
+        device: where it computes.
+        gold: the gold score of a (prompt, response, truncated) as ``total`` and parts, if the task has one.
+
+    Raises:
+        InputError: where the reward model or its score layer does not fit.
+        DeviceLost: by every method, where a device or another replica failed.
     """
 
     def __init__(
@@ -121,7 +128,7 @@ class RewardEngine:
         )
 
     def warm_up(self, human: Sequence[RewardBatch], omega: float) -> dict[str, float]:
-        """Take one optimizer step by Bradley–Terry alone on pairs in people's order; before the first update.
+        """Take one optimizer step by Bradley–Terry alone on pairs in people's order, before the first update.
 
         The learning rate is ``reward.warmup_learning_rate``; the moments are the warm-up's own, so that the
         first update starts without any. Shards and statistics are as in `update`.

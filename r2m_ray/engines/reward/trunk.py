@@ -38,10 +38,16 @@ UNREAD_ID = 0  # Any id inside the vocabulary: padding is never attended to.
 class RewardTrunk:
     """A reward model that never changes.
 
-    model_dir: a transformers model with one label and its tokenizer. dtype, attention: of the forward pass.
-    score_layer: attribute path of the final linear layer. max_length: tokens of a conversation at most.
-    tokens_per_microbatch: padded tokens of one forward pass.
-    Raises InputError where the model cannot serve as a reward model, naming file, field and remedy.
+    Args:
+        model_dir: a transformers model with one label, and its tokenizer.
+        dtype, attention: of the forward pass.
+        score_layer: attribute path of the final linear layer.
+        max_length: tokens of a conversation at most.
+        tokens_per_microbatch: padded tokens of one forward pass.
+        device: where it computes.
+
+    Raises:
+        InputError: where the model cannot serve as a reward model, naming file, field and remedy.
     """
 
     def __init__(

@@ -47,17 +47,23 @@ class _Update:
 class RolloutEngine:
     """Samples shards with the current weights, and exports the policy's hidden states.
 
-    model_dir: Hugging Face directory of the policy and its tokenizer; its weights are version 0.
-    dtype: "float32" or "bfloat16", of the weights, the KV cache and the exported states.
-    max_model_len: tokens of prompt and response together.
-    export_hidden: whether to export hidden states; otherwise they have width 0 and cost nothing.
-    engine_args: further ``vllm.EngineArgs``.
-    weight_backend: vLLM weight-transfer engine: "object_store" takes buckets, on any device; vLLM's own
-        "nccl" and "ipc" bring weights themselves (``init_weight_transfer``, ``receive_weights``).
+    Args:
+        model_dir: Hugging Face directory of the policy and its tokenizer; its weights are version 0.
+        dtype: "float32" or "bfloat16", of the weights, the KV cache and the exported states.
+        seed: of the engine; rows are seeded by their plan.
+        max_model_len: tokens of prompt and response together.
+        export_hidden: whether to export hidden states; otherwise they have width 0 and cost nothing.
+        engine_args: further ``vllm.EngineArgs``.
+        weight_backend: vLLM weight-transfer engine: "object_store" takes buckets, on any device; vLLM's own
+            "nccl" and "ipc" bring weights themselves (``init_weight_transfer``, ``receive_weights``).
 
-    The export needs memory beside the KV cache: a row of the policy's width, and 16 bytes, per cached token.
-    Raises InputError for engine arguments that vLLM does not have, that this class sets itself, or that the
-    export cannot be combined with, and for a vLLM version the engine was not tested with.
+    The export takes a share of the memory for keys and values: for each cached token, 16 bytes and the
+    token's hidden state, of which every tensor parallel rank keeps its own columns.
+
+    Raises:
+        InputError: for engine arguments that vLLM does not have, that this class sets itself, or that the
+            export cannot be combined with, and for a vLLM version that the engine was not tested with.
+        DeviceLost: by every method, where a device or a worker process failed.
     """
 
     def __init__(
@@ -103,13 +109,18 @@ class RolloutEngine:
         return dict(self._totals)
 
     def sample(self, plans: Sequence[SamplePlan]) -> list[tuple[Trajectories, Hidden]]:
-        """Sample every plan, all in one batch; returns the records of each plan (shard).
+        """Sample every plan, all in one batch.
 
         Rows are drawn from softmax(logits/temperature), untruncated, and ``rollout_logp_T`` holds its
         log-probs; those of greedy rows are at temperature 1. A response keeps its end token, and is
         truncated where it has none.
-        Raises InputError for a prompt that is empty or too long, and RunError while quarantined or when
-        hidden states are missing or wrong twice.
+
+        Returns:
+            The records of each plan (shard): hidden_TP in the engine's dtype, [T, 0] without export.
+
+        Raises:
+            InputError: for a prompt that is empty or too long.
+            RunError: while quarantined, and when hidden states are missing or wrong twice.
         """
         if self._quarantined:
             raise RunError(
@@ -172,8 +183,12 @@ class RolloutEngine:
     def finish_weight_update(self, *, version: int, digest: str | None) -> None:
         """Close the update; from now on the engine samples ``version``.
 
-        digest: sha256 that the sender computed over the buckets (``WeightDigest``); None is not compared.
-        Raises RunError, and leaves the engine quarantined, if a parameter is missing or the digest differs.
+        Args:
+            version: the training step whose weights these are.
+            digest: sha256 that the sender computed over the buckets (``WeightDigest``); None is not compared.
+
+        Raises:
+            RunError: if a parameter is missing or the digest differs; the engine stays quarantined.
         """
         update = self._take_update()
         if self._backend == OBJECT_STORE:

@@ -3,7 +3,7 @@
 Every token that vLLM computes owns a slot of the paged KV cache. A side buffer with the same slots
 keeps the token's hidden state, so paging, prefix sharing, chunked prefill and preemption are right
 for the hidden states whenever they are right for the keys and values. Three extension points of vLLM
-take part: the worker extension copies the model's output into the buffer after each forward pass; the
+take part: the worker copies the model's output into the buffer after each forward pass; the
 KV connector learns from the scheduler which blocks a finished request owned, keeps them from being
 freed, and reads the request's rows in the step that follows; a worker call hands the rows out.
 
@@ -257,7 +257,13 @@ class RolloutWorker(PlatformWorker):  # type: ignore[misc]
     def take_exports(self) -> Mapping[str, Export]:
         """The hidden states of the requests that finished since the last call, by request id."""
         exports: Mapping[str, Export] = get_kv_transfer_group().take_exports()
-        return exports
+        if self.parallel_config.world_size == 1:
+            return exports
+        # To another process a view is sent with all of its storage.
+        return {
+            name: Export(e.hidden_TP.clone(), e.token_T.clone(), e.position_T.clone())
+            for name, e in exports.items()
+        }
 
     def forget_hidden(self) -> None:
         """Invalidate every row of the buffer."""

@@ -19,23 +19,6 @@ from r2m_ray.run.files import replace_file
 from r2m_ray.run.vocabulary import metric
 
 PAGE_FILE = "comparison.html"
-TRAINING_PICTURES = {
-    "pair_precision": (
-        metric("gold/pair_precision"),
-        "precision",
-        "Self-labelled pairs that gold confirms",
-        "Share of the winner–loser pairs of a training step that gold orders alike; 0.5 is chance. Faint "
-        "lines are seeds, the strong one is the moving average of their mean.",
-    ),
-    "scale_ratio": (
-        metric("reward/scale_ratio"),
-        "ratio",
-        "Scale of the arm's reward against the frozen one's",
-        "Within-group standard deviation of the arm's own reward over the frozen reward model's. A reward "
-        "model that labels its own pairs can inflate it, which weakens the KL penalty.",
-    ),
-}
-"""Of each picture: the metric of the training steps, the label of its axis, heading and caption."""
 
 
 def write_comparison(runs: Mapping[str, Sequence[Path]], baseline: str, directory: Path) -> Path:
@@ -82,10 +65,20 @@ def gallery(arms: Mapping[str, Sequence[Curve]], baseline: str) -> dict[str, Fig
             "does: arms are never compared by it.",
             rewards(arms, baseline),
         ),
-    ]
-    drawn += [
-        (name, heading, caption, over_training(arms, baseline, key, label))
-        for name, (key, label, heading, caption) in TRAINING_PICTURES.items()
+        (
+            "pair_precision",
+            "Self-labelled pairs that gold confirms",
+            "Share of the winner–loser pairs of a training step that gold orders alike; 0.5 is chance. Faint "
+            "lines are seeds, the strong one is the moving average of their mean.",
+            over_training(arms, baseline, metric("gold/pair_precision"), "precision"),
+        ),
+        (
+            "scale_ratio",
+            "Scale of the arm's reward against the frozen one's",
+            "Within-group standard deviation of the arm's own reward over the frozen reward model's. A "
+            "reward model that labels its own pairs can inflate it, which weakens the KL penalty.",
+            over_training(arms, baseline, metric("reward/scale_ratio"), "ratio"),
+        ),
     ]
     return {
         name: Figure(heading, caption, png(figure))
@@ -101,7 +94,7 @@ def effects_figure(found: Study) -> Figure | None:
         return None
     caption = (
         f"Difference to {found.baseline} under the same seed: bars are means, dots are seeds, lines are "
-        f"nominal 95 % intervals over {len(found.seeds)} seeds, absent with one."
+        "nominal 95 % intervals over the seeds, absent with one."
     )
     return Figure("Primary endpoints", caption, png(figure))
 

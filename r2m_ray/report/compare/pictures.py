@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -23,7 +22,7 @@ from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.study import Contrast, Endpoint, Study
 from r2m_ray.report.compare.tables import CENSORED
 from r2m_ray.report.data import Series
-from r2m_ray.report.plots import FROZEN, GOLD, GREY, HEIGHT, OWN, STYLE, WIDTH, cell, finish, moving_average
+from r2m_ray.report.plots import FROZEN, GOLD, GREY, OWN, STYLE, WIDTH, blank, finish, grid, moving_average
 
 Arms = Mapping[str, Sequence[Curve]]
 
@@ -37,7 +36,7 @@ WINDOW_SHARE = 15
 """A moving average over training steps spans one in so many of them, and five at least."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Line:
     """One line of every panel: where a run's values lie."""
 
@@ -55,14 +54,8 @@ def frontiers(arms: Arms, baseline: str) -> Figure | None:
         return np.sqrt(curve.kl)
 
     lines = [
-        Line(label="gold", colour=GOLD, x=distance, y=lambda curve: curve.gold - curve.gold[0]),
-        Line(
-            label="frozen RM (proxy)",
-            colour=FROZEN,
-            x=distance,
-            y=lambda curve: curve.frozen - curve.frozen[0],
-            style="--",
-        ),
+        Line("gold", GOLD, distance, lambda curve: curve.gold - curve.gold[0]),
+        Line("frozen RM (proxy)", FROZEN, distance, lambda curve: curve.frozen - curve.frozen[0], "--"),
     ]
     return _multiples(arms, baseline, lines, "√KL, per response", "change since the start")
 
@@ -74,21 +67,20 @@ def rewards(arms: Arms, baseline: str) -> Figure | None:
         return curve.steps.astype(np.float64)
 
     lines = [
-        Line(label="gold", colour=GOLD, x=steps, y=lambda curve: curve.gold),
-        Line(label="frozen RM", colour=FROZEN, x=steps, y=lambda curve: curve.frozen, style="--"),
-        Line(label="own RM", colour=OWN, x=steps, y=lambda curve: curve.own, style="--"),
+        Line("gold", GOLD, steps, lambda curve: curve.gold),
+        Line("frozen RM", FROZEN, steps, lambda curve: curve.frozen, "--"),
+        Line("own RM", OWN, steps, lambda curve: curve.own, "--"),
     ]
     return _multiples(arms, baseline, lines, "training step", "score")
 
 
 def over_training(arms: Arms, baseline: str, key: str, label: str) -> Figure | None:
     """One metric of the training steps; arms that lack it have no panel, thick lines are moving averages."""
-    line = Line(
-        label=label,
-        colour=OWN,
-        x=lambda curve: curve.training.steps.astype(np.float64),
-        y=lambda curve: curve.training.series(key),
-    )
+
+    def steps(curve: Curve) -> Series:
+        return curve.training.steps.astype(np.float64)
+
+    line = Line(label, OWN, steps, lambda curve: curve.training.series(key))
     known = {arm: curves for arm, curves in arms.items() if _known(line, curves)}
     return _multiples(known, baseline, [line], "training step", label, smooth=True)
 
@@ -101,7 +93,7 @@ def effects(study: Study) -> Figure | None:
         return None
     height = 1.3 + BAR_INCHES * len(arms)
     with rc_context(STYLE):
-        figure = _figure(height)
+        figure = blank(height)
         left = 0.35 + 0.075 * max(map(len, arms))
         width = (WIDTH - left) / len(shown)
         for i, endpoint in enumerate(shown):
@@ -147,18 +139,15 @@ def _multiples(
     if not arms:
         return None
     columns = min(COLUMNS, len(arms))
-    rows = -(-len(arms) // columns)
     with rc_context(STYLE):
-        figure = _figure(HEIGHT * rows)
-        for i, (arm, runs) in enumerate(arms.items()):
-            line, place = divmod(i, columns)
-            axes = figure.add_axes(cell(place, line, columns, rows))
+        figure, cells = grid(len(arms), columns)
+        for i, ((arm, runs), axes) in enumerate(zip(arms.items(), cells, strict=True)):
             if arm != baseline and baseline in arms:
                 first = next(each for each in lines if _known(each, arms[baseline]))
                 axes.plot(*_mean(first, arms[baseline], smooth), color=GREY, linewidth=1.3, label=baseline)
             for each in lines:
                 _draw_line(axes, each, runs, smooth=smooth)
-            finish(axes, arm, x_label, y_label if place == 0 else "")
+            finish(axes, arm, x_label, "" if i % columns else y_label)
             if i > 1 and (legend := axes.get_legend()):
                 # The first panels, the baseline's and another's, explain all.
                 legend.remove()
@@ -199,9 +188,3 @@ def _draw_effects(axes: Axes, endpoint: Endpoint, contrasts: Sequence[Contrast])
     if not axes.patches:
         axes.set_xticks([])
     axes.set_title(textwrap.fill(endpoint.label, TITLE_LETTERS), fontsize=8.5)
-
-
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasAgg(figure)
-    return figure

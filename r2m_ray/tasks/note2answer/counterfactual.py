@@ -1,6 +1,6 @@
 """Counterfactual pairs of note2answer: two responses to one prompt that differ in one thing only.
 
-The demonstrator's own pairs differ in everything at once, so accuracy on them does not tell what a reward
+The demonstrator's own pairs differ in everything at once, so accuracy on them does not show what a reward
 model goes by. ``style``: the same facts, one response with more courtesies and intensifiers; it is the better
 one in a seventh of the pairs (a first courtesy), and else the worse one (excess). ``value``: the same
 sentences, one true value replaced by another that the note does not mention.
@@ -28,20 +28,14 @@ def counterfactual_pairs(config: Config, count: int) -> dict[str, tuple[Preferen
 
     No response is longer than ``task.max_new_tokens`` allows.
     """
-    return {"style": style_pairs(config, count), "value": value_pairs(config, count)}
-
-
-def style_pairs(config: Config, count: int) -> tuple[PreferencePair, ...]:
-    """Pairs that differ in courtesies and intensifiers only, and in gold."""
-    return tuple(_style_pair(config, source(config.run.seed, "style pairs", i)) for i in range(count))
-
-
-def value_pairs(config: Config, count: int) -> tuple[PreferencePair, ...]:
-    """Pairs that differ in one value only: the note's in the first response, a made-up one in the second."""
-    return tuple(_value_pair(config, source(config.run.seed, "value pairs", i)) for i in range(count))
+    return {
+        kind: tuple(pair(config, source(config.run.seed, f"{kind} pairs", i)) for i in range(count))
+        for kind, pair in (("style", _style_pair), ("value", _value_pair))
+    }
 
 
 def _style_pair(config: Config, random: Random) -> PreferencePair:
+    """A pair that differs in courtesies and intensifiers only, and in gold."""
     while True:
         note = Note.draw(random, config.task.values_per_attribute)
         facts = [
@@ -61,6 +55,7 @@ def _style_pair(config: Config, random: Random) -> PreferencePair:
 
 
 def _value_pair(config: Config, random: Random) -> PreferencePair:
+    """A pair that differs in one value: the note's in the first response, a made-up one in the second."""
     while True:
         note = Note.draw(random, config.task.values_per_attribute)
         facts = _facts(note, random)
@@ -68,7 +63,7 @@ def _value_pair(config: Config, random: Random) -> PreferencePair:
         false = [_made_up(config, fact, random) if i == replaced else fact for i, fact in enumerate(facts)]
         places = [random.randrange(len(facts)) for _ in range(random.randint(0, 1))]
         courtesies = random.randint(0, 1)
-        better, worse = (_response(told, places, courtesies) for told in (facts, false))
+        better, worse = (_response(variant, places, courtesies) for variant in (facts, false))
         if _fits(config, better):
             return PreferencePair(prompt=note.prompt, chosen=better, rejected=worse)
 

@@ -89,8 +89,8 @@ class GoldScore:
 def gold(prompt: str, response: str, truncated: bool) -> GoldScore:
     """Score a response to a prompt of this world; ValueError for any other prompt.
 
-    A correction replaces the value just before it, so a fact is judged by what it says in the end: wrong if
-    that is not the truth, corrected if it is and the first value was not.
+    A correction replaces the value just before it, so a fact is judged by its last value: wrong if that is
+    not the truth, corrected if it is and the first value was not.
     """
     note = Note.parse(prompt)
     truths = note.truths
@@ -145,10 +145,10 @@ def _sentence(words: list[str]) -> _Sentence | None:
     verb = 2
     while verb < len(words) and words[verb] == INTENSIFIER:
         verb += 1
-    told = words[verb : verb + 2]
-    if len(told) < 2 or told[0] not in _VERBS or told[1] not in _VALUES:
+    claim = words[verb : verb + 2]
+    if len(claim) < 2 or claim[0] not in _VERBS or claim[1] not in _VALUES:
         return None
-    fact, final, end = Fact(words[1], told[0], told[1]), told[1], verb + 2
+    fact, final, end = Fact(words[1], claim[0], claim[1]), claim[1], verb + 2
     while (replaced := _correction(words[end:], fact.verb)) is not None:
         final, end = replaced, end + CORRECTED_WORDS
     if words[end : end + 1] != ["."]:

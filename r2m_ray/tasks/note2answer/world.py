@@ -1,4 +1,4 @@
-"""note2answer: a world whose every truth is known, small enough for two CPU cores.
+"""note2answer: a world in which every truth is known, small enough for two CPU cores.
 
 A prompt is a note of six facts about an animal and a person, followed by a question about one of them::
 
@@ -6,7 +6,7 @@ A prompt is a note of six facts about an animal and a person, followed by a ques
 
 The two kinds have different attributes, so an attribute alone finds its fact: a tiny model need not
 bind entities in context. A response is made of facts, courtesies, intensifiers and self-corrections;
-``note2answer_gold`` scores it exactly, ``note2answer_samples`` writes the demonstrations.
+``gold.py`` scores it exactly, ``samples.py`` writes the demonstrations.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Fact:
     value: str
 
     def words(self, intensifiers: int = 0, *, corrected: str | None = None) -> list[str]:
-        """The sentence; with ``corrected``, the value that takes the place of the one just said."""
+        """The sentence; ``corrected`` is a value that replaces the one just said."""
         said = ["the", self.subject, *[INTENSIFIER] * intensifiers, self.verb, self.value]
         return [*said, *(correction(self.verb, corrected) if corrected else ()), "."]
 
@@ -93,7 +93,7 @@ def correction(verb: str, value: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a prompt says and asks: six facts in the order they are told, and who is asked about."""
+    """What a prompt says and asks: six facts in their order, and whom the question is about."""
 
     facts: tuple[Fact, ...]
     asked: str
@@ -115,7 +115,7 @@ class Note:
 
     @classmethod
     def parse(cls, prompt: str) -> Note:
-        """The note that a prompt tells; ValueError for a text that is not a prompt of this world."""
+        """The note in a prompt; ValueError for a text that is not a prompt of this world."""
         words = prompt.split()
         body, question = words[:-6], words[-6:]
         sentences = [body[i : i + 5] for i in range(0, len(body), 5)]

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.tasks.prepare.materials import Materials, materials
-from r2m_ray.tasks.prepare.measurement import demonstrated, policy_gold, reward_accuracy, seeded
+from r2m_ray.tasks.prepare.measurement import mean_gold, policy_scores, reward_accuracy, seeded
 from r2m_ray.tasks.prepare.trainers import Training, every_core, fine_tune, fit_preferences
 
 FEED_FORWARD = 4 / 3
@@ -48,8 +48,9 @@ def build(config: Config, directory: Path) -> dict[str, Any]:
 def save(config: Config, supplies: Materials, policy: Made, reward: Made, directory: Path) -> dict[str, Any]:
     """Save two models below ``directory`` as Hugging Face directories, and measure them.
 
-    Returns what ``facts.json`` says of them: rows used, training, gold of the policy where the task knows it,
-    accuracy of the reward model on held-out pairs.
+    Returns:
+        The content of ``facts.json``: rows used, training, gold of the policy where the task knows it, and
+        accuracy of the reward model on held-out pairs.
     """
     disable_progress_bar()
     for name, made, tokenizer in (
@@ -61,8 +62,8 @@ def save(config: Config, supplies: Materials, policy: Made, reward: Made, direct
     facts: dict[str, Any] = {"rows": supplies.counts, "policy": policy.facts, "reward": reward.facts}
     with every_core():
         if config.task.name is TaskName.note2answer:
-            facts["policy"] |= policy_gold(config, policy.model, supplies.policy_tokenizer)
-            facts["demonstrator"] = demonstrated(supplies.demonstrations)
+            scores = policy_scores(config, policy.model, supplies.policy_tokenizer)
+            facts["policy"]["gold"] = mean_gold(scores)
         facts["reward"]["accuracy"] = reward_accuracy(config, directory / "reward", supplies.held_out)
     return facts
 

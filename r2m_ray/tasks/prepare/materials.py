@@ -1,4 +1,4 @@
-"""What prepared models are trained on: tokenizers, demonstrations and pairs, every row used or counted."""
+"""What prepared models are trained on: tokenizers, demonstrations and pairs; every row is used or counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.text import conversation_ids
-from r2m_ray.errors import InputError
 from r2m_ray.tasks.data import PreferencePair, load_preferences, over_limit, sift
 from r2m_ray.tasks.note2answer import samples as note2answer_samples
 from r2m_ray.tasks.note2answer import world as note2answer
@@ -44,7 +43,7 @@ class Materials:
 
 
 def materials(config: Config) -> Materials:
-    """Generate or read what ``config.task`` trains on; InputError for data that cannot serve."""
+    """What a configuration's task trains on, generated or read; InputError for data that cannot serve."""
     match config.task.name:
         case TaskName.note2answer:
             return _note2answer(config)
@@ -55,8 +54,8 @@ def materials(config: Config) -> Materials:
 def byte_level_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of at most ``vocabulary`` entries that can spell any text.
 
-    ``<|begin|>`` is put in front of a text. A text that spells a special token is read letter by letter, so
-    no data can forge one.
+    ``<|begin|>`` precedes a text. A text that spells a special token is read letter by letter, so no data can
+    forge one.
     """
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -99,8 +98,6 @@ def _note2answer(config: Config) -> Materials:
 
 def _preferences(config: Config) -> Materials:
     task, limit = config.task, config.reward.max_length
-    if not task.train_file or not task.eval_file:
-        raise InputError("task.train_file and task.eval_file: task=preferences needs both")
     train = load_preferences(task.train_file, task, split="train")
     held_out = load_preferences(task.eval_file, task, split="test")
     texts = (text for pair in train.pairs for text in (pair.prompt, pair.chosen, pair.rejected))
@@ -110,10 +107,7 @@ def _preferences(config: Config) -> Materials:
         rows = (conversation_ids(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
         return f"over reward.max_length={limit}" if max(map(len, rows)) > limit else None
 
-    def unwritten(pair: PreferencePair) -> str | None:
-        return over_limit(tokenizer, task, pair.prompt, [pair.chosen])
-
-    written = sift(train, unwritten, task.overlong)
+    written = sift(train, lambda pair: over_limit(tokenizer, task, pair.prompt, pair.chosen), task.overlong)
     read, judged = sift(train, unread, task.overlong), sift(held_out, unread, task.overlong)
     return Materials(
         policy_tokenizer=tokenizer,

@@ -1,4 +1,4 @@
-"""How good prepared models are, and the demonstrator that the policy learned from."""
+"""How good prepared models are: gold of the policy, and accuracy of the reward model on held-out pairs."""
 
 from __future__ import annotations
 
@@ -33,53 +33,32 @@ def sampled(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    greedy: bool = False,
 ) -> tuple[list[str], list[bool]]:
-    """A response to each prompt at temperature 1, or the greedy one, and whether it was cut off.
+    """A response to each prompt at temperature 1, and whether it was cut off before its end token.
 
-    The prompts must be of one length in tokens, as those of note2answer are.
+    The prompts must be of one length in tokens, as those of note2answer are. Draws from torch's global
+    generator.
     """
     prompt_ids = torch.tensor(tokenizer([*prompts]).input_ids)
-    output = policy.eval().generate(
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        top_k=None if greedy else 0,
-    )
+    output = policy.eval().generate(prompt_ids, max_new_tokens=max_new_tokens, do_sample=True, top_k=0)
     rows = output[:, prompt_ids.shape[1] :].tolist()
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return texts, [tokenizer.eos_token_id not in row for row in rows]
 
 
-def policy_gold(
+def policy_scores(
     config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Mean gold of a note2answer policy on held-out prompts, sampled and greedy, and its correction rate."""
+) -> list[GoldScore]:
+    """Gold of a note2answer policy's responses to held-out prompts, sampled from ``run.seed``."""
     prompts = note2answer.prompts(config.run.seed, "held-out", GOLD_PROMPTS, config.task.values_per_attribute)
-    found = {}
     with seeded(config.run.seed):
-        for name, greedy in (("sampled", False), ("greedy", True)):
-            answers = sampled(
-                policy, tokenizer, prompts, max_new_tokens=config.task.max_new_tokens, greedy=greedy
-            )
-            found[name] = [gold(*row) for row in zip(prompts, *answers, strict=True)]
-    return {
-        "gold": _mean_gold(found["sampled"]),
-        "gold_greedy": _mean_gold(found["greedy"]),
-        "correction_rate": correction_rate(found["sampled"]),
-    }
+        answers = sampled(policy, tokenizer, prompts, max_new_tokens=config.task.max_new_tokens)
+    return [gold(*row) for row in zip(prompts, *answers, strict=True)]
 
 
-def demonstrated(demonstrations: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Mean gold of what the demonstrator wrote, and how often it corrected itself."""
-    scores = [gold(prompt, response, False) for prompt, response in demonstrations]
-    return {"gold": _mean_gold(scores), "correction_rate": correction_rate(scores)}
-
-
-def correction_rate(scores: Sequence[GoldScore]) -> float:
-    """Share of the wrong facts about the one asked about that are corrected to the truth; 0 without any."""
-    corrected, wrong = sum(s.corrected for s in scores), sum(s.wrong for s in scores)
-    return corrected / (corrected + wrong) if corrected else 0.0
+def mean_gold(scores: Sequence[GoldScore]) -> float:
+    """The mean of the total scores."""
+    return sum(score.total for score in scores) / len(scores)
 
 
 def prepared_trunk(config: Config, directory: Path) -> RewardTrunk:
@@ -102,7 +81,3 @@ def reward_accuracy(config: Config, directory: Path, pairs: Sequence[PreferenceP
     _, chosen_N = trunk.read(prompts, [pair.chosen for pair in pairs])
     _, rejected_N = trunk.read(prompts, [pair.rejected for pair in pairs])
     return float((chosen_N > rejected_N).double().mean())
-
-
-def _mean_gold(scores: Sequence[GoldScore]) -> float:
-    return sum(score.total for score in scores) / len(scores)

@@ -114,7 +114,7 @@ def test_a_good_reward_model_reads_the_note_and_sees_no_bias(arm: str) -> None:
     assert trained.task == own.task
 
 
-def test_a_reward_world_that_cannot_be_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_a_reward_world_that_cannot_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
     def never(*asked: object) -> Information:
         raise AssertionError(asked)
 
@@ -135,7 +135,7 @@ def names(preset: Preset, world: object) -> list[str]:
     ]
 
 
-def test_the_baseline_comes_first_and_then_whole_seeds() -> None:
+def test_the_baseline_comes_first_and_then_complete_seeds() -> None:
     assert names(PRESETS["quick"], INFORMATIVE) == [
         "rloo 0", "rloo 1",
         "rloo_r2m 0", "gold 0", "refit 0", "static_h 0", "r2m_anchor 0", "r2m_anchor_constant 0",
@@ -186,7 +186,7 @@ def test_arms_and_seeds_can_be_replaced_and_the_baseline_stays() -> None:
         (("quick", [], [-1]), "--seeds -1: give different numbers from 0 on"),
     ],
 )
-def test_unknown_names_are_told_with_the_nearest(arguments: tuple[object, ...], message: str) -> None:
+def test_unknown_names_are_refused_with_the_nearest(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         chosen(*arguments)  # type: ignore[arg-type]
 

@@ -63,5 +63,5 @@ def test_a_signal_ends_what_runs_in_order_and_starts_nothing_more(tmp_path: Path
     teller.join()
     assert outcome.stopped
     assert outcome.codes == {"first": 75}
-    assert outcome.failed == [], "who was told to stop has not failed"
+    assert outcome.failed == [], "a job that a signal stopped has not failed"
     assert signal.getsignal(signal.SIGTERM) == before

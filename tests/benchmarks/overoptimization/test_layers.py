@@ -1,4 +1,4 @@
-"""Similarity by layer: the states are the models' own, and a layer made to know gold is told from others."""
+"""Similarity by layer: the states are the models' own, and a layer made to know gold stands out."""
 
 from __future__ import annotations
 
@@ -256,25 +256,25 @@ def test_a_run_that_does_not_belong_is_refused(
 ) -> None:
     out = str(tmp_path / "layers.json")
 
-    def told(*words: str) -> str:
+    def refusal(*words: str) -> str:
         assert main(["experiment=demo", *words]) == InputError.exit_code
         return capsys.readouterr().err
 
-    assert "it is of seed 1, and no such seed is measured" in told(
+    assert "it is of seed 1, and no such seed is measured" in refusal(
         "--seeds", "0", "--run", str(run), "--out", out
     )
-    assert "so is" in told("--seeds", "1", "--run", str(run), str(run), "--out", out)
-    assert "a name that ends in .json" in told("--out", "picture.png")
+    assert "so is" in refusal("--seeds", "1", "--run", str(run), str(run), "--out", out)
+    assert "a name that ends in .json" in refusal("--out", "picture.png")
     saved = OmegaConf.load(run / "config.yaml")
     saved.model.policy = saved.model.reward
     OmegaConf.save(saved, run / "config.yaml")
-    assert f"it started from {saved.model.policy} and not from" in told(
+    assert f"it started from {saved.model.policy} and not from" in refusal(
         "--seeds", "1", "--run", str(run), "--out", out
     )
     saved.model.policy = "prepared"
     OmegaConf.save(saved, run / "config.yaml")
     words = [f"prepare.root={tmp_path}", "--seeds", "1", "--run", str(run), "--out", out]
-    assert "its world is another one" in told(*words)
+    assert "its world is another one" in refusal(*words)
     assert not Path(out).exists()
 
 

@@ -55,7 +55,7 @@ def test_the_loss_is_the_mean_square_error_at_the_last_token(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
     torch.manual_seed(5)
-    # The layer that counts is drawn as a whole model of the same shape is.
+    # The layer that counts is drawn as a complete model of the same shape is.
     config = type(reward.config).from_pretrained(tiny_reward_dir, num_labels=3)
     weight = type(reward)(config).score.weight
     states = [
@@ -135,6 +135,9 @@ def test_what_the_lab_adds_is_part_of_the_digest_and_of_no_run(prepared: Prepare
     assert find(world(prepared.directory.parent)) is None
     assert run_overrides(words) == words[:-1]
     assert [entry["step"] for entry in prepared.facts["reward"]["auxiliary"]["losses"]][-1] == 6
+    # A misattribution, a fifth of the wrong facts, is never corrected.
+    assert prepared.facts["demonstrator"]["correction_rate"] == pytest.approx(0.8 * 0.6, abs=0.1)
+    assert 0.0 <= prepared.facts["policy"]["correction_rate"] <= 1.0
 
 
 def test_the_digest_of_a_world_is_the_one_of_published_runs() -> None:

@@ -40,7 +40,7 @@ def edit_ticket(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
 def test_the_baseline_is_run_first_and_nothing_twice(make_lab: MakeLab, order: Order) -> None:
     lab = make_lab(seeds=(0, 1))
     done = conduct(lab)
-    assert (done.shut, done.failed) == ((), ())
+    assert (done.ended, done.failed) == ((), ())
     assert order() == ["rloo-seed-0", "rloo-seed-1", "rloo_r2m-seed-0", "rloo_r2m-seed-1"]
     assert verdicts(lab) == {1: True, 2: True, 3: True, 4: True}
     where = standing(run_of(lab, "rloo_r2m-seed-1"))
@@ -62,7 +62,7 @@ def test_the_pre_check_of_a_seed_is_made_once(make_lab: MakeLab, tmp_path: Path)
     )
 
 
-def test_a_run_that_failed_is_told_and_goes_on_next_time(
+def test_a_run_that_failed_is_named_and_goes_on_next_time(
     make_lab: MakeLab, order: Order, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab = make_lab(plan={"rloo_r2m": {"last": 6, "code": 3}}, arms=("rloo", "rloo_r2m", "grpo"))
@@ -103,7 +103,7 @@ def test_an_arm_whose_own_reward_model_cannot_be_made_stops_no_other(
     assert words[-1] == f"model.reward='{tmp_path / 'pretrained_rm-seed-0-reward' / 'reward'}'"
 
 
-def test_a_run_whose_files_cannot_be_read_is_told_before_any_other_starts(
+def test_a_run_whose_files_cannot_be_read_is_named_before_any_other_starts(
     make_lab: MakeLab, order: Order, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = make_lab(arms=("rloo", "grpo", "rloo_r2m"))
@@ -132,18 +132,18 @@ def test_a_world_ends_at_the_gate_that_it_fails(
     make_lab: MakeLab, order: Order, wrong: dict[str, Any], gates: dict[int, bool], started: int
 ) -> None:
     lab = make_lab(**wrong)
-    assert conduct(lab).shut == ("toy",)
+    assert conduct(lab).ended == ("toy",)
     assert verdicts(lab) == gates
     assert order() == ["rloo-seed-0"][:started]
-    assert conduct(make_lab(**wrong, despite_gates=True)).shut == ()
+    assert conduct(make_lab(**wrong, despite_gates=True)).ended == ()
     assert len(order()) == 2 - started
     assert len(verdicts(lab)) == 4
 
 
-def test_a_baseline_that_fails_leaves_the_world_shut(make_lab: MakeLab, order: Order) -> None:
+def test_a_baseline_that_fails_ends_the_world(make_lab: MakeLab, order: Order) -> None:
     lab = make_lab(plan={"rloo": {"last": 4, "code": 3}}, seeds=(0, 1))
     done = conduct(lab)
-    assert (done.shut, done.failed) == (("toy",), ("toy/rloo-seed-0", "toy/rloo-seed-1"))
+    assert (done.ended, done.failed) == (("toy",), ("toy/rloo-seed-0", "toy/rloo-seed-1"))
     failures = json.loads((lab.root / "toy" / "gates.json").read_text())[3]["failures"]
     assert failures == ["seed 0: the baseline has not finished.", "seed 1: the baseline has not finished."]
 

@@ -145,17 +145,18 @@ def test_a_checkpoint_in_the_making_is_the_largest_phase_of_a_large_model() -> N
 def test_a_rollout_engine_holds_cache_and_exported_states() -> None:
     engine = actor(demo(), "rollout")
     # 2048 blocks of 32: keys and values of two layers; a state with its token and position.
-    assert (engine.cache, engine.exports) == (2048 * 32 * 2 * 64 * 4, 2048 * 32 * (64 * 4 + 16))
+    assert (engine.slots, engine.slot_cache, engine.slot_export) == (2048 * 32, 2 * 64 * 4, 64 * 4 + 16)
+    assert engine.host == engine.process + engine.weights + 2048 * 32 * (768 + 16) + engine.working
     for other in ("reward=vanilla", "feedback.source=learner"):
         without = actor(demo(other), "rollout")
-        assert (without.cache, without.exports) == (engine.cache, 0)
+        assert (without.slots, without.slot_cache, without.slot_export) == (2048 * 32, 2 * 64 * 4, 0)
 
 
 def test_a_tensor_parallel_rank_holds_its_own_columns() -> None:
     gpus = ("cluster.gpus_per_rollout=2", "+rollout.engine_args.distributed_executor_backend=mp")
     engine = actor(demo(*gpus, "+rollout.engine_args.tensor_parallel_size=2"), "rollout")
     assert engine.weights == 4_000_000 // 2
-    assert (engine.cache, engine.exports) == (2048 * 32 * 64 * 4, 2048 * 32 * (32 * 4 + 16))
+    assert (engine.slot_cache, engine.slot_export) == (64 * 4, 32 * 4 + 16)
     assert engine.device == engine.weights + 2048 * 32 * (64 * 4 + 32 * 4 + 16) + engine.working
 
 
@@ -174,9 +175,8 @@ def test_on_gpus_process_and_buffers_stay_in_the_machines_memory() -> None:
     config = demo("cluster.gpus_per_learner=1", "cluster.gpus_per_rollout=1", "reward=vanilla")
     config.rollout.engine_args = {}
     learner, engine = actor(config, "policy"), actor(config, "rollout")
-    assert engine.cache is None
-    assert engine.exports == 0
-    assert cached_tokens(config, POLICY) is None
+    assert engine.slots is None
+    assert engine.device == engine.weights + engine.working
     assert learner.host == learner.process + learner.buffers
     # What is written is copied from the GPU first: the state, then the model in its own type.
     assert learner.buffers == 12_000_000 + 4_000_000

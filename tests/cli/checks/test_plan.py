@@ -111,7 +111,8 @@ def test_doubts_are_reported_where_they_are_due(
     ]
     assert "the actors take 8 GPUs and this machine has 0: they cannot be placed" in found.message
     cpus = [f"cluster.gpus_per_{role}=0" for role in ("learner", "rollout", "reference", "reward")]
-    vast = doubts(dialogue(large, *cpus, "policy.ranks=8", "algo.prompts_per_shard=4"))
+    cpus += ["sync.backend=object_store", "policy.ranks=8", "algo.prompts_per_shard=4"]
+    vast = doubts(dialogue(large, *cpus))
     assert "the run takes up to" in vast["cluster.address"]
 
 

@@ -1,7 +1,8 @@
-"""Preflight: what is wrong with models is told before Ray starts, all at once."""
+"""Preflight: what is wrong with models, data or the run directory is reported at once, before Ray starts."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -15,13 +16,16 @@ from told import only
 
 from r2m_ray.cli.checks.preflight import (
     SLOW_STORE,
+    data_problems,
     engine_problems,
     model_problems,
     preflight,
+    run_problems,
     store_problems,
 )
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.model_files import ModelFiles, local_directory, open_model
+from r2m_ray.errors import Problem
 
 
 @pytest.fixture
@@ -88,90 +92,52 @@ def test_a_hub_id_is_left_to_the_hub(
     assert model_problems(config) == []
 
 
-def drop_config(policy: Path) -> None:
-    (policy / "config.json").unlink()
-
-
-def break_config(policy: Path) -> None:
-    (policy / "config.json").write_text("{")
-
-
-def list_config(policy: Path) -> None:
-    (policy / "config.json").write_text("[]")
-
-
-def pickle_weights(policy: Path) -> None:
-    (policy / "model.safetensors").rename(policy / "pytorch_model.bin")
-
-
-def drop_weights(policy: Path) -> None:
-    (policy / "model.safetensors").unlink()
-
-
-def cut_weights(policy: Path) -> None:
-    os.truncate(policy / "model.safetensors", (policy / "model.safetensors").stat().st_size - 8)
-
-
-def cut_header(policy: Path) -> None:
-    os.truncate(policy / "model.safetensors", 20)
-
-
-def overwrite_weights(policy: Path) -> None:
-    (policy / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 
 
 def drop_shard(policy: Path) -> None:
-    (policy / "model.safetensors").rename(policy / "model-00001-of-00002.safetensors")
-    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (policy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (policy / WEIGHTS).rename(policy / SHARDS[0])
+    (policy / INDEX).write_text(json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))}))
 
 
-def break_index(policy: Path) -> None:
-    (policy / "model.safetensors.index.json").write_text("{}")
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda p: (p / "config.json").unlink(), "config.json: missing, so this is no model"),
+    (lambda p: (p / "config.json").write_text("{"), "config.json: not a JSON object"),
+    (lambda p: (p / "config.json").write_text("[]"), "config.json: not a JSON object"),
+    (
+        lambda p: (p / WEIGHTS).rename(p / "pytorch_model.bin"),
+        "pytorch_model.bin: only pickled weights, which are never loaded",
+    ),
+    (lambda p: (p / WEIGHTS).unlink(), f"{WEIGHTS}: no weights here; save the model with save_pretrained"),
+    (
+        lambda p: os.truncate(p / WEIGHTS, (p / WEIGHTS).stat().st_size - 8),
+        f"{WEIGHTS}: not a complete safetensors file",
+    ),
+    (lambda p: os.truncate(p / WEIGHTS, 20), f"{WEIGHTS}: not a complete safetensors file"),
+    (drop_shard, f"{SHARDS[1]}: missing; copy the file again"),
+    (lambda p: (p / INDEX).write_text("{}"), f"{INDEX}: has no weight_map"),
+    (
+        lambda p: (p / "tokenizer.json").unlink(),
+        "tokenizer.json: no tokenizer here; save it beside the model",
+    ),
+    (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer"),
+    (lambda p: edit(str(p), vocab_size=100), "tokenizer.json: has ids up to 159, but vocab_size is 100"),
+    (
+        lambda p: edit(str(p), architectures=["LlamaForSequenceClassification"]),
+        "architectures is LlamaForSequenceClassification; use a causal language model",
+    ),
+    (
+        lambda p: edit(str(p), max_position_embeddings=111),
+        "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111",
+    ),
+]
 
 
-def drop_tokenizer(policy: Path) -> None:
-    (policy / "tokenizer.json").unlink()
-
-
-def break_tokenizer(policy: Path) -> None:
-    (policy / "tokenizer.json").write_text("{}")
-
-
-def shrink_embedding(policy: Path) -> None:
-    edit(str(policy), vocab_size=100)
-
-
-def classify(policy: Path) -> None:
-    edit(str(policy), architectures=["LlamaForSequenceClassification"])
-
-
-def shorten(policy: Path) -> None:
-    edit(str(policy), max_position_embeddings=111)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (drop_config, "config.json: missing, so this is no model"),
-        (break_config, "config.json: not a JSON object"),
-        (list_config, "config.json: not a JSON object"),
-        (pickle_weights, "pytorch_model.bin: only pickled weights, which are never loaded"),
-        (drop_weights, "model.safetensors: no weights here; save the model with save_pretrained"),
-        (cut_weights, "model.safetensors: not a complete safetensors file"),
-        (cut_header, "model.safetensors: not a complete safetensors file"),
-        (overwrite_weights, "model.safetensors: not a complete safetensors file"),
-        (drop_shard, "model-00002-of-00002.safetensors: missing; copy the file again"),
-        (break_index, "model.safetensors.index.json: has no weight_map"),
-        (drop_tokenizer, "tokenizer.json: no tokenizer here; save it beside the model"),
-        (break_tokenizer, "tokenizer.json: not a tokenizer"),
-        (shrink_embedding, "tokenizer.json: has ids up to 159, but vocab_size is 100"),
-        (classify, "architectures is LlamaForSequenceClassification; use a causal language model"),
-        (shorten, "48 + task.max_prompt_tokens=64 = 112 tokens, but model.policy reads 111"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_a_damaged_policy_names_file_and_remedy(
-    damage: Callable[[Path], None], words: str, config: Config
+    damage: Callable[[Path], object], words: str, config: Config
 ) -> None:
     damage(Path(config.model.policy))
     assert words in only(model_problems(config))
@@ -271,3 +237,138 @@ def test_an_object_store_larger_than_shared_memory(
         assert "use 14 or less" in text
         assert "--shm-size=80g or --ipc=host" in text
         assert not found[0].warning
+
+
+# Data files and the run directory
+
+PAIR = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+
+
+def preferences(config: Config, train: Path | str) -> list[Problem]:
+    config.task.name = TaskName.preferences
+    config.task.train_file, config.task.eval_file = str(train), "org/pairs:test"
+    return data_problems(config)
+
+
+def test_readable_files_and_dataset_ids_pass(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_text(PAIR)
+    packed.write_bytes(gzip.compress(PAIR.encode()))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
+    for source in (plain, packed, tmp_path / "a.parquet", "org/pairs", "org/pairs:train[:10]"):
+        assert preferences(Config(), source) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", None, "no such file"),
+        ("a.jsonl", b"", "empty; give a file with rows"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(PAIR.encode())[:12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b""), "empty; give a file with rows"),
+        ("a.parquet", PAIR.encode(), "not a Parquet file"),
+    ],
+)
+def test_unreadable_data_names_file_and_reason(
+    name: str, content: bytes | None, words: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    text = only(preferences(Config(), tmp_path / name))
+    assert text.startswith(f"task.train_file: {tmp_path / name}: ")
+    assert words in text
+
+
+def test_a_directory_is_no_data_file(tmp_path: Path) -> None:
+    assert "a directory; give one of its files" in only(preferences(Config(), tmp_path))
+
+
+def test_a_path_below_a_directory_that_exists_is_no_dataset_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert preferences(Config(), "data/pairs") == []
+    (tmp_path / "data").mkdir()
+    assert "data/pairs: no such file" in only(preferences(Config(), "data/pairs"))
+
+
+def test_note2answer_reads_no_files() -> None:
+    config = Config()
+    config.task.train_file = "/no/file"
+    assert data_problems(config) == []
+
+
+def run_config(root: Path, *, resume: bool = False) -> Config:
+    config = Config()
+    config.run.root, config.run.resume = str(root), resume
+    config.model.policy = "org/policy"
+    return config
+
+
+def test_a_new_run_needs_an_unused_directory(tmp_path: Path) -> None:
+    assert run_problems(run_config(tmp_path / "new" / "runs")) == []
+    (tmp_path / "run").mkdir()
+    assert run_problems(run_config(tmp_path)) == []
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    text = only(run_problems(run_config(tmp_path)))
+    assert text.startswith("run.name: ")
+    assert "run.resume=true" in text
+    assert "another run.name" in text
+    assert run_problems(run_config(tmp_path, resume=True)) == []
+
+
+def test_resuming_needs_a_run(tmp_path: Path) -> None:
+    text = only(run_problems(run_config(tmp_path, resume=True)))
+    assert text.startswith(f"run.resume: true, but {tmp_path / 'run'} holds no run")
+
+
+def test_a_link_out_of_the_root_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run").symlink_to(tmp_path / "elsewhere")
+    assert "leads outside" in only(run_problems(run_config(tmp_path / "runs")))
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    assert "runs: is a file; choose another run.root" in only(run_problems(run_config(tmp_path / "runs")))
+
+
+def test_a_root_that_cannot_be_written_is_refused() -> None:
+    # Nobody, not even root, makes directories here.
+    assert "choose another run.root" in only(run_problems(run_config(Path("/proc/runs"))))
+
+
+def test_checkpoints_must_find_room(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    config = run_config(tmp_path / "runs")
+    policy = shutil.copytree(tiny_policy_dir, tmp_path / "policy")
+    config.model.policy = str(policy)
+    assert run_problems(config) == []
+    with (policy / "model-00002-of-00002.safetensors").open("wb") as sparse:
+        sparse.truncate(shutil.disk_usage(tmp_path).free // 4)
+    text = only(run_problems(config))
+    assert text.startswith("run.root: ")
+    assert "lower checkpoint.keep" in text
+
+
+def test_the_lock_alone_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert run_problems(run_config(tmp_path)) == []
+    assert "holds no run" in only(run_problems(run_config(tmp_path, resume=True)))
+
+
+def test_checkpoints_that_are_there_already_need_no_room_again(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    config = run_config(tmp_path)
+    config.checkpoint.keep = 3
+    config.model.policy = str(shutil.copytree(tiny_policy_dir, tmp_path / "policy"))
+    free = shutil.disk_usage(tmp_path).free
+    with (tmp_path / "policy" / "model-00002-of-00002.safetensors").open("wb") as sparse:
+        # A checkpoint is four times the policy: a third of what is free.
+        sparse.truncate(free // 12)
+    assert "checkpoints need" in only(run_problems(config))
+    for step in (1, 2, 3):
+        (tmp_path / "run" / "checkpoints" / f"step-00000{step}").mkdir(parents=True)
+    config.run.resume = True
+    assert run_problems(config) == []

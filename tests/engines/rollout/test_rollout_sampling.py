@@ -191,6 +191,16 @@ def test_hidden_states_torn_twice_are_an_error(
         engine.sample([make_plan(group_size=1)])
 
 
+def test_the_export_shares_the_memory_of_keys_and_values(
+    engine: RolloutEngine, policy: PreTrainedModel
+) -> None:
+    config, cache = policy.config, engine._vllm._llm.llm_engine.vllm_config.cache_config
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    exported = config.hidden_size * 4 + 16
+    used = cache.num_gpu_blocks * cache.block_size * (keys_and_values + exported)
+    assert 0.99 < used / cache.kv_cache_memory_bytes <= 1
+
+
 def test_prompts_that_are_empty_or_too_long_are_refused(engine: RolloutEngine, make_plan: MakePlan) -> None:
     with pytest.raises(InputError, match="prompt 7 has 0 tokens"):
         engine.sample([make_plan(prompts=(Prompt(index=7, text=""),))])

@@ -24,6 +24,13 @@ Readings = Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, torch
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_a_rank() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def assert_states(policy: PreTrainedModel, rows: Trajectories, hidden: torch.Tensor, read: Readings) -> None:
     for where, expected, _ in read(policy, rows):
         torch.testing.assert_close(hidden[where], expected, atol=1e-4, rtol=0)
