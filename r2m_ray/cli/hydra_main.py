@@ -35,7 +35,7 @@ from r2m_ray.config.compose import (
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
 from r2m_ray.config.sweep import fixed_overrides, job_name, sweep
-from r2m_ray.errors import InputError, Preempted, Problem, RunError, printable, redacted, refuse
+from r2m_ray.errors import ActorLost, InputError, Preempted, Problem, RunError, printable, redacted, refuse
 
 HELP = """\
 hydra's own options:
@@ -68,6 +68,7 @@ def check(configs: Sequence[Config], problems: Callable[[Config], Sequence[Probl
 
 
 def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
+    """Run a command line of one job or several; returns 0, or raises what ended the first job that failed."""
     parser = get_args_parser()
     parser.prog = f"r2m-ray {command}"
     parsed = parser.parse_intermixed_args(arguments)
@@ -80,9 +81,8 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
             raise InputError(f"{name}: not taken; add options of your own by hydra.searchpath=[file:///dir]")
     overrides = [*parsed.overrides]
     flags = [word for word in arguments if word not in overrides]
-    launcher = "basic"
+    fixed, launcher = fixed_overrides(parse_overrides(overrides)[0]), "basic"
     if parsed.multirun:
-        fixed = fixed_overrides(parse_overrides(overrides)[0])
         sweeper, launcher = sweep_plugins(fixed)
         if sweeper == "basic":
             check([job.config for job in sweep(overrides)], work.problems, work.subject)
@@ -150,6 +150,9 @@ def _one_of_many(config: Config, work: Work, ended: list[Exception]) -> float | 
         print(printable(redacted(f"{config.run.name}: {error}"), lines=True), file=sys.stderr)
         if isinstance(error, Preempted):
             ended.append(error)
+        if isinstance(error, ActorLost):
+            # A launcher's worker process sends the error by its text alone.
+            raise RunError(str(error)) from error
         raise
     print(f"{config.run.name}: done", file=sys.stderr)
     return result
@@ -158,8 +161,8 @@ def _one_of_many(config: Config, work: Work, ended: list[Exception]) -> float | 
 def _named(config: Config, fixed: Sequence[str]) -> Config:
     """The configuration of a job under the name that distinguishes it."""
     chosen = HydraConfig.get()
-    known = {*for_hydra(fixed)}
-    words = [str(word) for word in chosen.overrides.task if word not in known]
+    known = {line.partition("=")[0] for line in for_hydra(fixed)}
+    words = [str(word) for word in chosen.overrides.task if str(word).partition("=")[0] not in known]
     if chosen.runtime.choices["hydra/sweeper"] != "basic":
         # A search may draw one point twice.
         words.append(f"trial={chosen.job.num}")

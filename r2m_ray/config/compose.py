@@ -94,9 +94,14 @@ def composed_config(tree: DictConfig) -> Config:
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """The overrides as hydra's main takes them: options that no file names are added, others are set."""
+    """The overrides as hydra's main takes them: options that no file names are added, others are set.
+
+    Raises InputError for what is no override.
+    """
     lines = []
-    for override in parse_overrides(overrides)[0]:
+    parsed, problems = parse_overrides(overrides)
+    refuse(problems, _SUBJECT)
+    for override in parsed:
         path, _, value = _text(override).lstrip("+").partition("=")
         if override.is_hydra_override() or override.is_delete():
             lines.append(_text(override))
