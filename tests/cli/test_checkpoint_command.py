@@ -22,7 +22,6 @@ from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.engines.reward.head_files import load_head
 from r2m_ray.run import commit
 from r2m_ray.run.checkpoint import Checkpoints, fault
-from r2m_ray.tasks.data import PromptStream
 
 WIDTH = 64
 
@@ -76,7 +75,7 @@ def original(roles: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "config.yaml").write_text("run: {name: demo}\n")
     for step in (1, 2):
         checkpoints = Checkpoints(directory / "checkpoints", keep=2)
-        asyncio.run(checkpoints.save(step, roles, PromptStream(["a"], seed=0)))
+        asyncio.run(checkpoints.save(step, roles))
     return directory
 
 
@@ -259,9 +258,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(
         assert command("export", run, tmp_path / "out") == 0
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy")
         load_head(tmp_path / "out" / "reward_head")
-        step = asyncio.run(
-            Checkpoints(run / "checkpoints", keep=2).restore(roles, PromptStream(["a"], seed=0))
-        )
+        step = asyncio.run(Checkpoints(run / "checkpoints", keep=2).restore(roles))
     assert step == 2
     assert not canary.exists()
     assert watch.seen == []

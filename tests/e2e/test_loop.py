@@ -14,7 +14,7 @@ import pytest
 
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import ClusterConfig
-from r2m_ray.driver.metrics import MACHINE_PREFIXES
+from r2m_ray.run.vocabulary import MACHINE_PREFIXES
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.launch import run_evaluation, run_training
 from r2m_ray.tasks.prepare import measurement
@@ -197,7 +197,7 @@ def test_evaluating_a_checkpoint_repeats_the_runs_last_evaluation(r2m: Path) -> 
     found = json.loads(path.read_text())
     last = rows(r2m)[-1]
     assert last["kind"] == "eval"
-    for key in ("gold", "frozen_reward", "reward", "rm_accuracy", "kl_sequence"):
+    for key in ("gold/mean", "reward/frozen_mean", "reward/mean", "pairs/accuracy", "kl/sequence"):
         assert found[key] == pytest.approx(last[key], abs=1e-6), key
 
 

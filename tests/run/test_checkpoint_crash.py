@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import pytest
 
 from r2m_ray.run.checkpoint import Checkpoints, fault, step_of
-from r2m_ray.tasks.data import PromptStream
 
 KILLS = 100
 CRASHED = 41
@@ -42,8 +41,7 @@ class Part:
 
 def save(directory: Path, step: int, *, keep: int) -> None:
     roles: Any = SimpleNamespace(policy=Part("policy", step), reward=Part("reward_head", step))
-    prompts = PromptStream(["a", "b"], seed=0)
-    asyncio.run(Checkpoints(directory, keep=keep).save(step, roles, prompts))
+    asyncio.run(Checkpoints(directory, keep=keep).save(step, roles))
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -29,7 +29,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda step: (step / "reward_head/state.json").unlink(),
         "reward_head/state.json is missing",
     ),
-    "cursor": (lambda step: flip(step / "driver.json"), "driver.json does not match its sha256"),
+    "driver": (lambda step: flip(step / "driver.json"), "driver.json does not match its sha256"),
     "no manifest": (lambda step: (step / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
     "torn manifest": (lambda step: os.truncate(step / "MANIFEST.json", 40), "MANIFEST.json is unreadable"),
     "manifest without files": (

@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from r2m_ray.config.schema import Config, WandbMode
-from r2m_ray.driver.metrics import MACHINE_PREFIXES
 from r2m_ray.errors import InputError, RunError, printable
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import StepLines, read_steps
 from r2m_ray.run.log import RunLog
 from r2m_ray.run.progress import LiveProgress, Pace, PhaseClock, number, sparkline
+from r2m_ray.run.vocabulary import MACHINE_PREFIXES
 
 
 def config(*, resume: bool = False, steps: int = 4) -> Config:

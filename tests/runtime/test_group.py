@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.runtime.actors import read_objects
 from r2m_ray.runtime.direct_sync import EngineClient
 from r2m_ray.runtime.worker_group import Actors
 
@@ -20,6 +21,9 @@ class Worker:
 
     def echo(self, value: int) -> int:
         return value
+
+    def several(self, first: int) -> tuple[int, int, int]:
+        return first, first + 1, first + 2
 
     def refuse(self) -> None:
         raise InputError("model.reward: has three labels")
@@ -65,6 +69,16 @@ def test_answers_come_back_in_rank_order(workers: Actors) -> None:
         return await workers.settle("ask", workers.each("echo", lambda i: (10 + i,)))
 
     assert asyncio.run(ask()) == [10, 11]
+
+
+def test_a_call_returns_something_light_and_references_to_the_rest(workers: Actors) -> None:
+    async def ask() -> tuple[list[int], list[list[int]]]:
+        sent = [workers.submit(rank, "several", 3 * rank, returns=3) for rank in (1, 0)]
+        assert [name for (name, _), _ in sent] == ["reward-1", "reward-0"]
+        light = await workers.settle("ask", [call for call, _ in sent])
+        return light, [read_objects(records) for _, records in sent]
+
+    assert asyncio.run(ask()) == ([3, 0], [[4, 5], [1, 2]])
 
 
 def test_shards_are_dealt_in_turn(workers: Actors) -> None:

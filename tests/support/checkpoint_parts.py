@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from r2m_ray.run.checkpoint import Checkpoints
-from r2m_ray.tasks.data import PromptStream
 
 
 class Part:
@@ -32,14 +31,8 @@ def roles(value: int, policy: Part | None = None) -> Any:
     return SimpleNamespace(policy=policy or Part("policy", value), reward=Part("reward_head", 10 * value))
 
 
-def stream() -> PromptStream:
-    return PromptStream([f"p{i}" for i in range(40)], seed=0)
-
-
 def save(checkpoints: Checkpoints, step: int, parts: Any = None) -> Path:
-    prompts = stream()
-    prompts.take(min(3 * step, 40))
-    return asyncio.run(checkpoints.save(step, parts or roles(step), prompts))
+    return asyncio.run(checkpoints.save(step, parts or roles(step)))
 
 
 def saved(directory: Path, *steps: int, keep: int = 9) -> Checkpoints:
@@ -52,7 +45,7 @@ def saved(directory: Path, *steps: int, keep: int = 9) -> Checkpoints:
 def restored(checkpoints: Checkpoints) -> tuple[int, int]:
     """The step and the policy's value that a run would go on from."""
     parts = roles(0)
-    step = asyncio.run(checkpoints.restore(parts, stream()))
+    step = asyncio.run(checkpoints.restore(parts))
     return step, parts.policy.value
 
 

@@ -16,7 +16,6 @@ from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.errors import Problem
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.resume import run_identity
-from r2m_ray.tasks.data import PromptStream
 
 
 class Part:
@@ -31,7 +30,7 @@ class Part:
 def commit(directory: Path, step: int, identity: dict[str, Any]) -> None:
     parts: Any = SimpleNamespace(policy=Part("policy"), reward=Part("reward_head"))
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=2, identity=identity)
-    asyncio.run(checkpoints.save(step, parts, PromptStream(["a"], seed=0)))
+    asyncio.run(checkpoints.save(step, parts))
 
 
 def log_steps(directory: Path, last: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Overlong, TaskConfig
 from r2m_ray.errors import InputError
-from r2m_ray.tasks.data import PreferencePair, PromptStream, load_preferences, over_limit, sift
+from r2m_ray.tasks.data import PreferencePair, PromptOrder, load_preferences, over_limit, sift
 from r2m_ray.tasks.prepare.store import source_digest
 from r2m_ray.tasks.reader import MAX_LINE_BYTES
 
@@ -156,40 +158,63 @@ def test_real_preferences_are_used_or_counted(alpaca_eval: Path) -> None:
     assert len(found.prompts()) == 51
 
 
-def test_each_pass_over_the_prompts_is_a_permutation_of_its_own() -> None:
-    stream = PromptStream([f"p{i}" for i in range(20)], seed=1)
-    first, second = stream.take(20), stream.take(20)
-    assert sorted(p.index for p in first) == sorted(p.index for p in second) == list(range(20))
-    assert [p.index for p in first] != [p.index for p in second]
-    assert all(p.text == f"p{p.index}" for p in first)
+def indices(order: PromptOrder, steps: Iterable[int]) -> list[list[int]]:
+    return [[prompt.index for prompt in order.of_step(step)] for step in steps]
 
 
-def test_a_restored_stream_goes_on_where_the_other_stopped() -> None:
+def simulated(size: int, per_step: int, steps: int, *, seed: int) -> list[list[int]]:
+    """Takes prompts one by one from a shuffled pass. Where a pass ends within a step, the next one holds back
+    what the step took from the last."""
+    taken: list[list[int]] = []
+    queue: list[int] = []
+    turn = -1
+    for _ in range(steps):
+        step: list[int] = []
+        while len(step) < per_step:
+            if not queue:
+                turn += 1
+                queue = list(range(size))
+                random.Random(f"{seed} {turn}").shuffle(queue)
+                queue.sort(key=step.__contains__)
+            step.append(queue.pop(0))
+        taken.append(step)
+    return taken
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 12])
+def test_steps_take_their_prompts_pass_by_pass(size: int) -> None:
+    """Also the order that runs of earlier versions had, whose checkpoints kept a cursor."""
+    for per_step in range(1, size + 1):
+        order = PromptOrder([f"p{i}" for i in range(size)], seed=3, per_step=per_step)
+        found = indices(order, range(1, 4 * size + 1))
+        assert found == simulated(size, per_step, 4 * size, seed=3), per_step
+        assert all(len(set(step)) == per_step for step in found)
+        flat = [index for step in found for index in step]
+        passes = [flat[i : i + size] for i in range(0, len(flat), size)]
+        assert all(sorted(one) == list(range(size)) for one in passes)
+
+
+def test_the_prompts_of_a_step_do_not_depend_on_what_was_asked_before() -> None:
     texts = [f"p{i}" for i in range(7)]
-    stream = PromptStream(texts, seed=3)
-    for _ in range(5):
-        stream.take(5)
-        copy = PromptStream(texts, seed=3)
-        copy.restore(json.loads(json.dumps(stream.state())))
-        original = PromptStream(texts, seed=3)
-        original.restore(stream.state())
-        assert [copy.take(4) for _ in range(4)] == [original.take(4) for _ in range(4)]
+    expected = simulated(7, 5, 30, seed=0)
+    asked = [*range(30, 0, -1), 17, 17, 3, 29, 1]
+    assert indices(PromptOrder(texts, seed=0, per_step=5), asked) == [expected[step - 1] for step in asked]
+    fresh = [indices(PromptOrder(texts, seed=0, per_step=5), [step])[0] for step in (1, 9, 30)]
+    assert fresh == [expected[0], expected[8], expected[29]]
+    assert [prompt.text for prompt in PromptOrder(texts, seed=0, per_step=5).of_step(1)] == [
+        texts[index] for index in expected[0]
+    ]
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 7])
-def test_a_take_is_distinct_and_every_pass_uses_every_prompt(count: int) -> None:
-    stream = PromptStream([f"p{i}" for i in range(7)], seed=0)
-    takes = [[p.index for p in stream.take(count)] for _ in range(7 * 4)]
-    assert all(len(set(take)) == count for take in takes)
-    flat = [index for take in takes for index in take]
-    assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, len(flat), 7))
+def test_passes_and_seeds_differ_in_their_order() -> None:
+    texts = [f"p{i}" for i in range(20)]
+    first, second = indices(PromptOrder(texts, seed=1, per_step=20), (1, 2))
+    (other,) = indices(PromptOrder(texts, seed=2, per_step=20), (1,))
+    assert len({tuple(order) for order in (first, second, other)}) == 3
 
 
 def test_a_step_cannot_take_more_prompts_than_there_are() -> None:
     with pytest.raises(InputError, match="prompts_per_step=3 is more than the 2 distinct"):
-        PromptStream(["a", "b"], seed=0).take(3)
-
-
-def test_a_stream_refuses_the_cursor_of_other_data() -> None:
-    with pytest.raises(InputError, match="other data"):
-        PromptStream(["a", "b"], seed=0).restore(PromptStream(["a"], seed=0).state())
+        PromptOrder(["a", "b"], seed=0, per_step=3)
+    with pytest.raises(InputError, match="no prompts to train on"):
+        PromptOrder([], seed=0, per_step=1)
