@@ -65,7 +65,7 @@ def serve(side: str, model_dir: str, arguments: argparse.Namespace) -> None:
     # Libraries may write to stdout; what the parent reads goes through a copy of it.
     replies = sys.stdout
     sys.stdout = sys.stderr
-    from r2m_ray.core.roles import Prompt, SamplePlan
+    from r2m_ray.core.batch import Prompt, SamplePlan
     from r2m_ray.engines.rollout.engine import RolloutEngine
 
     engine = RolloutEngine(

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from r2m_ray.config.schema import Config
 from r2m_ray.core.roles import Roles
 from r2m_ray.driver.human_pairs import HumanPairs
 from r2m_ray.driver.loop import train
-from r2m_ray.run.progress import PhaseClock
+from r2m_ray.run.files import METRICS_FILE, read_steps
+from r2m_ray.run.log import RunLog
 from r2m_ray.run.stop import StopRequest
 from r2m_ray.runtime.cluster import cluster
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.start import Crew
-from r2m_ray.tasks.data import PromptStream
+from r2m_ray.tasks.data import PromptOrder
 from r2m_ray.tasks.models import Models
 from r2m_ray.tasks.task import load_task
 
@@ -57,67 +57,49 @@ class Turns:
 
 
 class Side:
-    """The driver's observers for one side: they keep times, and hand over the turn after each step."""
+    """Checkpoints that save nothing and hand over the turn, and an evaluator that measures nothing."""
 
     def __init__(self, index: int, turns: Turns) -> None:
-        self.rows: list[dict[str, float]] = []
-        self._clock = PhaseClock()
         self._index = index
         self._turns = turns
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with self._clock.phase(name):
-            yield
-
-    def rewind(self, step: int) -> None:
-        """Nothing was logged before."""
-
-    alarmed = False
-    initial_reward = math.nan
-
-    def check_alarms(self) -> None:
-        """Nobody watches."""
-
-    async def look(self, *records: Any) -> None:
-        """Nothing is kept."""
-
-    async def step(self, *records: Any) -> None:
-        self.rows.append(self._clock.collect())
-
-    async def evaluate(self, step: int) -> None:
+    async def measure(self) -> dict[str, float]:
         """No evaluation: it is the same on both sides."""
+        return {}
 
-    async def restore(self, roles: Roles, prompts: PromptStream) -> int:
+    async def restore(self, roles: Roles) -> int:
         await self._turns.wait(self._index)
         return 0
 
-    async def save(self, step: int, roles: Roles, prompts: PromptStream) -> None:
+    async def save(self, step: int, roles: Roles) -> None:
         await self._turns.over()
         await self._turns.wait(self._index)
 
 
-async def measure(configs: dict[str, Config]) -> dict[str, list[dict[str, float]]]:
+async def measure(configs: dict[str, Config], root: Path) -> dict[str, list[dict[str, float]]]:
     turns = Turns(len(configs))
-    placements, sides, runs = [], {}, []
-    try:
+    placements, runs = [], []
+    with ExitStack() as stack:
         for index, (name, config) in enumerate(configs.items()):
             placements.append(Placement(config))
+            stack.callback(placements[-1].release)
             models = Models.of(config)
             roles = await Crew(config, models, placements[-1], print).start()
             side: Any = Side(index, turns)
             tokenizer = AutoTokenizer.from_pretrained(models.policy)
             task = load_task(config, tokenizer)
-            stream = PromptStream(task.train_prompts, seed=config.run.seed)
-            sides[name] = side
+            order = PromptOrder(
+                task.train_prompts, seed=config.run.seed, per_step=config.algo.prompts_per_step
+            )
+            log = stack.enter_context(RunLog(root / name, config=config, resolved_yaml=""))
             stop = StopRequest(config.cluster.stop_grace_s)
-            human = HumanPairs(config, roles, pairs=task.train_pairs, tokenizer=tokenizer, record=side)
-            runs.append(train(config, roles, stream, human, side, side, side, stop))
+            human = HumanPairs(config, roles, pairs=task.train_pairs, tokenizer=tokenizer, log=log)
+            runs.append(train(config, roles, order, human, side, side, log, stop))
         await asyncio.gather(*[_finish(run, turns) for run in runs])
-    finally:
-        for placement in placements:
-            placement.release()
-    return {name: side.rows[WARM_UP_STEPS:] for name, side in sides.items()}
+    rows = {name: [*read_steps(root / name / METRICS_FILE)] for name in configs}
+    return {
+        name: [row for row in found if row["kind"] == "step"][WARM_UP_STEPS:] for name, found in rows.items()
+    }
 
 
 async def _finish(run: Any, turns: Turns) -> None:
@@ -135,13 +117,14 @@ def main() -> None:
         f"algo.steps={arguments.steps}",
         "checkpoint.every=1",
         "evaluate.every=0",
+        "logging=disabled",
         "cluster.cpus=4",
         *overrides,
     ]
     configs = {name: load_config([*common, f"reward={name}"]) for name in ("vanilla", "r2m")}
-    with cluster(configs["r2m"].cluster):
-        rows = asyncio.run(measure(configs))
-    phases = sorted(rows["r2m"][0])
+    with cluster(configs["r2m"].cluster), tempfile.TemporaryDirectory() as root:
+        rows = asyncio.run(measure(configs, Path(root)))
+    phases = sorted(key for key in rows["r2m"][0] if key.startswith("time/"))
     result = {
         "benchmark": "step_time",
         "machine": machine(),

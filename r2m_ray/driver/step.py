@@ -69,7 +69,7 @@ def initial_reward(config: Config, evaluations: Iterable[Mapping[str, Any]]) -> 
     """
     if config.reward.shape is RewardShape.raw:
         return math.nan
-    found = [row["reward/mean"] for row in evaluations if row["step"] == 0]
+    found = [row.get("reward/mean") for row in evaluations if row["step"] == 0]
     if not found or found[-1] is None or not math.isfinite(found[-1]):
         raise RunError(
             f"reward.shape={config.reward.shape.value}: step 0's evaluation has no finite reward. If the run "

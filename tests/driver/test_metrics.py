@@ -1,94 +1,92 @@
-"""Three hand-worked groups of four rows, in two shards: one ordered alike, one flipped, one all equal."""
+"""Metrics by hand-worked numbers: three groups of rows, one ordered alike, one flipped, one all equal."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from fake_roles import PROMPTS, FakeRoles, Verdict, World, rows_of
 
-from r2m_ray.core.batch import Annotation, Layout, Trajectories, pack_rows
-from r2m_ray.driver.metrics import group_correlation, mean, merge_stats, rollout_records, step_metrics
+from r2m_ray.config.schema import Advantage, Config, RewardScale
+from r2m_ray.driver.metrics import (
+    batch_metrics,
+    calibration_error,
+    group_correlation,
+    group_skew,
+    kl_metrics,
+    mean,
+    merge_stats,
+    order_accuracy,
+    pair_metrics,
+    step_metrics,
+)
+from r2m_ray.driver.rows import Rows
+from r2m_ray.run.vocabulary import REGISTRY, Source, metric
 
-OWN = ([1.0, 2.0, 3.0, 4.0, -1.0, 0.0, 0.0, 1.0], [5.0, 5.0, 5.0, 5.0])
-FROZEN = ([2.0, 4.0, 6.0, 8.0, 3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0])
+OWN = [1.0, 2.0, 3.0, 4.0, -1.0, 0.0, 0.0, 1.0, 5.0, 5.0, 5.0, 5.0]
+FROZEN = [2.0, 4.0, 6.0, 8.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+GOLD = [1.0, 2.0, 3.0, 4.0, 3.0, 0.0, 0.0, 2.0, 7.0, 7.0, 7.0, 7.0]
+LENGTHS = torch.tensor([3, 1, 2, 2, 1, 1, 1, 1, 5, 2, 2, 3])
 ADVANTAGE = (torch.tensor([1.0, -1.0] * 4), torch.tensor([3.0, -3.0, 0.0, 0.0]))
-LENGTHS = (3, 1, 2, 2, 1, 1, 1, 1, 5, 2, 2, 3)
-GOLD = [
-    {"total": total, "correct": float(n % 2), "length": -0.5}
-    for n, total in enumerate([1, 2, 3, 4, 1, 0, 0, 2, 7, 7, 7, 7])
-]
+QUARTER = math.log(3.0)  # A margin at which the worse response is preferred once in four times.
 
 
-@pytest.fixture
-def trajectories() -> list[Trajectories]:
-    def shard(first: int, groups: int) -> Trajectories:
-        lengths = LENGTHS[first : first + 4 * groups]
-        return pack_rows(
-            [f"prompt {first // 4 + g}" for g in range(groups)],
-            [[1, 2, 3]] * groups,
-            [[7] * length for length in lengths],
-            [f"response {first + n}" for n in range(len(lengths))],
-            truncated=[length == 5 for length in lengths],
-            version=4,
-        )
-
-    return [shard(0, 2), shard(8, 1)]
+def rows(**changes: Any) -> Rows:
+    found = rows_of(
+        OWN, FROZEN, gold=GOLD, group_size=4, length_N=LENGTHS, truncated_N=LENGTHS == 5, tokens=48, **changes
+    )
+    parts = {"correct": torch.arange(12.0).double() % 2, "length": torch.full((12,), -0.5).double()}
+    return replace(found, gold={**found.gold, **parts})
 
 
-@pytest.fixture
-def annotation() -> list[Annotation]:
-    return [
-        Annotation(
-            layout=Layout.from_lengths([1] * len(own), 4),
-            reward_N=torch.tensor(own),
-            frozen_reward_N=torch.tensor(frozen),
-            gold_N=torch.full((len(own),), math.nan),
-            rte_ND=torch.zeros(len(own), 2),
-            response_id_N=torch.arange(len(own)),
-        )
-        for own, frozen in zip(OWN, FROZEN, strict=True)
-    ]
+def changed(field: str, values: dict[int, float]) -> Rows:
+    """The rows with some values of one field replaced, by row."""
+    tensor = getattr(rows(), field).clone()
+    for row, value in values.items():
+        tensor[row] = value
+    return replace(rows(), **{field: tensor})
 
 
-def test_step_metrics_equal_the_hand_worked_numbers(trajectories, annotation):
-    metrics = step_metrics(trajectories, annotation, ADVANTAGE, 0.75, GOLD)
-
-    group_stds = (math.sqrt(1.25), math.sqrt(0.5), 0.0)
+def test_metrics_of_a_batch_equal_the_hand_worked_numbers() -> None:
+    own_stds = (math.sqrt(1.25), math.sqrt(0.5), 0.0)
     frozen_stds = (2 * math.sqrt(1.25), math.sqrt(6.75 / 4), 0.5)
-    assert metrics == pytest.approx(
+    # Gold of the second group separates rows 0 and 3 from all others, and from each other.
+    gold = torch.tensor([1.75, -1.25, -1.25, 0.75])
+    of_gold = float(gold.square().sum())
+    own_correlation = float(gold @ torch.tensor([-1.0, 0.0, 0.0, 1.0])) / math.sqrt(of_gold * 2.0)
+    frozen_correlation = float(gold @ torch.tensor([2.25, -0.75, -0.75, -0.75])) / math.sqrt(of_gold * 6.75)
+    assert batch_metrics(rows()) == pytest.approx(
         {
-            "omega": 0.75,
-            "tokens": 24 + 12 * 2,
             "response/tokens": 24,
             "response/length_mean": 2.0,
             "response/length_max": 5.0,
             "response/truncated_fraction": 1 / 12,
             "response/empty_fraction": 5 / 12,
-            "advantage/std": math.sqrt((8 + 18) / 12),
             "reward/mean": 30 / 12,
             "reward/std": math.sqrt((30 + 2 + 100) / 12 - 2.5**2),
             "reward/frozen_mean": 25 / 12,
             "reward/frozen_std": math.sqrt((120 + 9 + 2) / 12 - (25 / 12) ** 2),
             "reward/frozen_gap": 5 / 12,
             "reward/frozen_correlation": (1 - 3 / math.sqrt(2 * 6.75)) / 2,
-            "reward/group_std": sum(group_stds) / 3,
+            "reward/group_std": sum(own_stds) / 3,
             "reward/frozen_group_std": sum(frozen_stds) / 3,
-            "reward/scale_ratio": sum(group_stds) / sum(frozen_stds),
-            "reward/scale_factor": 1.0,
+            "reward/scale_ratio": sum(own_stds) / sum(frozen_stds),
             "reward/group_entropy": (1.013082 + 0.988400) / 2,
+            "reward/group_skew": 0.0,
             "reward/pair_flip_rate": 0.5,
             "reward/zero_std_groups": 1 / 3,
             "reward/nonfinite": 0.0,
             "hidden/nonfinite": 0.0,
-            "gold/mean": 41 / 12,
-            "gold/group_std": (math.sqrt(1.25) + math.sqrt(2.75 / 4)) / 3,
-            # Within groups: 1 and 1/√(2·2.75); 1 and 0.25/√(6.75·2.75). The equal group has no correlation.
-            "gold/correlation": (1 + 1 / math.sqrt(2 * 2.75)) / 2,
-            "gold/frozen_correlation": (1 + 0.75 / math.sqrt(6.75 * 2.75)) / 2,
-            "gold/pair_precision": 1.0,
+            "gold/mean": 43 / 12,
+            "gold/group_std": (math.sqrt(1.25) + math.sqrt(of_gold / 4)) / 3,
+            "gold/correlation": (1 + own_correlation) / 2,
+            "gold/frozen_correlation": (1 + frozen_correlation) / 2,
+            "gold/order_accuracy": (6 + 2) / 11,
+            "gold/frozen_order_accuracy": (6 + 3) / 11,
+            "gold/pair_precision": 0.5,
             "gold/correct": 0.5,
             "gold/length": -0.5,
         },
@@ -96,93 +94,163 @@ def test_step_metrics_equal_the_hand_worked_numbers(trajectories, annotation):
     )
 
 
-def test_a_batch_without_any_spread_is_undefined_not_wrong(trajectories, annotation):
-    metrics = step_metrics(trajectories[1:], annotation[1:], ADVANTAGE[1:], 1.0)
-    assert metrics["reward/zero_std_groups"] == 1
-    assert math.isnan(metrics["reward/group_entropy"])
-    assert math.isnan(metrics["reward/pair_flip_rate"])
-    assert math.isnan(metrics["reward/frozen_correlation"])
-    assert 0 < metrics["reward/scale_ratio"] < 1e-5
-    assert not any(key.startswith("gold/") for key in metrics)
-
-
-def test_a_vanilla_batch_reads_as_the_frozen_reward_model(trajectories, annotation):
-    same = [
-        Annotation(
-            layout=shard.layout,
-            reward_N=shard.frozen_reward_N,
-            frozen_reward_N=shard.frozen_reward_N,
-            gold_N=shard.gold_N,
-            rte_ND=shard.rte_ND,
-            response_id_N=shard.response_id_N,
-        )
-        for shard in annotation
-    ]
-    metrics = step_metrics(trajectories, same, ADVANTAGE, 1.0)
-    assert metrics["reward/frozen_gap"] == 0
-    assert metrics["reward/scale_ratio"] == 1
-    assert metrics["reward/pair_flip_rate"] == 0
-    assert metrics["reward/frozen_correlation"] == pytest.approx(1, abs=1e-12)
-
-
-def test_equal_responses_make_no_pair(trajectories, annotation):
-    twins = Annotation(
-        layout=annotation[0].layout,
-        reward_N=annotation[0].reward_N,
-        frozen_reward_N=annotation[0].frozen_reward_N,
-        gold_N=annotation[0].gold_N,
-        rte_ND=annotation[0].rte_ND,
-        response_id_N=torch.tensor([0, 1, 2, 0, 9, 5, 6, 7]),
-    )
-    records = rollout_records(1, trajectories[:1], [twins], ADVANTAGE[:1], 1.0, limit=8)
-    assert [record["role"] for record in records] == ["none"] * 4 + ["loser", "none", "none", "winner"]
-
-
-def test_rollout_records_are_the_first_rows_with_everything_a_reader_needs(trajectories, annotation):
-    attention = {9: [("fox", 0.75), ("red", 0.25)]}
-    records = rollout_records(
-        3, trajectories, annotation, ADVANTAGE, 0.5, GOLD, limit=10, attention=attention
-    )
-    assert [record["row"] for record in records] == list(range(10))
-    assert [record["group"] for record in records] == [0] * 4 + [1] * 4 + [2] * 2
-    assert records[3]["role"] == "winner"
-    assert records[0]["role"] == "loser"
-    assert records[8] == {
-        "step": 3,
-        "group": 2,
-        "row": 8,
-        "prompt": "prompt 2",
-        "response": "response 8",
-        "role": "none",
-        "reward": 5.0,
-        "frozen_reward": 0.0,
-        "omega": 0.5,
-        "advantage": 3.0,
-        "truncated": True,
-        "tokens": 5,
-        "gold": 7,
-        "gold_parts": {"correct": 0.0, "length": -0.5},
-        "attention": None,
-    }
-    assert records[9]["attention"] == [["fox", 0.75], ["red", 0.25]]
-    assert json.loads(json.dumps(records)) == records
-
-
-def test_no_rows_are_kept_when_none_are_wanted(trajectories, annotation):
-    assert rollout_records(1, trajectories, annotation, ADVANTAGE, 1.0, limit=0) == []
-
-
-def test_merged_stats_keep_machine_dependent_keys_apart():
+def test_a_step_adds_its_own_numbers_and_those_of_the_roles() -> None:
+    config = Config()
+    config.reward.scale = RewardScale.match_frozen
     stats = {"loss": 1, "time/forward": 2.5, "memory/rss": 10, "timer": 3.0}
-    assert merge_stats("policy", stats) == {
+    found = step_metrics(config, 0.75, rows(), ADVANTAGE, [], stats, {"loss": 2.0}, {"bytes": 3.0})
+    own_std, frozen_std = found["reward/group_std"], found["reward/frozen_group_std"]
+    added = {
+        "omega": 0.75,
+        "tokens": 48.0,
+        "advantage/std": math.sqrt((8 + 18) / 12),
+        "reward/scale_factor": frozen_std / own_std,
+        # 12 rows of 3 integers of 8 bytes, or 2; 2 flags of 1; 4 float32; and 3 parts of gold in float64.
+        "bytes/driver": 12 * (2 * 8 + 2 + 4 * 4 + 3 * 8),
+        "bytes/records": 0.0,
         "policy/loss": 1.0,
         "time/policy/forward": 2.5,
         "memory/policy/rss": 10.0,
         "policy/timer": 3.0,
+        "rm/loss": 2.0,
+        "sync/bytes": 3.0,
     }
+    assert found == pytest.approx(batch_metrics(rows()) | added, rel=1e-6)
+    assert merge_stats("policy", stats)["time/policy/forward"] == 2.5
+    config.reward.scale = RewardScale.raw
+    unscaled = step_metrics(config, 0.75, rows(), ADVANTAGE, [], stats, {"loss": 2.0}, {"bytes": 3.0})
+    assert unscaled == found | {"reward/scale_factor": 1.0}, "what is reported is what was annotated"
 
 
-def test_group_correlation_ignores_shift_and_scale():
+def test_step_and_evaluation_give_the_same_rows_the_same_numbers_under_names_of_the_registry(
+    config: Config, world: World
+) -> None:
+    """Both read four groups of the same responses, and every name that they log is known for its kind."""
+
+    def judge(word: str) -> Verdict:
+        n = float(word[1:])
+        return Verdict(own=n * n, frozen=3 - n, gold=n / 3, kl=0.25)
+
+    config.algo.prompts_per_step, config.algo.responses_per_prompt = 4, 4
+    config.evaluate.responses_per_prompt = 4
+    world = replace(world, eval_prompts=PROMPTS[:4], eval_pairs=world.train_pairs)
+    run = world.train(config, FakeRoles(judge=judge, respond=lambda _step, prompt, j: f"w1 w{j}"))
+    step, evaluation = run.rows("step")[0], run.rows("eval")[0]
+    shared = {name for name, known in REGISTRY.items() if known.source is Source.both} | {"gold/right"}
+    assert shared <= set(step), shared - set(step)
+    assert {name: step[name] for name in shared} == {name: evaluation[name] for name in shared}
+    for row, other in ((step, Source.evaluation), (evaluation, Source.step)):
+        for name in set(row) - {"step", "kind"}:
+            assert name not in REGISTRY or REGISTRY[metric(name)].source is not other, name
+    assert evaluation["kl/sequence"] == 0.25
+
+
+def test_kl_is_over_rows_that_have_one() -> None:
+    found = rows_of(
+        [0.0] * 3, group_size=1, length_N=torch.tensor([2, 1, 2]), kl_N=torch.tensor([1.0, 1.0, math.nan])
+    )
+    assert kl_metrics(found) == pytest.approx({"kl/sequence": 1.0, "kl/token": 2 / 3})
+
+
+def test_a_batch_without_any_spread_is_undefined_not_wrong() -> None:
+    found = batch_metrics(rows_of(OWN[8:], FROZEN[8:], group_size=4))
+    assert found["reward/zero_std_groups"] == 1
+    for name in ("group_entropy", "pair_flip_rate", "frozen_correlation", "group_skew"):
+        assert math.isnan(found[f"reward/{name}"]), name
+    assert 0 < found["reward/scale_ratio"] < 1e-5
+    assert not any(key.startswith("gold/") for key in found)
+
+
+def test_a_vanilla_batch_reads_as_the_frozen_reward_model() -> None:
+    found = batch_metrics(rows_of(FROZEN, FROZEN, group_size=4))
+    assert (found["reward/frozen_gap"], found["reward/scale_ratio"]) == (0, 1)
+    assert found["reward/pair_flip_rate"] == 0
+    assert found["reward/frozen_correlation"] == pytest.approx(1, abs=1e-12)
+
+
+def test_single_responses_have_no_quantities_of_groups() -> None:
+    found = batch_metrics(rows_of(OWN, FROZEN, gold=GOLD, group_size=1))
+    assert (found["reward/mean"], found["gold/mean"]) == pytest.approx((30 / 12, 43 / 12))
+    groups = ("group_std", "scale_ratio", "group_entropy", "correlation", "accuracy", "precision", "flip")
+    assert [name for name in found if any(word in name for word in groups)] == []
+
+
+def test_what_is_not_finite_is_counted_and_left_out() -> None:
+    broken = replace(
+        changed("reward_N", {0: math.nan, 1: math.inf}),
+        frozen_reward_N=changed("frozen_reward_N", {1: math.nan}).frozen_reward_N,
+    )
+    found = batch_metrics(broken)
+    assert (found["reward/nonfinite"], found["hidden/nonfinite"]) == (2, 1)
+    # Rows 2 to 11 over rows; the second and third group over groups.
+    assert found["reward/mean"] == pytest.approx(27 / 10)
+    assert found["reward/frozen_mean"] == pytest.approx((25 - 6) / 10)
+    assert found["reward/frozen_gap"] == pytest.approx((27 - 19) / 10)
+    assert found["reward/group_std"] == pytest.approx(math.sqrt(0.5) / 2)
+    assert (found["reward/zero_std_groups"], found["reward/pair_flip_rate"]) == (0.5, 1.0)
+    assert found["gold/mean"] == pytest.approx(43 / 12)
+    assert found["gold/frozen_order_accuracy"] == 3 / 5
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_a_batch_without_a_finite_reward_is_undefined_not_wrong() -> None:
+    found = batch_metrics(replace(rows(), reward_N=torch.full((12,), math.nan)))
+    assert found["reward/nonfinite"] == found["hidden/nonfinite"] == 12
+    for key in ("reward/mean", "reward/group_std", "reward/scale_ratio", "gold/pair_precision"):
+        assert math.isnan(found[key]), key
+    assert found["response/length_mean"] == 2
+
+
+def test_equal_tokens_make_no_pair() -> None:
+    twins = changed("response_id_N", {7: 4})
+    assert batch_metrics(twins)["gold/pair_precision"] == 1.0
+    assert batch_metrics(twins)["reward/pair_flip_rate"] == 0.0
+
+
+def test_greedy_rows_are_no_samples() -> None:
+    config = Config()
+    config.algo.advantage = Advantage.remax
+    found = step_metrics(config, 0.75, rows(), ADVANTAGE, [], {}, {}, {})
+    # Rows 0, 4 and 8 are greedy: rewards 1, −1, 5; frozen 2, 3, 0; 3, 1 and 5 tokens; gold 1, 3, 7.
+    assert found["reward/greedy_mean"] == pytest.approx(5 / 3)
+    assert found["reward/mean"] == pytest.approx(25 / 9)
+    assert found["reward/frozen_mean"] == pytest.approx(20 / 9)
+    assert found["response/length_mean"] == pytest.approx(15 / 9)
+    assert found["response/truncated_fraction"] == 0
+    assert found["response/empty_fraction"] == pytest.approx(4 / 9)
+    assert found["gold/mean"] == pytest.approx(32 / 9)
+    # Groups are complete: the reward head learns from all of their rows.
+    complete = batch_metrics(rows())
+    for key in ("reward/group_std", "reward/pair_flip_rate", "gold/correlation", "response/tokens"):
+        assert found[key] == complete[key], key
+
+
+def test_a_tie_of_the_reward_is_wrong_and_one_of_gold_is_no_pair() -> None:
+    reward_GK = torch.tensor([[1.0, 1.0, 2.0]])
+    assert order_accuracy(reward_GK, torch.tensor([[0.0, 1.0, 1.0]])) == 0.5
+    assert math.isnan(order_accuracy(reward_GK, torch.zeros(1, 3)))
+    # As floating-point sums of tenths have it: equal within 1e-9, and so no pair of either metric.
+    gold = [0.1 + 0.2, 0.3, 0.3]
+    assert gold[0] != gold[1]
+    found = batch_metrics(rows_of([0.0, 2.0, 1.0], group_size=3, gold=gold))
+    assert math.isnan(found["gold/order_accuracy"])
+    assert math.isnan(found["gold/pair_precision"])
+    apart = batch_metrics(rows_of([0.0, 2.0, 1.0], group_size=3, gold=[0.3, 0.3 + 1e-8, 0.3]))
+    assert apart["gold/order_accuracy"] == apart["gold/pair_precision"] == 1.0
+
+
+@pytest.mark.parametrize("size", [3, 4, 8, 16])
+def test_one_stand_out_has_the_greatest_skew(size: int) -> None:
+    rewards = torch.zeros(1, size)
+    rewards[0, 1] = 5.0
+    bound = (size - 2) / math.sqrt(size - 1)
+    assert float(group_skew(rewards)) == pytest.approx(bound, abs=1e-9)
+    assert float(group_skew(-3 * rewards + 1)) == pytest.approx(-bound, abs=1e-9)
+    draws = torch.randn(200, size, generator=torch.Generator().manual_seed(0))
+    assert group_skew(draws).abs().max() <= bound + 1e-9
+
+
+def test_group_correlation_ignores_shift_and_scale() -> None:
     generator = torch.Generator().manual_seed(0)
     x_GK, y_GK = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
     expected_G = torch.stack(
@@ -192,62 +260,43 @@ def test_group_correlation_ignores_shift_and_scale():
     torch.testing.assert_close(group_correlation(3 * x_GK - 1, y_GK), expected_G, rtol=0, atol=1e-12)
 
 
-def test_mean_of_nothing_is_undefined():
+def test_mean_of_nothing_is_undefined() -> None:
     assert mean(x for x in (1.0, 2.0, 6.0)) == 3.0
     assert math.isnan(mean([]))
 
 
-def spoiled(annotation: list[Annotation], **values: dict[int, float]) -> list[Annotation]:
-    """The first shard's scores with some of them replaced, by row."""
-    scores = {field: getattr(annotation[0], field).clone() for field in values}
-    for field, rows in values.items():
-        for row, value in rows.items():
-            scores[field][row] = value
-    return [replace(annotation[0], **scores), *annotation[1:]]
+def margins(*values: float) -> torch.Tensor:
+    return torch.tensor([[value, 0.0] for value in values])
 
 
-def test_what_is_not_finite_is_counted_and_left_out(trajectories, annotation):
-    broken = spoiled(annotation, reward_N={0: math.nan, 1: math.inf}, frozen_reward_N={1: math.nan})
-    metrics = step_metrics(trajectories, broken, ADVANTAGE, 0.75, GOLD)
-    assert (metrics["reward/nonfinite"], metrics["hidden/nonfinite"]) == (2, 1)
-    # Rows 2 to 11 over rows; the second and third group over groups.
-    assert metrics["reward/mean"] == pytest.approx(27 / 10)
-    assert metrics["reward/frozen_mean"] == pytest.approx((25 - 6) / 10)
-    assert metrics["reward/frozen_gap"] == pytest.approx((27 - 19) / 10)
-    assert metrics["reward/group_std"] == pytest.approx(math.sqrt(0.5) / 2)
-    assert metrics["reward/zero_std_groups"] == 0.5
-    assert metrics["reward/pair_flip_rate"] == 1.0
-    assert metrics["gold/mean"] == pytest.approx(41 / 12)
-    assert metrics["gold/group_std"] == pytest.approx(math.sqrt(2.75 / 4) / 2)
-    assert all(math.isfinite(value) for value in metrics.values())
+def test_accuracy_counts_the_first_response_as_the_better_one() -> None:
+    own, frozen = margins(1.0, -1.0, 0.0, 2.0), margins(1.0, 1.0, 1.0, 0.0)
+    assert pair_metrics(own, frozen) == {"pairs/accuracy": 0.5, "pairs/frozen_accuracy": 0.75}
+    assert set(pair_metrics(own, frozen, "style")) == {"pairs/style_accuracy", "pairs/frozen_style_accuracy"}
 
 
-def test_a_step_without_a_finite_reward_is_undefined_not_wrong(trajectories, annotation):
-    nothing = [replace(shard, reward_N=shard.reward_N * math.nan) for shard in annotation]
-    metrics = step_metrics(trajectories, nothing, ADVANTAGE, 0.75, GOLD)
-    assert metrics["reward/nonfinite"] == metrics["hidden/nonfinite"] == 12
-    for key in ("reward/mean", "reward/group_std", "reward/scale_ratio", "gold/pair_precision"):
-        assert math.isnan(metrics[key]), key
-    assert metrics["response/length_mean"] == 2
+def test_confidence_that_is_right_as_often_as_it_says_is_calibrated() -> None:
+    assert calibration_error(margins(QUARTER, QUARTER, QUARTER, -QUARTER)) == pytest.approx(0.0, abs=1e-7)
+    assert calibration_error(margins(0.0, 0.0)) == 0.0
 
 
-def test_a_group_with_a_broken_reward_has_no_winner(trajectories, annotation):
-    broken = spoiled(annotation, reward_N={2: math.nan})
-    records = rollout_records(1, trajectories[:1], broken[:1], ADVANTAGE[:1], 1.0, limit=8)
-    assert [record["role"] for record in records] == ["none"] * 4 + ["loser", "none", "none", "winner"]
+def test_calibration_error_is_the_mean_gap_of_the_bins() -> None:
+    # Four pairs at ¾ are all right: off by ¼. One is sure and wrong: off by 1.
+    found = calibration_error(margins(QUARTER, QUARTER, QUARTER, QUARTER, -50.0))
+    assert found == pytest.approx((4 * 0.25 + 1.0) / 5, abs=1e-7)
+    # In one bin errors of opposite sign cancel: sure, and right one time in two.
+    assert calibration_error(margins(50.0, -50.0)) == pytest.approx(0.5, abs=1e-12)
 
 
-def test_greedy_rows_are_no_samples(trajectories, annotation):
-    metrics = step_metrics(trajectories, annotation, ADVANTAGE, 0.75, GOLD, greedy_first=True)
-    # Rows 0, 4 and 8 are greedy: rewards 1, −1, 5; frozen 2, 3, 0; 3, 1 and 5 tokens; gold 1, 1, 7.
-    assert metrics["reward/greedy_mean"] == pytest.approx(5 / 3)
-    assert metrics["reward/mean"] == pytest.approx(25 / 9)
-    assert metrics["reward/frozen_mean"] == pytest.approx(20 / 9)
-    assert metrics["response/length_mean"] == pytest.approx(15 / 9)
-    assert metrics["response/truncated_fraction"] == 0
-    assert metrics["response/empty_fraction"] == pytest.approx(4 / 9)
-    assert metrics["gold/mean"] == pytest.approx(32 / 9)
-    # Groups are whole: the reward head learns from all of their rows.
-    whole = step_metrics(trajectories, annotation, ADVANTAGE, 0.75, GOLD)
-    for key in ("reward/group_std", "reward/pair_flip_rate", "gold/correlation", "response/tokens"):
-        assert metrics[key] == whole[key], key
+def test_a_scale_spoils_calibration() -> None:
+    generator = torch.Generator().manual_seed(0)
+    margin_M = torch.randn(20_000, generator=generator) * 2
+    is_right_M = torch.rand(20_000, generator=generator) < torch.sigmoid(margin_M)
+    true_M2 = torch.stack([torch.where(is_right_M, margin_M, -margin_M), torch.zeros(20_000)], 1)
+    assert calibration_error(true_M2) < 0.02
+    assert calibration_error(6 * true_M2) > 0.12
+
+
+def test_broken_pairs_are_left_out_of_calibration() -> None:
+    assert calibration_error(margins(math.nan, math.inf, 50.0)) == pytest.approx(0.0, abs=1e-12)
+    assert math.isnan(calibration_error(margins(math.nan)))

@@ -2,97 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from finished_run import rows, same_run, steps
 
-from r2m_ray.config.compose import load_config
-from r2m_ray.config.schema import ClusterConfig
-from r2m_ray.driver.metrics import MACHINE_PREFIXES
-from r2m_ray.run.files import read_steps
-from r2m_ray.run.vocabulary import current_row, metric
-from r2m_ray.runtime.cluster import cluster
-from r2m_ray.runtime.launch import run_evaluation, run_training
-from r2m_ray.tasks.prepare import measurement
-from r2m_ray.tasks.prepare.store import prepare
+from r2m_ray.config.compose import load_saved
+from r2m_ray.run.vocabulary import FAMILIES, REGISTRY, Source, metric
+from r2m_ray.runtime.launch import run_evaluation
 
 pytestmark = pytest.mark.e2e
 
-SMALL = [
-    "experiment=demo",
-    "logging=disabled",
-    "prepare.sft_rows=512",
-    "prepare.sft_steps=6",
-    "prepare.pair_rows=128",
-    "prepare.reward_steps=4",
-    "algo.steps=3",
-    "algo.prompts_per_step=4",
-    "algo.prompts_per_shard=1",
-    "algo.responses_per_prompt=4",
-    "algo.minibatch_prompts=2",
-    "task.max_new_tokens=24",
-    "evaluate.every=2",
-    "evaluate.prompts=8",
-    "evaluate.pairs=8",
-    "checkpoint.every=1",
-    "checkpoint.keep=3",
-]
-
 Train = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """Trains by the small settings and some overrides, once per name; all runs share one cluster."""
-    root = tmp_path_factory.mktemp("e2e")
-    common = [*SMALL, f"prepare.root={root / 'prepared'}", f"run.root={root / 'runs'}"]
-    with pytest.MonkeyPatch.context() as patch:
-        # Whether these models are good is not asked, and asking takes most of so small a preparation.
-        patch.setattr(measurement, "GOLD_PROMPTS", 64)
-        prepare(load_config(common))
-
-    def run(name: str, *overrides: str) -> Path:
-        return run_training(load_config([*common, f"run.name={name}", *overrides]))
-
-    with cluster(ClusterConfig(cpus=4, object_store_gb=0.3)):
-        yield run
-
-
-@pytest.fixture(scope="module")
-def r2m(train: Train) -> Path:
-    return train("r2m")
-
-
-def rows(directory: Path) -> list[dict[str, Any]]:
-    """Every row of a run's metrics, without what the machine decides."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(MACHINE_PREFIXES)}
-        for line in lines
-    ]
-
-
-def steps(directory: Path) -> list[dict[str, Any]]:
-    return [row for row in rows(directory) if row["kind"] == "step"]
-
-
-def digests(checkpoint: Path) -> dict[str, str]:
-    """sha256 of every tensor file of a checkpoint."""
-    files = sorted(checkpoint.rglob("*.safetensors"))
-    assert files
-    return {str(f.relative_to(checkpoint)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-def test_every_metric_of_a_run_is_in_the_registry(r2m: Path) -> None:
-    for row in read_steps(r2m / "metrics.jsonl"):
-        for name in current_row(row).keys() - {"step", "kind", "nonfinite"}:
-            assert metric(name) == name
 
 
 def test_a_run_takes_all_its_steps_with_four_real_roles(r2m: Path) -> None:
@@ -127,11 +52,7 @@ def test_a_run_leaves_everything_a_reader_needs(r2m: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_run(r2m: Path, train: Train) -> None:
-    again = train("again")
-    assert rows(again) == rows(r2m)
-    assert (again / "rollouts.jsonl").read_text() == (r2m / "rollouts.jsonl").read_text()
-    last = Path("checkpoints") / "step-000003"
-    assert digests(again / last) == digests(r2m / last)
+    same_run(train("again"), r2m, 3)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(r2m: Path, train: Train) -> None:
@@ -140,9 +61,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(r2m: Path, train: Train) -> N
     for step in (2, 3):
         shutil.rmtree(stopped / "checkpoints" / f"step-{step:06d}")
     train("stopped", "run.resume=true")
-    assert rows(stopped) == rows(r2m)
-    last = Path("checkpoints") / "step-000003"
-    assert digests(stopped / last) == digests(r2m / last)
+    same_run(stopped, r2m, 3)
 
 
 def test_every_role_dies_once_and_the_run_is_the_same(
@@ -163,9 +82,7 @@ def test_every_role_dies_once_and_the_run_is_the_same(
     monkeypatch.setenv("R2M_FAULTS_DIR", str(tmp_path))
     struck = train("struck")
     assert len(list(tmp_path.iterdir())) == len(faults)
-    assert rows(struck) == rows(r2m)
-    last = Path("checkpoints") / "step-000003"
-    assert digests(struck / last) == digests(r2m / last)
+    same_run(struck, r2m, 3)
     told = capsys.readouterr().err
     for role in ("rollout", "reward", "reference", "policy"):
         assert f"{role}-0 replaced after" in told
@@ -187,25 +104,33 @@ def test_human_pairs_come_again_alike_after_the_loss_of_a_role(
     monkeypatch.setenv("R2M_FAULTS_DIR", str(tmp_path))
     struck = train("anchored-struck", *arm)
     assert len(list(tmp_path.iterdir())) == len(faults)
-    assert rows(struck) == rows(calm)
-    last = Path("checkpoints") / "step-000003"
-    assert digests(struck / last) == digests(calm / last)
+    same_run(struck, calm, 3)
 
 
-def test_vanilla_trains_on_the_frozen_reward_and_shares_the_first_batch(r2m: Path, train: Train) -> None:
-    vanilla = steps(train("vanilla", "reward=vanilla"))
-    assert all(row["reward/mean"] == row["reward/frozen_mean"] for row in vanilla)
-    assert vanilla[0]["reward/frozen_mean"] == steps(r2m)[0]["reward/frozen_mean"]
+def test_vanilla_trains_on_the_frozen_reward_and_shares_the_first_batch(r2m: Path, vanilla: Path) -> None:
+    found = steps(vanilla)
+    assert all(row["reward/mean"] == row["reward/frozen_mean"] for row in found)
+    assert found[0]["reward/frozen_mean"] == steps(r2m)[0]["reward/frozen_mean"]
+
+
+def test_a_run_reports_what_the_registry_names_and_nothing_else(r2m: Path) -> None:
+    """Of the registry, what this run cannot have: ReMax's greedy rows, and people's pairs."""
+    elsewhere = {"reward/greedy_mean", *(name for name in REGISTRY if "human" in name)}
+    for kind, other in (("step", Source.evaluation), ("eval", Source.step)):
+        found = {name for row in rows(r2m) if row["kind"] == kind for name in row} - {"step", "kind"}
+        registered = {name for name, known in REGISTRY.items() if known.source is not other}
+        if kind == "step":
+            assert registered - found == elsewhere
+        for name in found:
+            assert name in registered or metric(name).startswith(tuple(FAMILIES)), name
 
 
 def test_evaluating_a_checkpoint_repeats_the_runs_last_evaluation(r2m: Path) -> None:
-    from r2m_ray.config.compose import load_saved
-
     path = run_evaluation(load_saved(r2m / "config.yaml", []), r2m)
     found = json.loads(path.read_text())
     last = rows(r2m)[-1]
     assert last["kind"] == "eval"
-    for key in ("gold", "frozen_reward", "reward", "rm_accuracy", "kl_sequence"):
+    for key in ("gold/mean", "reward/frozen_mean", "reward/mean", "pairs/accuracy", "kl/sequence"):
         assert found[key] == pytest.approx(last[key], abs=1e-6), key
 
 

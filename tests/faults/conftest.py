@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from r2m_ray.config.compose import load_config
-from r2m_ray.driver.metrics import MACHINE_PREFIXES
+from r2m_ray.run.vocabulary import MACHINE_PREFIXES
 from r2m_ray.tasks.prepare.store import prepare
 
 SMALL = (

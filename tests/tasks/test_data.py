@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -138,26 +140,59 @@ def test_real_preferences_are_used_or_counted(alpaca_eval: Path) -> None:
     assert len(found.prompts()) == 51
 
 
-def indices(prompts: int, per_step: int, steps: int, seed: int = 0) -> list[list[int]]:
-    order = PromptOrder([f"p{i}" for i in range(prompts)], seed=seed, per_step=per_step)
-    taken = [order.of_step(step) for step in range(1, steps + 1)]
-    assert all(prompt.text == f"p{prompt.index}" for step in taken for prompt in step)
-    return [[prompt.index for prompt in step] for step in taken]
+def indices(order: PromptOrder, steps: Iterable[int]) -> list[list[int]]:
+    return [[prompt.index for prompt in order.of_step(step)] for step in steps]
 
 
-def test_each_pass_over_the_prompts_is_a_permutation_of_its_own() -> None:
-    first, second = indices(20, 20, 2, seed=1)
-    assert sorted(first) == sorted(second) == list(range(20))
-    assert first != second
-    assert indices(20, 20, 2, seed=2)[0] != first
+def simulated(size: int, per_step: int, steps: int, *, seed: int) -> list[list[int]]:
+    """Takes prompts one by one from a shuffled pass. Where a pass ends within a step, the next one holds back
+    what the step took from the last."""
+    taken: list[list[int]] = []
+    queue: list[int] = []
+    turn = -1
+    for _ in range(steps):
+        step: list[int] = []
+        while len(step) < per_step:
+            if not queue:
+                turn += 1
+                queue = list(range(size))
+                random.Random(f"{seed} {turn}").shuffle(queue)
+                queue.sort(key=step.__contains__)
+            step.append(queue.pop(0))
+        taken.append(step)
+    return taken
 
 
-@pytest.mark.parametrize("per_step", [1, 3, 5, 7])
-def test_the_prompts_of_a_step_are_distinct_and_every_pass_uses_each(per_step: int) -> None:
-    steps = indices(7, per_step, 7 * 4)
-    assert all(len(set(step)) == per_step for step in steps)
-    flat = [index for step in steps for index in step]
-    assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, len(flat), 7))
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 12])
+def test_steps_take_their_prompts_pass_by_pass(size: int) -> None:
+    """Also the order that runs of earlier versions had, whose checkpoints kept a cursor."""
+    for per_step in range(1, size + 1):
+        order = PromptOrder([f"p{i}" for i in range(size)], seed=3, per_step=per_step)
+        found = indices(order, range(1, 4 * size + 1))
+        assert found == simulated(size, per_step, 4 * size, seed=3), per_step
+        assert all(len(set(step)) == per_step for step in found)
+        flat = [index for step in found for index in step]
+        passes = [flat[i : i + size] for i in range(0, len(flat), size)]
+        assert all(sorted(one) == list(range(size)) for one in passes)
+
+
+def test_the_prompts_of_a_step_do_not_depend_on_what_was_asked_before() -> None:
+    texts = [f"p{i}" for i in range(7)]
+    expected = simulated(7, 5, 30, seed=0)
+    asked = [*range(30, 0, -1), 17, 17, 3, 29, 1]
+    assert indices(PromptOrder(texts, seed=0, per_step=5), asked) == [expected[step - 1] for step in asked]
+    fresh = [indices(PromptOrder(texts, seed=0, per_step=5), [step])[0] for step in (1, 9, 30)]
+    assert fresh == [expected[0], expected[8], expected[29]]
+    assert [prompt.text for prompt in PromptOrder(texts, seed=0, per_step=5).of_step(1)] == [
+        texts[index] for index in expected[0]
+    ]
+
+
+def test_passes_and_seeds_differ_in_their_order() -> None:
+    texts = [f"p{i}" for i in range(20)]
+    first, second = indices(PromptOrder(texts, seed=1, per_step=20), (1, 2))
+    (other,) = indices(PromptOrder(texts, seed=2, per_step=20), (1,))
+    assert len({tuple(order) for order in (first, second, other)}) == 3
 
 
 def test_the_prompts_of_a_step_depend_on_seed_and_step_alone() -> None:

@@ -90,9 +90,10 @@ def test_the_tasks_that_know_gold_are_the_ones_the_rules_name(task: TaskName, co
     scorer = gold_scorer(config)
     assert (scorer is not None) == (task in GOLD_TASKS)
     if scorer:
-        row = (prompts(0, "eval", 1, 6)[0], "hope this helps ! red", True)
         # One courtesy, one word that belongs nowhere, no end.
-        assert scorer(*row)["total"] == pytest.approx(0.4 - 0.1 - 0.5)
+        found = scorer(prompts(0, "eval", 1, 6)[0], "hope this helps ! red", True)
+        assert found["total"] == pytest.approx(0.4 - 0.1 - 0.5)
+        assert (found["courtesy"], found["unparsable"]) == (1.0, 1.0)
 
 
 def test_training_pairs_are_kept_within_the_policys_limits_where_they_are_used(

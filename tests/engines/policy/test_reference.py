@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from r2m_ray.config.schema import AlgoConfig, Config, Dtype, ModelConfig, ReferenceConfig
+from r2m_ray.config.schema import AlgoConfig, Config, Dtype, KLEstimator, ModelConfig, ReferenceConfig
 from r2m_ray.core.batch import Trajectories
+from r2m_ray.core.policy_loss import kl_penalty
 from r2m_ray.engines.policy.reference import ReferencePolicy
 from r2m_ray.errors import InputError
 
@@ -27,7 +28,8 @@ def test_equals_transformers_row_by_row(
     budget: int, tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
 ) -> None:
     rows = make_trajectories(2)
-    found = ReferencePolicy(config=config(budget), model_dir=str(tiny_policy_dir), device=CPU).logprobs(rows)
+    reference = ReferencePolicy(config=config(budget), model_dir=str(tiny_policy_dir), device=CPU)
+    _, found = reference.logprobs(rows)
     model = LlamaForCausalLM.from_pretrained(tiny_policy_dir)
     for n in range(rows.layout.rows):
         part = rows.layout.slice_of(n)
@@ -39,9 +41,25 @@ def test_equals_transformers_row_by_row(
             assert not logp_T[part][~action_T].any()
 
 
+@pytest.mark.parametrize("estimator", list(KLEstimator))
+def test_kl_of_each_row_is_summed_over_its_response_as_sampled(
+    estimator: KLEstimator, tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
+) -> None:
+    rows, settings = make_trajectories(5), config(50)
+    settings.algo.kl_estimator = estimator
+    kl, logp = ReferencePolicy(config=settings, model_dir=str(tiny_policy_dir), device=CPU).logprobs(rows)
+    found = {"k1": kl.sampled_N, estimator.value: kl.penalty_N}
+    for name, row_N in found.items():
+        penalty_T = kl_penalty(rows.rollout_logp_T, logp.tempered_T, name).double()
+        for n in range(rows.layout.rows):
+            part = rows.layout.slice_of(n)
+            expected = float(penalty_T[part][rows.action_T[part]].sum())
+            assert float(row_N[n]) == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+
+
 def test_never_changes(tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]) -> None:
     reference = ReferencePolicy(config=config(50), model_dir=str(tiny_policy_dir), device=CPU)
-    first, again = (reference.logprobs(make_trajectories(3)) for _ in range(2))
+    first, again = (reference.logprobs(make_trajectories(3))[1] for _ in range(2))
     assert torch.equal(first.tempered_T, again.tempered_T)
     assert not first.tempered_T.requires_grad
 
@@ -52,8 +70,10 @@ def test_bfloat16_agrees_to_its_precision(
     rows = make_trajectories(4)
     half = config(50)
     half.model = ModelConfig(dtype=Dtype.bfloat16)
-    exact = ReferencePolicy(config=config(50), model_dir=str(tiny_policy_dir), device=CPU).logprobs(rows)
-    found = ReferencePolicy(config=half, model_dir=str(tiny_policy_dir), device=CPU).logprobs(rows)
+    exact, found = (
+        ReferencePolicy(config=each, model_dir=str(tiny_policy_dir), device=CPU).logprobs(rows)[1]
+        for each in (config(50), half)
+    )
     assert found.unit_T.dtype == torch.float32
     # Logits reach ±10 here, where neighbouring bfloat16 numbers are 1/16 apart.
     assert 0 < (found.unit_T - exact.unit_T).abs().max() < 0.5

@@ -19,7 +19,7 @@ from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajecto
 from r2m_ray.core.head import R2MHead
 from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.engines.text import policy_prompt_ids, policy_response_ids
-from r2m_ray.tasks.task import GoldTotal
+from r2m_ray.tasks.task import GoldScorer
 
 P, D, K = 64, 48, 4
 PROMPTS = ("w1 w2 w3", "w4 w5 w6 w7 w8 w9")
@@ -33,7 +33,7 @@ def make_engine(tiny_reward_dir: Path) -> EngineFactory:
     ``run``; `gold` scores rows."""
 
     def make(
-        *, noise: float = 0.0, seed: int = 0, gold: GoldTotal | None = None, **fields: object
+        *, noise: float = 0.0, seed: int = 0, gold: GoldScorer | None = None, **fields: object
     ) -> RewardEngine:
         defaults = {"attention_width": 16, "init_std": 0.2, "learning_rate": 1e-2, "max_length": 256}
         config = Config(

@@ -27,7 +27,9 @@ def test_reward_is_equations_3_and_4(
     literal_rewards: LiteralRewards, make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine()
-    annotation = engine.annotate(trajectories, hidden, 0.6, 1)
+    scores, annotation = engine.annotate(trajectories, hidden, 0.6, 1)
+    for field in ("reward_N", "frozen_reward_N", "response_id_N"):
+        assert torch.equal(getattr(scores, field), getattr(annotation, field)), field
     expected = literal_rewards(engine.head, annotation.rte_ND, hidden, 0.6)
     torch.testing.assert_close(annotation.reward_N.double(), expected, atol=1e-5, rtol=0)
     assert (annotation.reward_N - annotation.frozen_reward_N).abs().min() > 1e-3
@@ -36,7 +38,7 @@ def test_reward_is_equations_3_and_4(
 def test_frozen_reward_is_transformers_own(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden, tiny_reward_dir: Path
 ) -> None:
-    annotation = make_engine().annotate(trajectories, hidden, 0.6, 1)
+    _, annotation = make_engine().annotate(trajectories, hidden, 0.6, 1)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_reward_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
     for n, (prompt, response) in enumerate(
@@ -51,7 +53,7 @@ def test_frozen_reward_is_transformers_own(
 def test_omega_one_is_the_frozen_reward_exactly(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
-    annotation = make_engine().annotate(trajectories, hidden, 1.0, 1)
+    _, annotation = make_engine().annotate(trajectories, hidden, 1.0, 1)
     assert torch.equal(annotation.reward_N, annotation.frozen_reward_N)
 
 
@@ -60,7 +62,7 @@ def test_vanilla_takes_no_hidden_states(
 ) -> None:
     engine = make_engine(omega_floor=1.0, update_steps=0)
     empty = make_states(trajectories.layout, seed=0, width=0)
-    annotation = engine.annotate(trajectories, empty, 1.0, 1)
+    _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
     assert torch.equal(annotation.reward_N, annotation.frozen_reward_N)
     assert engine.head.w_k.shape == (0, 16)
 
@@ -70,8 +72,8 @@ def test_annotation_repeats_and_leaves_hidden_states_alone(
 ) -> None:
     before = hidden.hidden_TP.clone()
     for noise in (0.0, 0.5):
-        one = make_engine(noise=noise).annotate(trajectories, hidden, 0.6, 3)
-        other = make_engine(noise=noise).annotate(trajectories, hidden, 0.6, 3)
+        _, one = make_engine(noise=noise).annotate(trajectories, hidden, 0.6, 3)
+        _, other = make_engine(noise=noise).annotate(trajectories, hidden, 0.6, 3)
         assert torch.equal(one.reward_N, other.reward_N)
         assert torch.equal(one.rte_ND, other.rte_ND)
     assert torch.equal(hidden.hidden_TP, before)
@@ -83,14 +85,14 @@ def test_bfloat16_hidden_states_are_read_as_their_float32_values(
     narrow = replace(hidden, hidden_TP=hidden.hidden_TP.bfloat16())
     wide = replace(hidden, hidden_TP=narrow.hidden_TP.float())
     engine = make_engine()
-    rewards = [engine.annotate(trajectories, h, 0.6, 1).reward_N for h in (narrow, wide)]
+    rewards = [engine.annotate(trajectories, h, 0.6, 1)[1].reward_N for h in (narrow, wide)]
     assert torch.equal(*rewards)
 
 
 def test_reward_model_reads_text_with_its_own_vocabulary(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
-    annotation = make_engine().annotate(trajectories, hidden, 0.6, 1)
+    _, annotation = make_engine().annotate(trajectories, hidden, 0.6, 1)
     # The reward model's 128 words end at w123: w140 and w141 are the same unknown word to it alone.
     assert float(annotation.frozen_reward_N[4]) == pytest.approx(
         float(annotation.frozen_reward_N[5]), abs=1e-6
@@ -118,7 +120,7 @@ def test_attention_is_the_softmax_of_equation_3(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine()
-    annotation = engine.annotate(trajectories, hidden, 0.6, 1)
+    _, annotation = engine.annotate(trajectories, hidden, 0.6, 1)
     weight_T = engine.attention(hidden, annotation)
     head = engine.head
     for n in range(hidden.layout.rows):
@@ -145,7 +147,7 @@ def test_noise_is_fresh_at_every_step_and_at_the_update(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine(noise=1.0, learning_rate=0.0, pair_source=PairSource.recomputed)
-    one, other = (engine.annotate(trajectories, hidden, 0.6, step) for step in (1, 2))
+    one, other = (engine.annotate(trajectories, hidden, 0.6, step)[1] for step in (1, 2))
     assert torch.equal(one.rte_ND, other.rte_ND)
     assert (one.reward_N - other.reward_N).abs().min() > 1e-4
     batch = RewardBatch(hidden=hidden, annotation=one)
@@ -160,5 +162,5 @@ def test_full_noise_ignores_the_order_of_the_states(
 ) -> None:
     engine = make_engine(noise=1.0)
     shuffled = replace(hidden, hidden_TP=hidden.hidden_TP.flip(0))
-    rewards = [engine.annotate(trajectories, h, 0.6, 1).reward_N for h in (hidden, shuffled)]
+    rewards = [engine.annotate(trajectories, h, 0.6, 1)[1].reward_N for h in (hidden, shuffled)]
     torch.testing.assert_close(*rewards, atol=1e-5, rtol=0)

@@ -21,9 +21,10 @@ BatchFactory = Callable[..., RewardBatch]
 K = 4
 
 
-def words(prompt: str, response: str, truncated: bool) -> float:
+def words(prompt: str, response: str, truncated: bool) -> dict[str, float]:
     """A gold score: the response's words minus the prompt's, and 10 less if truncated."""
-    return len(response.split()) - len(prompt.split()) - 10.0 * truncated
+    longer = float(len(response.split()) - len(prompt.split()))
+    return {"longer": longer, "cut": float(truncated), "total": longer - 10.0 * truncated}
 
 
 def with_pairs(batch: RewardBatch, reward_N: Tensor) -> RewardBatch:
@@ -35,18 +36,26 @@ def test_annotation_carries_gold_of_every_row(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     rows = replace(trajectories, truncated_N=torch.arange(8) == 3)
-    annotation = make_engine(gold=words).annotate(rows, hidden, 0.6, 1)
+    scores, annotation = make_engine(gold=words).annotate(rows, hidden, 0.6, 1)
     assert annotation.gold_N.dtype == torch.float32
     assert annotation.gold_N.tolist() == [-1, -2, -1, -10, -5, -5, -2, -4]
-    assert make_engine().annotate(rows, hidden, 0.6, 1).gold_N.isnan().all()
+    assert {part: value_N.tolist() for part, value_N in scores.gold.items()} == {
+        "longer": [-1, -2, -1, 0, -5, -5, -2, -4],
+        "cut": [0, 0, 0, 1, 0, 0, 0, 0],
+        "total": annotation.gold_N.tolist(),
+    }
+    assert {value_N.dtype for value_N in scores.gold.values()} == {torch.float64}
+    unknown, annotation = make_engine().annotate(rows, hidden, 0.6, 1)
+    assert unknown.gold == {}
+    assert annotation.gold_N.isnan().all()
 
 
 @pytest.mark.parametrize("omega", [0.6, 1.0])
 def test_gold_as_reward_leaves_the_models_own_reading_as_it_is(
     omega: float, make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
-    plain = make_engine().annotate(trajectories, hidden, omega, 1)
-    beside = make_engine(gold=words, gold_weight=1.0).annotate(trajectories, hidden, omega, 1)
+    _, plain = make_engine().annotate(trajectories, hidden, omega, 1)
+    _, beside = make_engine(gold=words, gold_weight=1.0).annotate(trajectories, hidden, omega, 1)
     assert torch.equal(beside.reward_N, plain.reward_N)
     assert torch.equal(beside.frozen_reward_N, plain.frozen_reward_N)
     assert torch.equal(beside.rte_ND, plain.rte_ND)
@@ -126,7 +135,7 @@ def test_omega_alone_is_the_score_of_the_shrunken_embedding(
     omega: float, make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine(init_std=0.0, update_steps=0)
-    annotation = engine.annotate(trajectories, hidden, omega, 1)
+    _, annotation = engine.annotate(trajectories, hidden, omega, 1)
     expected = omega * annotation.rte_ND.double() @ engine.head.score_weight.detach().double()
     torch.testing.assert_close(annotation.reward_N.double(), expected, atol=1e-5, rtol=0)
     stats = engine.update([RewardBatch(hidden=hidden, annotation=annotation)], omega, 1)

@@ -46,8 +46,8 @@ def test_a_broken_row_of_h_breaks_its_own_reward_alone(
     engine = make_engine()
     broken_TP = hidden.hidden_TP.clone()
     broken_TP[hidden.layout.slice_of(2).start, 7] = value
-    clean = engine.annotate(trajectories, hidden, 0.6, 1)
-    found = engine.annotate(trajectories, replace(hidden, hidden_TP=broken_TP), 0.6, 1)
+    _, clean = engine.annotate(trajectories, hidden, 0.6, 1)
+    _, found = engine.annotate(trajectories, replace(hidden, hidden_TP=broken_TP), 0.6, 1)
     assert torch.isfinite(found.reward_N).tolist() == [n != 2 for n in range(8)]
     others = torch.arange(8) != 2
     assert torch.equal(found.reward_N[others], clean.reward_N[others])
@@ -111,7 +111,7 @@ def test_an_empty_response_is_scored_at_its_last_real_token(
         responses,
         version=0,
     )
-    found = make_engine().annotate(rows, make_states(rows.layout, seed=3), 0.6, 1)
+    _, found = make_engine().annotate(rows, make_states(rows.layout, seed=3), 0.6, 1)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_reward_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
     with torch.no_grad():

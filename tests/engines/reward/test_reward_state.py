@@ -31,7 +31,7 @@ def test_saved_head_loads_in_three_lines(
 ) -> None:
     engine = make_engine()
     engine.update([make_batch(1)], 0.7, 1)
-    annotation = engine.annotate(trajectories, hidden, 0.7, 2)
+    _, annotation = engine.annotate(trajectories, hidden, 0.7, 2)
     engine.save(tmp_path)
     head, info = load_head(tmp_path / "reward_head")
     reward_N = head(annotation.rte_ND, hidden.hidden_TP, hidden.layout.offsets, info.omega)

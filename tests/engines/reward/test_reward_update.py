@@ -113,7 +113,7 @@ def test_update_never_runs_the_trunk_and_moves_the_head_alone(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine()
-    annotation = engine.annotate(trajectories, hidden, 0.6, 1)
+    _, annotation = engine.annotate(trajectories, hidden, 0.6, 1)
     trunk_before = {name: value.clone() for name, value in engine.trunk.model.state_dict().items()}
     calls: list[object] = []
     engine.trunk.model.register_forward_pre_hook(lambda *args: calls.append(args))
@@ -128,7 +128,7 @@ def test_update_never_runs_the_trunk_and_moves_the_head_alone(
     assert all(not torch.equal(value, head_before[name]) for name, value in parameters(engine).items())
     assert torch.equal(hidden.hidden_TP, hidden_before)
     # The frozen reward stays the original model's, though φ has moved.
-    again = engine.annotate(trajectories, hidden, 1.0, 2)
+    _, again = engine.annotate(trajectories, hidden, 1.0, 2)
     assert torch.equal(again.frozen_reward_N, annotation.frozen_reward_N)
     assert not torch.equal(again.reward_N, again.frozen_reward_N)
 
@@ -174,7 +174,7 @@ def test_without_feedback_only_the_scoring_head_moves(
 ) -> None:
     engine = make_engine(omega_floor=1.0)
     empty = make_states(trajectories.layout, seed=0, width=0)
-    annotation = engine.annotate(trajectories, empty, 1.0, 1)
+    _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
     before = parameters(engine)
     stats = engine.update([RewardBatch(hidden=empty, annotation=annotation)], 1.0, 1)
     moved = {name for name, value in parameters(engine).items() if not torch.equal(value, before[name])}

@@ -1,0 +1,70 @@
+"""Prepared models of a small note2answer world, and runs on them over Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from r2m_ray.config.compose import load_config
+from r2m_ray.config.schema import ClusterConfig
+from r2m_ray.runtime.cluster import cluster
+from r2m_ray.runtime.launch import run_training
+from r2m_ray.tasks.prepare import measurement
+from r2m_ray.tasks.prepare.store import prepare
+
+SMALL = [
+    "experiment=demo",
+    "logging=disabled",
+    "prepare.sft_rows=512",
+    "prepare.sft_steps=6",
+    "prepare.pair_rows=128",
+    "prepare.reward_steps=4",
+    "algo.steps=3",
+    "algo.prompts_per_step=4",
+    "algo.prompts_per_shard=1",
+    "algo.responses_per_prompt=4",
+    "algo.minibatch_prompts=2",
+    "task.max_new_tokens=24",
+    "evaluate.every=2",
+    "evaluate.prompts=8",
+    "evaluate.pairs=8",
+    "checkpoint.every=1",
+    "checkpoint.keep=3",
+]
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="package")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a small run whose models are prepared."""
+    root = tmp_path_factory.mktemp("e2e")
+    found = [*SMALL, f"prepare.root={root / 'prepared'}", f"run.root={root / 'runs'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        # Whether these models are good is not asked, and asking takes most of so small a preparation.
+        patch.setattr(measurement, "GOLD_PROMPTS", 64)
+        prepare(load_config(found))
+    return found
+
+
+@pytest.fixture(scope="package")
+def train(settings: list[str]) -> Iterator[Train]:
+    """Trains by the small settings and some overrides; all runs share one cluster."""
+
+    def run(name: str, *overrides: str) -> Path:
+        return run_training(load_config([*settings, f"run.name={name}", *overrides]))
+
+    with cluster(ClusterConfig(cpus=4, object_store_gb=0.3)):
+        yield run
+
+
+@pytest.fixture(scope="package")
+def r2m(train: Train) -> Path:
+    return train("r2m")
+
+
+@pytest.fixture(scope="package")
+def vanilla(train: Train) -> Path:
+    return train("vanilla", "reward=vanilla")
