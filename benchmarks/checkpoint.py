@@ -38,7 +38,6 @@ from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.run import commit
 from r2m_ray.run.checkpoint import Checkpoints
 from r2m_ray.run.files import METRICS_FILE, read_steps
-from r2m_ray.tasks.data import PromptStream
 from r2m_ray.tasks.models import Models
 
 PARTS = ("write", "hash", "fsync", "verify")
@@ -100,7 +99,7 @@ def engines(config: Config, policy: str, reward: str) -> tuple[Engine, Engine]:
 def commits(policy: Engine, reward: Engine, directory: Path, repeats: int) -> dict[str, Any]:
     """Commit ``repeats`` times after one that is not measured, keeping one."""
     roles: Any = Roles(rollout=None, policy=policy, reward=reward, reference=None, sync=None, share=None)
-    checkpoints, prompts = Checkpoints(directory, keep=1), PromptStream(["a"], seed=0)
+    checkpoints = Checkpoints(directory, keep=1)
     rows: list[dict[str, float]] = []
     originals = {"hash": commit.sha256, "fsync": commit.flush, "verify": commit.fault}
     try:
@@ -110,7 +109,7 @@ def commits(policy: Engine, reward: Engine, directory: Path, repeats: int) -> di
             commit.flush = split.timed("fsync", originals["fsync"])
             commit.fault = split.timed("verify", originals["verify"])
             start = time.perf_counter()
-            path = asyncio.run(checkpoints.save(step, roles, prompts))
+            path = asyncio.run(checkpoints.save(step, roles))
             rows.append({**split.seconds, "commit": time.perf_counter() - start})
     finally:
         commit.sha256, commit.flush, commit.fault = originals.values()
