@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -260,6 +261,21 @@ def test_a_failed_job_ends_alone_and_a_stopped_one_ends_the_sweep(
     assert main(["train", "-m", "run.seed=0,1,2", *MODELS]) == code
     assert len(ran) == jobs
     assert f"run-run.seed-0: {error}" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_job_that_runs_and_those_that_follow(
+    ran: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(config: Config) -> None:
+        ran.append(config)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(commands, "_train", stop)
+    assert main(["train", "-m", "run.seed=0,1", *MODELS]) == 75
+    assert [config.run.seed for config in ran] == [0]
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_search_gets_the_objective_and_names_each_trial(
