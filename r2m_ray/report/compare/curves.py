@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -200,15 +200,13 @@ def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
     return paired
 
 
-def require_same(curves: Sequence[Curve], sections: Sequence[str], rule: str) -> None:
-    """Raise InputError at the first setting below ``sections`` that a curve does not share with the first."""
+def require_same(curves: Sequence[Curve], matters: Callable[[str], bool], rule: str) -> None:
+    """Raise InputError at the first setting that matters and that a curve does not share with the first."""
+    first = curves[0]
     for curve in curves[1:]:
-        first = curves[0]
         for path in sorted(first.settings.keys() | curve.settings.keys()):
-            if not any(path == s or path.startswith(f"{s}.") for s in sections):
-                continue
             ours, theirs = first.settings.get(path), curve.settings.get(path)
-            if ours != theirs:
+            if ours != theirs and matters(path):
                 raise InputError(
                     f"{path} is {ours!r} in {first.source} and {theirs!r} in {curve.source}; {rule}. "
                     "Leave one of them out or run it again."
@@ -225,25 +223,17 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _check_alike(arms: Mapping[str, tuple[Curve, ...]]) -> None:
+    def decided(answer: Compare) -> Callable[[str], bool]:
+        return lambda path: compared(path) is answer
+
     everyone = [curve for curves in arms.values() for curve in curves]
-    require_same(
-        everyone,
-        _settings(everyone, Compare.always),
-        "runs of one comparison share their world, budget and measurement",
-    )
+    rule = "runs of one comparison share their world, budget and measurement"
+    require_same(everyone, decided(Compare.always), rule)
     for curves in zip(*arms.values(), strict=True):
-        require_same(curves, _settings(curves, Compare.seed), "runs of one seed start from the same policy")
+        require_same(curves, decided(Compare.seed), "runs of one seed start from the same policy")
     for arm, curves in arms.items():
-        require_same(
-            curves,
-            _settings(curves, Compare.arm),
-            f"the runs of arm {arm!r} are one method under several seeds",
-        )
-
-
-def _settings(curves: Sequence[Curve], answer: Compare) -> list[str]:
-    """Paths of the settings whose fields give this answer."""
-    return [path for curve in curves for path in curve.settings if compared(path) is answer]
+        rule = f"the runs of arm {arm!r} are one method under several seeds"
+        require_same(curves, decided(Compare.arm), rule)
 
 
 def _check_steps(file: Path, run: RunRecord) -> None:

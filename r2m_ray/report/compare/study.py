@@ -179,7 +179,7 @@ def _proxy_endpoints(comparison: Comparison) -> Iterator[Endpoint]:
     """Endpoints without gold; accuracies are left out where a run did not measure them."""
     for runs in zip(*comparison.arms.values(), strict=True):
         rule = "without gold, runs of one seed are compared by one reward model"
-        require_same(runs, ("model.reward",), rule)
+        require_same(runs, lambda path: path == "model.reward", rule)
     curves = [curve for arm in comparison.arms.values() for curve in arm]
     upper = common_range(curves)
     for share in SHARES if upper > 0 else ():
