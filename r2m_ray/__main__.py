@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from r2m_ray import __version__
-from r2m_ray.cli.commands import COMMANDS, complete
+from r2m_ray.cli.commands import COMMANDS
+from r2m_ray.cli.hydra_main import complete
 from r2m_ray.engines.faults import refuse_faults
 from r2m_ray.errors import InputError, Preempted, RunError, hint, printable, redacted
 
@@ -43,7 +44,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(f"r2m-ray {__version__}")
         return 0
     if arguments[0] in ("-sc", "--shell-completion"):
-        return complete()
+        return complete(arguments, [*COMMANDS])
     name = arguments[0]
     if name not in COMMANDS:
         raise InputError(

@@ -32,7 +32,7 @@ Curves = Mapping[str, Mapping[str, Sequence[Curve]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A setting whose dose differs. lines: of each line, the world and the arm that hold each dose of it."""
+    """A setting whose dose differs. lines: of each line, the world and the arm that have each dose of it."""
 
     setting: str
     meaning: str

@@ -6,8 +6,8 @@ reward model that reads the same responses. In miniature the paper's Figures 1, 
 
 The labels are the better and the worse half of each prompt's responses. What the policy's embeddings show is
 in the words alone, and its layers have to show more; the reward model is read at the last token, whose
-embedding is always the same. Where all states of a layer are almost parallel, its differences are small: hold
-them against how far the cosines are from 1. Beside the JSON is a picture of the same name.
+embedding is always the same. Where all states of a layer are almost parallel, its differences are small:
+compare them with how far the cosines are from 1. Beside the JSON is a picture of the same name.
 
 Axes: N responses, L layers (embeddings first, the last after the final norm), P width of the model.
 """

@@ -32,8 +32,8 @@ ALPACA_EVAL = {
 ACCURACY = {"frozen": "72.3", "before": "69.2", "after": "78.6"}
 """Of its reward model on held-out pairs, percent: vanilla, R2M before training, and after."""
 HOURS = {"rloo": "4.4 h, 57 GB per GPU", "rloo_r2m": "4.5 h, 58 GB per GPU"}
-"""A whole run."""
-UPDATE = "7 s, 10 GB (13 s, 65 GB for the whole model)"
+"""Of a complete run."""
+UPDATE = "7 s, 10 GB (13 s, 65 GB for the full model)"
 """One update of its reward model: cross-attention and head."""
 
 Read = Callable[[Curve], float | None]
@@ -110,7 +110,7 @@ def _cost(curves: Curves) -> Table:
         note="Here: median seconds of a training step, and of its phase of reward update and weight sync, "
         "while other runs shared the machine; benchmarks/step_time.py and benchmarks/memory.py measure "
         "with care.",
-        head=("", "paper: whole run", "here: seconds of a step"),
+        head=("", "paper: complete run", "here: seconds of a step"),
         rows=(
             ("RLOO", HOURS["rloo"], _seconds(baseline)),
             ("RLOO+R2M", HOURS["rloo_r2m"], _seconds(r2m)),

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from r2m_ray.driver.measures import pair_accuracy
 
 from benchmarks.measure import write
 from benchmarks.overoptimization.samples import hidden_states, load_policy
@@ -55,7 +54,8 @@ def read(config: Config, prepared: Prepared) -> Pairs:
             rows = [row.tolist() for row in shard.input_T.split(shard.layout.lengths.tolist())]
             hidden_TP = torch.cat([states_LSP[-1] for states_LSP in hidden_states(policy, rows)])
             hidden = Hidden(layout=shard.layout, hidden_TP=hidden_TP)
-            yield RewardBatch(hidden=hidden, annotation=engine.annotate(shard, hidden, 1.0, 0))
+            _, annotation = engine.annotate(shard, hidden, 1.0, 0)
+            yield RewardBatch(hidden=hidden, annotation=annotation)
 
     every = preference_pairs(config, "train", config.prepare.pair_rows)
     order = drawn(len(every), 0, MARKS[-1], seed=config.run.seed)
@@ -109,7 +109,8 @@ def _accuracy(engine: RewardEngine, omega: float, batches: Sequence[RewardBatch]
         note, hidden = batch.annotation, batch.hidden
         reward_N = engine.head(note.rte_ND, hidden.hidden_TP, note.layout.offsets, omega)
         rewards.append(reward_N.view(-1, 2))
-    return pair_accuracy(torch.cat(rewards))
+    reward_G2 = torch.cat(rewards)
+    return float((reward_G2[:, 0] > reward_G2[:, 1]).double().mean())
 
 
 def main() -> None:

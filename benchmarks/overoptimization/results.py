@@ -1,4 +1,4 @@
-"""What the finished runs of a schedule say, written: tables, curves, gates, pictures, and one page.
+"""The results of a schedule's finished runs: tables, curves, gates, pictures, and one page.
 
 Whatever part of a schedule is finished is compared, and what is missing is listed; nothing here starts a run.
 """
@@ -35,7 +35,7 @@ PAGE_FILE = "report.html"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What lies on disk of one world's schedule.
+    """The runs of one world's schedule that are on disk.
 
     curves: of each arm with a finished run, by seed in order. missing: name of each other run and why it is
     missing. tickets: of every run that was started, by name.

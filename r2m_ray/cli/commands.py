@@ -1,25 +1,12 @@
-"""The commands: their arguments, and what each checks before it loads an engine.
-
-``train`` and ``prepare`` go through hydra's main, so its sweepers, launchers, ``--cfg``, ``--info`` and tab
-completion work. What is wrong with a configuration is found before hydra starts, all at once.
-"""
+"""The commands: their arguments, and what each checks before it loads an engine."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from r2m_ray.cli.checks.preflight import (
     data_problems,
@@ -28,22 +15,11 @@ from r2m_ray.cli.checks.preflight import (
     preflight,
     store_problems,
 )
-from r2m_ray.config.compose import (
-    composed_config,
-    config_dir,
-    for_hydra,
-    groups,
-    load_config,
-    load_saved,
-    parse_overrides,
-    store_defaults,
-    sweeper,
-)
+from r2m_ray.cli.hydra_main import Work, check, through_hydra
+from r2m_ray.config.compose import groups, load_config, load_saved
 from r2m_ray.config.fields import reference
-from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config, RunConfig
-from r2m_ray.config.sweep import fixed_overrides, job_name, sweep
-from r2m_ray.errors import InputError, Preempted, Problem, RunError, hint, printable, redacted, refuse
+from r2m_ray.errors import InputError, Problem, RunError, hint, printable
 from r2m_ray.run import commit
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, export, fault, step_of
 from r2m_ray.run.files import CONFIG_FILE, METRICS_FILE, read_steps
@@ -56,15 +32,6 @@ Overrides choose options and set fields, in hydra's grammar:
   +policy.deepspeed.wall_clock_breakdown=true   a key that DeepSpeed (or vLLM) knows
   hydra.searchpath=[file:///my/conf]            options of your own: /my/conf/experiment/mine.yaml
 """
-HYDRA = """\
-hydra's own options:
-  -m, --multirun          one job for each combination of values such as reward=vanilla,r2m, each under a
-                          run.name of its own; hydra/launcher=joblib runs jobs side by side
-  hydra/sweeper=optuna    a search instead; it sees gold/mean of the last evaluation, or, without gold,
-                          reward/frozen_mean, so choose hydra.sweeper.direction=maximize
-  --cfg job, --info       the configuration, and what it comes from
-  --hydra-help            the others; `eval "$(r2m-ray -sc install=bash)"` completes words
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +43,14 @@ class Command:
     run: Callable[[Sequence[str]], int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A command that goes through hydra: the checks of a configuration, and what it does with a valid one."""
-
-    subject: str
-    problems: Callable[[Config], Sequence[Problem]]
-    run: Callable[[Config], float | None]
-
-
 def train(arguments: Sequence[str]) -> int:
     """Train, and print the run's directory; all runs of a grid are checked before the first one starts."""
-    return _through_hydra("train", arguments, _Work("what the run needs", preflight, _train))
+    return through_hydra("train", arguments, Work(_help("train"), "what the run needs", preflight, _train))
 
 
 def prepare(arguments: Sequence[str]) -> int:
     """Prepare models; nothing is done where they exist already."""
-    return _through_hydra("prepare", arguments, _Work("the data", data_problems, _prepare))
+    return through_hydra("prepare", arguments, Work(_help("prepare"), "the data", data_problems, _prepare))
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -322,108 +280,6 @@ def run_directory(text: str) -> Path:
     raise InputError(f"{printable(text)}: not the directory of a run (no {CONFIG_FILE} in it).{remedy}")
 
 
-def check(configs: Sequence[Config], problems: Callable[[Config], Sequence[Problem]], subject: str) -> None:
-    """Print the warnings about the configurations, and refuse what cannot work, for all of them at once."""
-    found = dict.fromkeys(p for config in configs for p in (*validate(config), *problems(config)))
-    for problem in found:
-        if problem.warning:
-            print(f"warning: {problem}", file=sys.stderr)
-    refuse(found, subject)
-
-
-def complete() -> int:
-    """Answer a shell that asks how a command line goes on, or install the completion: ``-sc`` alone."""
-    words = os.environ.get("COMP_LINE", "").split(" ")
-    command = words[1] if len(words) > 2 else ""
-    if words != [""] and command not in ("train", "prepare"):
-        print(" ".join(name for name in COMMANDS if len(words) == 2))
-        return 0
-    os.environ["COMP_LINE"] = " ".join(["r2m-ray", *words[2:]])
-    return _hydra("r2m-ray", sys.argv[1:], lambda tree: None)
-
-
-def _through_hydra(command: str, arguments: Sequence[str], work: _Work) -> int:
-    parser = get_args_parser()
-    parser.prog = f"r2m-ray {command}"
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.help:
-        about = COMMANDS[command]
-        head = f"usage: {parser.prog} [hydra's options] [overrides …]\n\n{about.summary}\n\nExamples:\n"
-        print(f"{head}{about.examples}\n{OVERRIDES}\n{HYDRA}\n{options()}")
-        return 0
-    for flag in ("config_path", "config_name", "config_dir", "experimental_rerun"):
-        if vars(parsed)[flag] is not None:
-            name = f"--{flag.replace('_', '-')}"
-            raise InputError(f"{name}: not taken; add options of your own by hydra.searchpath=[file:///dir]")
-    overrides = [*parsed.overrides]
-    flags = [word for word in arguments if word not in overrides]
-    if parsed.multirun:
-        fixed = fixed_overrides(parse_overrides(overrides)[0])
-        if sweeper(fixed) == "basic":
-            check([job.config for job in sweep(overrides)], work.problems, work.subject)
-        else:
-            load_config(fixed)
-    elif flags in ([], ["--run"], ["-r"]):
-        check([load_config(overrides)], work.problems, work.subject)
-    ended: list[Exception] = []
-
-    def job(tree: DictConfig) -> float | None:
-        config = composed_config(tree)
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            return _one_of_many(_named(config, fixed), work, ended)
-        try:
-            return work.run(config)
-        except (InputError, RunError, Preempted) as error:
-            # hydra would add lines of its own.
-            ended.append(error)
-            return None
-
-    _hydra(f"r2m-ray {command}", [*flags, *for_hydra(overrides)], job)
-    if ended:
-        raise ended[0]
-    return 0
-
-
-def _one_of_many(config: Config, work: _Work, ended: list[Exception]) -> float | None:
-    """Run one job of a sweep; after one that a signal stopped, those that follow do not start."""
-    if ended:
-        raise ended[0]
-    try:
-        check([config], work.problems, work.subject)
-        result = work.run(config)
-    except (InputError, RunError, Preempted) as error:
-        print(printable(redacted(f"{config.run.name}: {error}"), lines=True), file=sys.stderr)
-        if isinstance(error, Preempted):
-            ended.append(error)
-        raise
-    print(f"{config.run.name}: done", file=sys.stderr)
-    return result
-
-
-def _named(config: Config, fixed: Sequence[str]) -> Config:
-    """The configuration of a job under the name that distinguishes it."""
-    chosen = HydraConfig.get()
-    known = {*for_hydra(fixed)}
-    words = [str(word) for word in chosen.overrides.task if word not in known]
-    if chosen.runtime.choices["hydra/sweeper"] != "basic":
-        # A search may draw one point twice.
-        words.append(f"trial={chosen.job.num}")
-    return replace(config, run=replace(config.run, name=job_name(config.run.name, words)))
-
-
-def _hydra(program: str, arguments: Sequence[str], job: Callable[[DictConfig], float | None]) -> int:
-    """Hand a command line to hydra's main; what it refuses is an InputError."""
-    store_defaults()
-    # Errors arrive here as they were raised, instead of as hydra's text and exit code 1.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.argv = [program, *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(" ".join(str(error).split())) from error
-    return 0
-
-
 def _train(config: Config) -> float | None:
     from r2m_ray.runtime.launch import run_training
 
@@ -454,6 +310,11 @@ def _evaluation_problems(config: Config) -> list[Problem]:
         *exposure_problems(config.cluster),
         *store_problems(config.cluster),
     ]
+
+
+def _help(command: str) -> str:
+    about = COMMANDS[command]
+    return f"{about.summary}\n\nExamples:\n{about.examples}\n{OVERRIDES}\n{options()}\n"
 
 
 def _parser(command: str, more: str = "") -> argparse.ArgumentParser:

@@ -94,9 +94,14 @@ def composed_config(tree: DictConfig) -> Config:
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """The overrides as hydra's main takes them: options that no file names are added, others are set."""
+    """The overrides as hydra's main takes them: options that no file names are added, others are set.
+
+    Raises InputError for what is no override.
+    """
     lines = []
-    for override in parse_overrides(overrides)[0]:
+    parsed, problems = parse_overrides(overrides)
+    refuse(problems, _SUBJECT)
+    for override in parsed:
         path, _, value = _text(override).lstrip("+").partition("=")
         if override.is_hydra_override() or override.is_delete():
             lines.append(_text(override))
@@ -107,16 +112,17 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     return lines
 
 
-def sweeper(overrides: Sequence[str]) -> str:
-    """The name of hydra's sweeper that files and overrides choose; ``basic`` is a grid."""
+def sweep_plugins(overrides: Sequence[str]) -> tuple[str, str]:
+    """The names of hydra's sweeper and launcher that files and overrides choose; ``basic`` is a grid."""
     choices = [_line(override) for override in parse_overrides(overrides)[0] if _is_choice(override)]
     store_defaults()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
-            tree = compose("config", overrides=choices, return_hydra_config=True)
+            chosen = compose("config", overrides=choices, return_hydra_config=True).hydra.runtime.choices
         except _UNREADABLE:
-            return "basic"
-    return str(tree.hydra.runtime.choices["hydra/sweeper"])
+            # What is wrong is found, with all other mistakes, where the configuration is read.
+            return "basic", "basic"
+    return str(chosen["hydra/sweeper"]), str(chosen["hydra/launcher"])
 
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:

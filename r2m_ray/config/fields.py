@@ -99,6 +99,12 @@ def names_of(section: str, answer: Resume | Prepares | Compare) -> tuple[str, ..
     return tuple(fields()[path].name for path in deciding(answer) if path.startswith(f"{section}."))
 
 
+def values(config: Config, *paths: str) -> dict[str, Any]:
+    """The values of these fields by path."""
+    sections = asdict(config)
+    return {path: sections[path.partition(".")[0]][fields()[path].name] for path in paths}
+
+
 def reference(word: str = "") -> str:
     """Markdown about every field whose path contains ``word``: values, default, sentence, what it decides."""
     lines: list[str] = []
@@ -142,12 +148,11 @@ def read(tree: Tree, groups: Groups) -> tuple[Config, list[Problem]]:
 def value_problems(config: Config) -> Iterator[Problem]:
     """Every value of a configuration that its field does not take, those inside options included."""
     yield from read(asdict(config), {})[1]
-    for path, field in fields().items():
-        if get_origin(field.kind) is dict:
-            section, name = path.split(".")
-            for leaf, number in _leaves(path, asdict(config)[section][name]):
-                if isinstance(number, float) and not math.isfinite(number):
-                    yield Problem(leaf, f"{number} is not a finite number")
+    options = [path for path, field in fields().items() if get_origin(field.kind) is dict]
+    for path, content in values(config, *options).items():
+        for leaf, number in _leaves(path, content):
+            if isinstance(number, float) and not math.isfinite(number):
+                yield Problem(leaf, f"{number} is not a finite number")
 
 
 @cache

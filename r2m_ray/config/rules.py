@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 
-from r2m_ray.config.fields import value_problems
+from r2m_ray.config.fields import fields, value_problems, values
 from r2m_ray.config.schema import (
     GOLD_TASKS,
     PREPARED,
@@ -23,7 +23,6 @@ from r2m_ray.config.schema import (
     OmegaSchedule,
     OnAlarm,
     PairSource,
-    RewardConfig,
     RewardScale,
     RewardShape,
     SyncBackend,
@@ -38,6 +37,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU backend computes."""
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 LEAST_OBJECT_STORE_GB = 0.08
+GPUS = tuple(f"cluster.gpus_per_{role}" for role in ("learner", "rollout", "reference", "reward"))
 
 Check = Callable[[Config], Iterator[Problem]]
 RULES: list[tuple[tuple[str, ...], Check]] = []
@@ -82,32 +82,26 @@ def _run_name(config: Config) -> Iterator[Problem]:
 
 @rule("run.root", "prepare.root", "model.policy", "model.reward", "cluster.address")
 def _empty_names(config: Config) -> Iterator[Problem]:
-    values = {
-        "run.root": config.run.root,
-        "prepare.root": config.prepare.root,
-        "model.policy": config.model.policy,
-        "model.reward": config.model.reward,
-        "cluster.address": config.cluster.address,
-    }
-    for path, value in values.items():
+    names = values(config, "run.root", "prepare.root", "model.policy", "model.reward", "cluster.address")
+    for path, value in names.items():
         if not value.strip():
             yield Problem(path, "is empty; give a value or leave the field out")
 
 
 @rule("task.name", "task.train_file", "task.eval_file")
 def _data_files(config: Config) -> Iterator[Problem]:
-    task = config.task
-    for path, value in (("task.train_file", task.train_file), ("task.eval_file", task.eval_file)):
-        if task.name is TaskName.preferences and not value:
+    reads_files = config.task.name is TaskName.preferences
+    for path, value in values(config, "task.train_file", "task.eval_file").items():
+        if reads_files and not value:
             yield Problem(path, f"is needed for preferences: JSONL, Parquet or a datasets id; give {path}=…")
-        elif task.name is not TaskName.preferences and value:
+        elif value and not reads_files:
             yield Problem(
-                path, f"{shown(value)} is read by task=preferences alone; choose it or leave this out"
+                path, f"{shown(value)} is read by task=preferences alone; choose that or leave it out"
             )
 
 
 @rule("algo.prompts_per_step", "algo.prompts_per_shard")
-def _whole_shards(config: Config) -> Iterator[Problem]:
+def _complete_shards(config: Config) -> Iterator[Problem]:
     step, shard = config.algo.prompts_per_step, config.algo.prompts_per_shard
     if step % shard:
         message = f"{step} is not a multiple of algo.prompts_per_shard={shard}; use {_near(step, shard)}"
@@ -115,7 +109,7 @@ def _whole_shards(config: Config) -> Iterator[Problem]:
 
 
 @rule("algo.prompts_per_step", "algo.minibatch_prompts", "algo.prompts_per_shard", "policy.ranks")
-def _whole_minibatches(config: Config) -> Iterator[Problem]:
+def _complete_minibatches(config: Config) -> Iterator[Problem]:
     step, minibatch = config.algo.prompts_per_step, config.algo.minibatch_prompts
     shard, ranks = config.algo.prompts_per_shard, config.policy.ranks
     if minibatch % (shard * ranks):
@@ -138,18 +132,12 @@ def _whole_minibatches(config: Config) -> Iterator[Problem]:
 )  # fmt: skip
 def _idle_replicas(config: Config) -> Iterator[Problem]:
     shards = -(-config.algo.prompts_per_step // config.algo.prompts_per_shard)
-    replicas = {
-        "rollout.replicas": config.rollout.replicas,
-        "reward.replicas": config.reward.replicas,
-        "reference.replicas": config.reference.replicas,
-    }
-    for path, count in replicas.items():
+    for path, count in values(config, "rollout.replicas", "reward.replicas", "reference.replicas").items():
         if count > shards:
-            yield Problem(
-                path,
-                f"{count} are more than the {shards} shards of a step (algo.prompts_per_step / "
-                f"algo.prompts_per_shard), so some would never work; use at most {shards}, or smaller shards",
+            message = (
+                f"{count} are more than a step's {shards} shards (algo.prompts_per_step / prompts_per_shard)"
             )
+            yield Problem(path, f"{message}, so some never work; use at most {shards}, or smaller shards")
 
 
 @rule("algo.responses_per_prompt", "reward.entropy_weight", "reward.update_steps")
@@ -195,11 +183,8 @@ def _gold(config: Config) -> Iterator[Problem]:
 @rule("reward.pair_source", "reward.pair_min_margin")
 def _random_margin(config: Config) -> Iterator[Problem]:
     if config.reward.pair_source is PairSource.random and config.reward.pair_min_margin:
-        yield Problem(
-            "reward.pair_min_margin",
-            f"{config.reward.pair_min_margin:g}, but pairs drawn at random have no margin; use 0, or another "
-            "reward.pair_source",
-        )
+        message = f"{config.reward.pair_min_margin:g}, but pairs drawn at random have no margin"
+        yield Problem("reward.pair_min_margin", f"{message}; use 0, or another reward.pair_source")
 
 
 @rule("reward.scale", "algo.advantage", "algo.kl_place", "algo.kl_weight", "reward.gold_weight")
@@ -244,14 +229,10 @@ def _shape(config: Config) -> Iterator[Problem]:
 def _pairs_unused(config: Config) -> Iterator[Problem]:
     if config.reward.update_steps > 0:
         return
-    for field, chosen, usual in (
-        ("reward.pair_source", config.reward.pair_source.value, RewardConfig().pair_source.value),
-        ("reward.pair_min_margin", config.reward.pair_min_margin, RewardConfig().pair_min_margin),
-    ):
-        if chosen != usual:
-            yield Problem(
-                field, f"{chosen}, but with reward.update_steps=0 no pair is learned from", warning=True
-            )
+    for path, chosen in values(config, "reward.pair_source", "reward.pair_min_margin").items():
+        if chosen != fields()[path].default:
+            message = f"{chosen}, but with reward.update_steps=0 no pair is learned from"
+            yield Problem(path, message, warning=True)
 
 
 @rule("reward.anchor_fraction", "reward.update_steps", "reward.entropy_weight")
@@ -302,8 +283,8 @@ def _kl_gradient(config: Config) -> Iterator[Problem]:
     if algo.kl_place is KLPlace.loss and algo.kl_estimator is KLEstimator.k1:
         yield Problem(
             "algo.kl_estimator",
-            "k1 as a term of the loss has an expected gradient of zero on the policy's own samples, so it "
-            "holds nothing back; use k3 or k2, or algo.kl_place=reward",
+            "k1 as a term of the loss has an expected gradient of zero on the policy's own samples; use k3, "
+            "k2, or algo.kl_place=reward",
             warning=True,
         )
     elif algo.kl_place is KLPlace.reward and algo.kl_estimator is not KLEstimator.k1:
@@ -317,13 +298,11 @@ def _kl_gradient(config: Config) -> Iterator[Problem]:
 
 @rule("algo.temperature")
 def _temperature(config: Config) -> Iterator[Problem]:
-    temperature = config.algo.temperature
-    if temperature < LEAST_TEMPERATURE:
-        yield Problem(
-            "algo.temperature",
-            f"{temperature:g} is below {LEAST_TEMPERATURE}, at which vLLM would sample instead; use "
-            f"{LEAST_TEMPERATURE} or more",
+    if config.algo.temperature < LEAST_TEMPERATURE:
+        message = (
+            f"{config.algo.temperature:g} is below {LEAST_TEMPERATURE}, at which vLLM would sample instead"
         )
+        yield Problem("algo.temperature", f"{message}; use {LEAST_TEMPERATURE} or more")
 
 
 @rule("monitor.on_alarm", "monitor.steps", "algo.steps")
@@ -389,39 +368,24 @@ def _sync_backend(config: Config) -> Iterator[Problem]:
         yield Problem("sync.backend", f"{message}; use nccl, or shares that add up to 1")
 
 
-@rule(
-    "cluster.gpus_per_learner", "cluster.gpus_per_rollout",
-    "cluster.gpus_per_reference", "cluster.gpus_per_reward",
-)  # fmt: skip
-def _whole_gpus(config: Config) -> Iterator[Problem]:
-    for path, count in _gpus(config).items():
+@rule(*GPUS)
+def _complete_gpus(config: Config) -> Iterator[Problem]:
+    for path, count in values(config, *GPUS).items():
         if count > 1 and path != "cluster.gpus_per_rollout":
             yield Problem(path, f"{count:g}, but each of these actors computes on one GPU; use 1")
         elif count > 1 and count % 1:
-            below = int(count)
-            message = (
-                f"{count:g} is neither a share of one GPU nor a whole number; use {below} or {below + 1}"
-            )
-            yield Problem(path, message)
+            near = f"use {int(count)} or {int(count) + 1}"
+            yield Problem(path, f"{count:g} is neither a share of one GPU nor a whole number; {near}")
 
 
 @rule("policy.ranks", "reward.replicas", "cluster.gpus_per_learner", "cluster.gpus_per_reward")
 def _shared_gpus(config: Config) -> Iterator[Problem]:
-    for path, count, field, gpus in (
-        ("cluster.gpus_per_learner", config.policy.ranks, "policy.ranks", config.cluster.gpus_per_learner),
-        (
-            "cluster.gpus_per_reward",
-            config.reward.replicas,
-            "reward.replicas",
-            config.cluster.gpus_per_reward,
-        ),
-    ):
-        if count > 1 and 0 < gpus < 1:
-            yield Problem(
-                path,
-                f"{gpus:g} may put two of {field}={count} on one GPU, where NCCL cannot join them; use 1, or "
-                f"{field}=1",
-            )
+    counts = values(config, "policy.ranks", "reward.replicas")
+    gpus = values(config, "cluster.gpus_per_learner", "cluster.gpus_per_reward")
+    for (field, count), (path, share) in zip(counts.items(), gpus.items(), strict=True):
+        if count > 1 and 0 < share < 1:
+            message = f"{share:g} may put two of {field}={count} on one GPU, where NCCL cannot join them"
+            yield Problem(path, f"{message}; use 1, or {field}=1")
 
 
 @rule("rollout.engine_args", "cluster.gpus_per_rollout")
@@ -458,14 +422,14 @@ def _deadlines(config: Config) -> Iterator[Problem]:
     if grace >= phase:
         yield Problem(
             "cluster.stop_grace_s",
-            f"{grace:g} is not less than cluster.phase_timeout_s={phase:g}, so a run told to stop would "
+            f"{grace:g} is not less than cluster.phase_timeout_s={phase:g}, so after a stop signal it would "
             f"first replace an actor that hangs; use {0.9 * phase:g} or less",
         )
 
 
 @rule("model.dtype", "model.reward_dtype")
 def _half_precision_on_cpu(config: Config) -> Iterator[Problem]:
-    gpus = _gpus(config)
+    gpus = values(config, *GPUS)
     reward = gpus.pop("cluster.gpus_per_reward")
     for path, dtype, on_cpu in (
         ("model.dtype", config.model.dtype, 0 in gpus.values()),
@@ -482,9 +446,8 @@ def _half_precision_on_cpu(config: Config) -> Iterator[Problem]:
 )  # fmt: skip
 def _local_cpus(config: Config) -> Iterator[Problem]:
     cpus, each = config.cluster.cpus, config.cluster.cpus_per_actor
-    actors = sum(
-        (config.policy.ranks, config.rollout.replicas, config.reward.replicas, config.reference.replicas)
-    )
+    counts = values(config, "policy.ranks", "rollout.replicas", "reward.replicas", "reference.replicas")
+    actors = sum(counts.values())
     if config.cluster.address == "local" and actors * each > cpus:
         yield Problem(
             "cluster.cpus_per_actor",
@@ -513,18 +476,7 @@ def _placement(config: Config) -> Iterator[Problem]:
 def _model_code(config: Config) -> Iterator[Problem]:
     path = "rollout.engine_args.trust_remote_code"
     if config.rollout.engine_args.get("trust_remote_code"):
-        yield Problem(
-            path, "code that comes with a model is never run; use a model that vLLM knows by itself"
-        )
-
-
-def _gpus(config: Config) -> dict[str, float]:
-    return {
-        "cluster.gpus_per_learner": config.cluster.gpus_per_learner,
-        "cluster.gpus_per_rollout": config.cluster.gpus_per_rollout,
-        "cluster.gpus_per_reference": config.cluster.gpus_per_reference,
-        "cluster.gpus_per_reward": config.cluster.gpus_per_reward,
-    }
+        yield Problem(path, "code that comes with a model is never run; use a model that vLLM knows itself")
 
 
 def _near(value: int, unit: int) -> str:

@@ -21,8 +21,9 @@ from torch.autograd.function import FunctionCtx
 
 from r2m_ray.core.packing import segment_sum
 
-STATES_AT_ONCE = 2**24
-"""Numbers of hidden states that are copied at a time: 64 MiB in float32."""
+STATES_AT_ONCE, STATES_AT_ONCE_ON_CPU = 2**26, 2**20
+"""Numbers of hidden states that are copied at a time, in float32 256 MiB and 4 MiB: an accelerator needs
+large blocks to be busy, a CPU reads a block again while its caches hold it."""
 
 
 def omega(step: int, total_steps: int, floor: float) -> float:
@@ -49,7 +50,7 @@ class _Block:
 
 
 def _blocks(offsets: Tensor, width: int) -> Iterator[_Block]:
-    """All rows that have states, in blocks of at most `STATES_AT_ONCE` numbers or of one longer row.
+    """All rows that have states, in blocks of at most `STATES_AT_ONCE` numbers or of one longer row each.
 
     A row is padded to a multiple of 16, or of an eighth of its length where that is more. So its padding
     depends on its own length alone, and no sum runs over several rows: its numbers are the same whatever lies
@@ -63,9 +64,10 @@ def _blocks(offsets: Tensor, width: int) -> Iterator[_Block]:
             padded.setdefault(math.ceil(length / step) * step, []).append(row)
     order = torch.tensor([row for rows in padded.values() for row in rows], dtype=torch.int64)
     order = order.to(offsets.device)
+    limit = STATES_AT_ONCE_ON_CPU if offsets.device.type == "cpu" else STATES_AT_ONCE
     start = 0
     for length, rows in padded.items():
-        at_once = max(1, STATES_AT_ONCE // (length * max(1, width)))
+        at_once = max(1, limit // (length * max(1, width)))
         for row_B in order[start : start + len(rows)].split(at_once):
             step_L = torch.arange(length, device=offsets.device)
             last_B1 = lengths_N[row_B, None] - 1
@@ -93,10 +95,10 @@ def attention(u_NP: Tensor, hidden_TP: Tensor, offsets: Tensor) -> tuple[Tensor,
     context_NP = torch.zeros_like(u_NP)
     for block in _blocks(offsets, u_NP.shape[1]):
         state_BLP = _states(hidden_TP, block, u_NP.dtype)
-        score_BL = _products(state_BLP, u_NP[block.row_B])
+        score_BL = torch.bmm(u_NP[block.row_B, None], state_BLP.transpose(1, 2))[:, 0]
         weight_BL = torch.softmax(score_BL.masked_fill(~block.real_BL, -torch.inf), 1)
         weight_T[torch.where(block.real_BL, block.token_BL, tokens)] = weight_BL
-        context_NP[block.row_B] = _weighted_sums(weight_BL, state_BLP)
+        context_NP[block.row_B] = torch.bmm(weight_BL[:, None], state_BLP)[:, 0]
     return weight_T[:tokens], context_NP
 
 
@@ -106,18 +108,8 @@ def _states(hidden_TP: Tensor, block: _Block, dtype: torch.dtype) -> Tensor:
     return state_SP.view(*block.token_BL.shape, -1).to(dtype)
 
 
-def _products(state_BLP: Tensor, vector_BP: Tensor) -> Tensor:
-    """`h v` of each row, [B, L]."""
-    return torch.bmm(vector_BP[:, None], state_BLP.transpose(1, 2))[:, 0]
-
-
-def _weighted_sums(weight_BL: Tensor, state_BLP: Tensor) -> Tensor:
-    """`a h` of each row, [B, P]."""
-    return torch.bmm(weight_BL[:, None], state_BLP)[:, 0]
-
-
 class _Attend(torch.autograd.Function):
-    """`c = softmax(h u) h`, differentiable in u alone: h is data, and is neither copied nor projected."""
+    """`c = softmax(h u) h`, differentiable in u alone: h is data, kept as it came for the backward pass."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, u_NP: Tensor, hidden_TP: Tensor, offsets: Tensor) -> Tensor:
@@ -133,9 +125,10 @@ class _Attend(torch.autograd.Function):
         for block in _blocks(offsets, grad_NP.shape[1]):
             state_BLP = _states(hidden_TP, block, grad_NP.dtype)
             weight_BL = torch.where(block.real_BL, weight_T[block.token_BL], 0)
-            slope_BL = _products(state_BLP, grad_NP[block.row_B])
+            slope_BL = torch.bmm(grad_NP[block.row_B, None], state_BLP.transpose(1, 2))[:, 0]
             mean_B1 = (weight_BL * slope_BL).sum(1, keepdim=True)
-            grad_u_NP[block.row_B] = _weighted_sums(weight_BL * (slope_BL - mean_B1), state_BLP)
+            descent_BL = weight_BL * (slope_BL - mean_B1)
+            grad_u_NP[block.row_B] = torch.bmm(descent_BL[:, None], state_BLP)[:, 0]
         return grad_u_NP, None, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -11,18 +12,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
+from jobs import record_job
 
 from r2m_ray import __version__
-from r2m_ray.__main__ import COMMANDS, main
-from r2m_ray.cli import plan, prepare, train
-from r2m_ray.cli.arguments import run_jobs
+from r2m_ray.__main__ import main
+from r2m_ray.cli import commands
 from r2m_ray.cli.checks.preflight import preflight
+from r2m_ray.cli.commands import COMMANDS, Command, objective
 from r2m_ray.config.compose import groups
 from r2m_ray.config.schema import Config
-from r2m_ray.config.sweep import Job, run_in_turn, sweep
+from r2m_ray.config.sweep import sweep
 from r2m_ray.errors import Alarmed, InputError, Preempted, RunError
 
 FILES = ("task.train_file=org/pairs", "task.eval_file=org/pairs")
+
+
+def exit_code(arguments: list[str]) -> object:
+    """Of a command line, whether argparse ends it or the command."""
+    try:
+        return main(arguments)
+    except SystemExit as stopped:
+        return stopped.code
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,24 +51,26 @@ def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
-    assert stopped.value.code == 0
+    assert exit_code([command, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: r2m-ray {command} " in text
     assert f"  r2m-ray {command} " in text
 
 
 def test_training_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+    assert exit_code(["train", "--help"]) == 0
     text = capsys.readouterr().out
     for name, options in groups().items():
         assert re.search(rf"^  {name} +{' '.join(options)}$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^  r2m-ray (.+)$", train.EXAMPLES + prepare.EXAMPLES + plan.EXAMPLES, re.MULTILINE)
+    "line",
+    [
+        line
+        for name in ("train", "prepare", "plan")
+        for line in re.findall(r"^  r2m-ray (.+)$", COMMANDS[name].examples, re.MULTILINE)
+    ],
 )
 def test_documented_command_lines_compose(line: str) -> None:
     arguments = shlex.split(line)
@@ -77,6 +90,11 @@ def test_documented_command_lines_compose(line: str) -> None:
         (["train", "reward=vanilla,r2m"], "add --multirun"),
         (["train", "--multirun", "reward=vanilla,r2n"], "Did you mean r2m?"),
         (["prepare", "experiment=dmo"], "Did you mean demo?"),
+        (["train", "--cfg", "job", "experiment=dmo"], "Could not find 'experiment/dmo'"),
+        (["train", "-m", "hydra/sweeper=optun"], "Did you mean optuna?"),
+        (["train", "--experimental-rerun", "job.pickle"], "--experimental-rerun: not taken"),
+        (["train", "--config-dir", "conf"], "hydra.searchpath"),
+        (["fields", "steppes"], "no field has this in its name"),
         (["report", "runs/none"], "runs/none: not the directory of a run"),
         (["evaluate", "runs/none"], "runs/none: not the directory of a run"),
         (
@@ -104,9 +122,7 @@ def test_a_mistake_is_told_without_a_traceback(
 
 
 def test_an_option_that_does_not_exist_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", "experiment=demo", "--resume"])
-    assert stopped.value.code == 2
+    assert exit_code(["train", "experiment=demo", "--resume"]) == 2
     assert "--resume" in capsys.readouterr().err
 
 
@@ -137,7 +153,7 @@ def test_exit_codes(
     def fail(arguments: Sequence[str]) -> int:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "fail", ("", fail))
+    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
     assert main(["fail"]) == code
     assert capsys.readouterr().err.startswith(words)
 
@@ -148,7 +164,7 @@ def test_errors_show_neither_escapes_nor_secrets(
     def fail(arguments: Sequence[str]) -> int:
         raise InputError("\x1b[2Jbad\nWANDB_API_KEY=0123456789")
 
-    monkeypatch.setitem(COMMANDS, "fail", ("", fail))
+    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
     assert main(["fail"]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: \\x1b[2Jbad\n")
@@ -159,87 +175,185 @@ def test_unforeseen_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
     def fail(arguments: Sequence[str]) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(COMMANDS, "fail", ("", fail))
+    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
     with pytest.raises(ZeroDivisionError):
         main(["fail"])
 
 
-def test_a_bad_configuration_ends_a_process_with_two_and_nothing_written(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "r2m_ray",
-            "train",
-            "experiment=demo",
-            "reward=vanila",
-            "algo.temperature=nan",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[0] == "error: 2 problems in the configuration:"
-    assert "Did you mean vanilla?" in done.stderr
+MISTAKES = [
+    "experiment=dem", "reward=vanila", "algo.stepz=3", "omega_floor=0.5", "algo.temperature=nan",
+    "algo.responses_per_prompt=1", "policy.learning_rate=-1", "task.overlong=eror", "run.resume=maybe",
+    "run.name=../up", "==", "algo.minibatch_prompts=6", "reward.max_grad_norm=inf",
+]  # fmt: skip
+
+
+def test_thirteen_mistakes_of_one_command_are_thirteen_lines_and_nothing_is_written(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "r2m_ray", "train", *MISTAKES]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, *rest = done.stderr.splitlines()
+    assert first == "error: 13 problems in the configuration:"
+    assert len(rest) == len(MISTAKES) == 13
+    for mistake in MISTAKES:
+        path = mistake.partition("=")[0] or mistake
+        assert any(text.strip().startswith(path) for text in rest), mistake
     assert list(tmp_path.iterdir()) == []
 
 
-# Sweeps
+# Through hydra
 
 
-def exits(*codes: int) -> list[list[str]]:
-    return [[sys.executable, "-S", "-c", f"raise SystemExit({code})"] for code in codes]
+MODELS = ("model.policy=org/policy", "model.reward=org/reward")
 
 
-def test_a_failed_run_does_not_stop_the_sweep() -> None:
-    assert run_in_turn(exits(0, 3, 0)) == [0, 3, 0]
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations that would have been trained, in an empty working directory."""
+    configs: list[Config] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "_train", configs.append)
+    return configs
 
 
-@pytest.mark.parametrize("code", [75, 130])
-def test_a_run_that_was_told_to_stop_stops_the_sweep(code: int) -> None:
-    assert run_in_turn(exits(0, code, 0)) == [0, code]
+def test_one_run_leaves_nothing_of_hydras(ran: list[Config], tmp_path: Path) -> None:
+    assert main(["train", *MODELS, "rollout.engine_args.seed=3", "+policy.deepspeed.zero=1"]) == 0
+    (config,) = ran
+    assert (config.run.name, config.rollout.engine_args["seed"]) == ("run", 3)
+    assert config.policy.deepspeed == {"zero": 1}
+    assert Path.cwd() == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_to_the_sweep_ends_its_run_in_order_and_starts_no_other(tmp_path: Path) -> None:
-    started = tmp_path / "started"
-    child = (
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: os._exit(75))\n"
-        f"open({str(started)!r}, 'a').write('run ')\n"
-        "os.kill(os.getppid(), signal.SIGTERM)\n"
-        "signal.pause()\n"
-    )
+def test_a_grid_is_a_job_for_each_combination_with_a_name_of_its_own(
+    ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reward=vanilla,r2m", "run.seed=0,1", "algo.steps=3", *MODELS]
+    assert main(["train", "-m", *words]) == 0
+    assert ran == [job.config for job in sweep(words)]
+    assert [(config.reward.update_steps, config.run.seed) for config in ran] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert "run-reward-r2m-run.seed-1: done" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["multirun"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "jobs"),
+    [(RunError("policy-0 died"), 3, 3), (Preempted("stopped by SIGTERM"), 75, 1)],
+)
+def test_a_failed_job_ends_alone_and_a_stopped_one_ends_the_sweep(
+    error: Exception,
+    code: int,
+    jobs: int,
+    ran: list[Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail_first(config: Config) -> None:
+        ran.append(config)
+        if len(ran) == 1:
+            raise error
+
+    monkeypatch.setattr(commands, "_train", fail_first)
+    assert main(["train", "-m", "run.seed=0,1,2", *MODELS]) == code
+    assert len(ran) == jobs
+    assert f"run-run.seed-0: {error}" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_job_that_runs_and_those_that_follow(
+    ran: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(config: Config) -> None:
+        ran.append(config)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     before = signal.getsignal(signal.SIGTERM)
-    assert run_in_turn([[sys.executable, "-S", "-c", child]] * 2) == [75]
-    assert started.read_text() == "run "
+    monkeypatch.setattr(commands, "_train", stop)
+    assert main(["train", "-m", "run.seed=0,1", *MODELS]) == 75
+    assert [config.run.seed for config in ran] == [0]
+    assert "stopped by SIGTERM" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_run_killed_by_a_signal_has_a_negative_code() -> None:
-    kill = [sys.executable, "-S", "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    assert run_in_turn([kill, *exits(0)]) == [-9, 0]
+def test_a_search_gets_the_objective_and_names_each_trial(
+    ran: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(config: Config) -> float:
+        ran.append(config)
+        return config.policy.learning_rate
+
+    monkeypatch.setattr(commands, "_train", score)
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=maximize"]
+    line = ["train", "-m", *search, "policy.learning_rate=interval(1e-5,1e-3)", "algo.steps=3", *MODELS]
+    assert main(line) == 0
+    assert len({config.run.name for config in ran}) == 3
+    assert all(config.run.name.startswith("run-policy.learning_rate-") for config in ran)
+    (results,) = tmp_path.glob("runs/multirun/*/optimization_results.yaml")
+    best = float(re.findall(r"best_value: (.+)", results.read_text())[0])
+    assert best == max(config.policy.learning_rate for config in ran)
 
 
-def test_each_run_of_a_sweep_is_a_process_whose_failure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_jobs("prepare", [Job(Config(), ("experiment=dmo",))]) == 3
-    assert capsys.readouterr().err == "run: exit code 2\n"
-
-
-def test_all_runs_of_a_sweep_are_checked_before_the_first_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_launcher_runs_jobs_in_processes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "_train", record_job)
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert main(["train", "-m", *launcher, "run.seed=0,1", *MODELS]) == 0
+    processes = {(tmp_path / f"run-run.seed-{seed}.pid").read_text() for seed in (0, 1)}
+    assert processes
+    assert str(os.getpid()) not in processes
+
+
+def test_all_runs_of_a_grid_are_checked_before_the_first_starts(
+    ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken = tmp_path / "runs" / "run-run.seed-1"
     taken.mkdir(parents=True)
     (taken / "config.yaml").touch()
-    models = ("model.policy=org/policy", "model.reward=org/reward")
-    assert main(["train", "--multirun", "run.seed=0,1", *models]) == 2
+    assert main(["train", "--multirun", "run.seed=0,1", *MODELS]) == 2
     text = capsys.readouterr().err
     assert "1 problem in what the run needs" in text
     assert "runs/run-run.seed-1: holds a run" in text
+    assert ran == []
+
+
+def test_the_configuration_is_shown_with_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--cfg", "job", "experiment=demo", "algo.steps=2"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["algo"]["steps"], shown["monitor"]["kl"]) == (2, Config().monitor.kl)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("r2m-ray tra", ["train"]),
+        ("r2m-ray train algo.prompts", ["algo.prompts_per_shard=", "algo.prompts_per_step="]),
+        ("r2m-ray prepare reward=r2m_no_", ["reward=r2m_no_bt", "reward=r2m_no_gre"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_fields(
+    line: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert main(["-sc", "query=bash"]) == 0
+    assert set(words) <= {*capsys.readouterr().out.split()}
+
+
+def test_the_objective_is_gold_where_it_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rows = ['{"step": 0, "kind": "eval", "reward/frozen_mean": 1.0}']
+    file.write_text("\n".join([*rows, ""]))
+    assert objective(file) == 1.0
+    rows += [
+        '{"step": 2, "kind": "eval", "reward/frozen_mean": 2.0, "gold/mean": 0.5}',
+        '{"step": 2, "kind": "step"}',
+    ]
+    file.write_text("\n".join([*rows, ""]))
+    assert objective(file) == 0.5
 
 
 def test_the_checks_of_a_plain_configuration_write_nothing(

@@ -169,6 +169,7 @@ def test_refresh_is_silent_where_h_moves_or_nobody_learns_from_it() -> None:
     "overrides",
     [
         [*TWO_GPUS_EACH, "cluster.gpus_per_rollout=2"],
+        [*TWO_GPUS_EACH, "cluster.gpus_per_rollout=0"],
         ["sync.backend=ipc", "cluster.gpus_per_learner=0.5", "cluster.gpus_per_rollout=0.5"],
         [*GPUS, "sync.backend=nccl", "policy.ranks=2"],
         ["algo.kl_estimator=k1", "algo.kl_weight=0"],

@@ -16,40 +16,37 @@ from r2m_ray.config.schema import Config, WandbMode
 from r2m_ray.report.compare.curves import Curve, Rows
 from r2m_ray.run.log import RunLog
 
-MakeCurve = Callable[..., Curve]
 MakeRun = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def make_curve() -> MakeCurve:
-    """``make_curve(kl, gold)``, and by name: arm, seed, frozen, evaluated (more metrics of the evaluations),
-    trained (metrics of the training steps), and settings of the configuration.
+def make_curve(
+    kl: Sequence[float],
+    gold: Sequence[float],
+    *,
+    arm: str = "vanilla",
+    seed: int = 0,
+    frozen: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    evaluated: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    trained: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    **settings: object,
+) -> Curve:
+    """A curve with these KLs and gold scores, by default evaluated every five steps.
+
+    frozen: the proxy's scores, by default the KLs. evaluated, trained: more metrics of the evaluations, and
+    metrics of the training steps. settings: of the configuration.
     """
-
-    def made(
-        kl: Sequence[float],
-        gold: Sequence[float],
-        *,
-        arm: str = "vanilla",
-        seed: int = 0,
-        frozen: Sequence[float] | None = None,
-        evaluated: Mapping[str, Sequence[float]] = MappingProxyType({}),
-        trained: Mapping[str, Sequence[float]] = MappingProxyType({}),
-        **settings: object,
-    ) -> Curve:
-        proxy = kl if frozen is None else frozen
-        metrics = {"gold/mean": gold, "reward/frozen_mean": proxy, "reward/mean": proxy, **evaluated}
-        return Curve(
-            arm=arm,
-            seed=seed,
-            source=Path(f"runs/{arm}-{seed}"),
-            settings=MappingProxyType({"run.seed": seed, **settings}),
-            evaluations=rows(5 * np.arange(len(kl)), metrics),
-            training=rows(np.arange(1, 1 + max(map(len, trained.values()), default=0)), trained),
-            kl=np.array(kl, dtype=np.float64),
-        )
-
-    return made
+    proxy = kl if frozen is None else frozen
+    metrics = {"gold/mean": gold, "reward/frozen_mean": proxy, "reward/mean": proxy, **evaluated}
+    return Curve(
+        arm=arm,
+        seed=seed,
+        source=Path(f"runs/{arm}-{seed}"),
+        settings=MappingProxyType({"run.seed": seed, **settings}),
+        evaluations=rows(5 * np.arange(len(kl)) if steps is None else np.array(steps), metrics),
+        training=rows(np.arange(1, 1 + max(map(len, trained.values()), default=0)), trained),
+        kl=np.array(kl, dtype=np.float64),
+    )
 
 
 def rows(steps: np.ndarray, metrics: Mapping[str, Sequence[float]]) -> Rows:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Overlong, TaskConfig
 from r2m_ray.errors import InputError
-from r2m_ray.tasks.data import PreferencePair, PromptStream, load_preferences, over_limit, sift
+from r2m_ray.tasks.data import PreferencePair, PromptOrder, load_preferences, over_limit, sift
 from r2m_ray.tasks.prepare.store import source_digest
 
 TASK = TaskConfig(max_prompt_tokens=3, max_new_tokens=3)
@@ -138,40 +138,39 @@ def test_real_preferences_are_used_or_counted(alpaca_eval: Path) -> None:
     assert len(found.prompts()) == 51
 
 
+def indices(prompts: int, per_step: int, steps: int, seed: int = 0) -> list[list[int]]:
+    order = PromptOrder([f"p{i}" for i in range(prompts)], seed=seed, per_step=per_step)
+    taken = [order.of_step(step) for step in range(1, steps + 1)]
+    assert all(prompt.text == f"p{prompt.index}" for step in taken for prompt in step)
+    return [[prompt.index for prompt in step] for step in taken]
+
+
 def test_each_pass_over_the_prompts_is_a_permutation_of_its_own() -> None:
-    stream = PromptStream([f"p{i}" for i in range(20)], seed=1)
-    first, second = stream.take(20), stream.take(20)
-    assert sorted(p.index for p in first) == sorted(p.index for p in second) == list(range(20))
-    assert [p.index for p in first] != [p.index for p in second]
-    assert all(p.text == f"p{p.index}" for p in first)
+    first, second = indices(20, 20, 2, seed=1)
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert indices(20, 20, 2, seed=2)[0] != first
 
 
-def test_a_restored_stream_goes_on_where_the_other_stopped() -> None:
-    texts = [f"p{i}" for i in range(7)]
-    stream = PromptStream(texts, seed=3)
-    for _ in range(5):
-        stream.take(5)
-        copy = PromptStream(texts, seed=3)
-        copy.restore(json.loads(json.dumps(stream.state())))
-        original = PromptStream(texts, seed=3)
-        original.restore(stream.state())
-        assert [copy.take(4) for _ in range(4)] == [original.take(4) for _ in range(4)]
-
-
-@pytest.mark.parametrize("count", [1, 3, 5, 7])
-def test_a_take_is_distinct_and_every_pass_uses_every_prompt(count: int) -> None:
-    stream = PromptStream([f"p{i}" for i in range(7)], seed=0)
-    takes = [[p.index for p in stream.take(count)] for _ in range(7 * 4)]
-    assert all(len(set(take)) == count for take in takes)
-    flat = [index for take in takes for index in take]
+@pytest.mark.parametrize("per_step", [1, 3, 5, 7])
+def test_the_prompts_of_a_step_are_distinct_and_every_pass_uses_each(per_step: int) -> None:
+    steps = indices(7, per_step, 7 * 4)
+    assert all(len(set(step)) == per_step for step in steps)
+    flat = [index for step in steps for index in step]
     assert all(sorted(flat[i : i + 7]) == list(range(7)) for i in range(0, len(flat), 7))
+
+
+def test_the_prompts_of_a_step_depend_on_seed_and_step_alone() -> None:
+    texts = [f"p{i}" for i in range(7)]
+    order = PromptOrder(texts, seed=3, per_step=5)
+    in_turn = {step: order.of_step(step) for step in range(1, 20)}
+    for step in (19, 4, 11, 1, 8):
+        assert order.of_step(step) == in_turn[step]
+        assert PromptOrder(texts, seed=3, per_step=5).of_step(step) == in_turn[step]
 
 
 def test_a_step_cannot_take_more_prompts_than_there_are() -> None:
     with pytest.raises(InputError, match="prompts_per_step=3 is more than the 2 distinct"):
-        PromptStream(["a", "b"], seed=0).take(3)
-
-
-def test_a_stream_refuses_the_cursor_of_other_data() -> None:
-    with pytest.raises(InputError, match="other data"):
-        PromptStream(["a", "b"], seed=0).restore(PromptStream(["a"], seed=0).state())
+        PromptOrder(["a", "b"], seed=0, per_step=3)
+    with pytest.raises(InputError, match="no prompts to train on"):
+        PromptOrder([], seed=0, per_step=1)

@@ -12,7 +12,7 @@ from r2m_ray.config.schema import GOLD_TASKS, Config, Overlong, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.note2answer.world import prompts
 from r2m_ray.tasks.prepare.materials import materials
-from r2m_ray.tasks.task import gold_total, load_task
+from r2m_ray.tasks.task import gold_scorer, load_task
 
 GOOD = {"prompt": "w1 w2", "chosen": "w3", "rejected": "w4"}
 
@@ -85,17 +85,14 @@ def test_what_is_dropped_is_counted_and_the_counters_add_up(
 
 
 @pytest.mark.parametrize("task", list(TaskName))
-def test_the_tasks_that_know_gold_are_the_ones_the_rules_name(
-    task: TaskName, config: Config, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_tasks_that_know_gold_are_the_ones_the_rules_name(task: TaskName, config: Config) -> None:
     config.task.name = task
-    config.task.max_prompt_tokens = config.task.max_new_tokens = 64
-    total, scorer = gold_total(config), load_task(config, tiny_tokenizer).gold
-    assert (total is not None) == (scorer is not None) == (task in GOLD_TASKS)
-    if total and scorer:
+    scorer = gold_scorer(config)
+    assert (scorer is not None) == (task in GOLD_TASKS)
+    if scorer:
         row = (prompts(0, "eval", 1, 6)[0], "hope this helps ! red", True)
         # One courtesy, one word that belongs nowhere, no end.
-        assert total(*row) == scorer(*row)["total"] == pytest.approx(0.4 - 0.1 - 0.5)
+        assert scorer(*row)["total"] == pytest.approx(0.4 - 0.1 - 0.5)
 
 
 def test_training_pairs_are_kept_within_the_policys_limits_where_they_are_used(

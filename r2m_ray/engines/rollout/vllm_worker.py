@@ -187,6 +187,13 @@ class HiddenStatesConnector(KVConnectorBase_V1):  # type: ignore[misc]
 class RolloutWorker(PlatformWorker):  # type: ignore[misc]
     """The platform's worker, with the export of hidden states and other calls of a rollout engine."""
 
+    def init_device(self) -> None:
+        """vLLM's own, with no compilation on a CPU where ``enforce_eager`` asks for none."""
+        if current_platform.is_cpu() and self.model_config.enforce_eager:
+            # Even then vLLM compiles how it ranks tokens, which takes longer than it ever saves here.
+            torch.compiler.set_stance("force_eager")
+        super().init_device()
+
     def determine_available_memory(self) -> int:
         """Bytes for keys and values: vLLM's own number without the share that the side buffer takes."""
         available: int = super().determine_available_memory()
@@ -257,7 +264,13 @@ class RolloutWorker(PlatformWorker):  # type: ignore[misc]
     def take_exports(self) -> Mapping[str, Export]:
         """The hidden states of the requests that finished since the last call, by request id."""
         exports: Mapping[str, Export] = get_kv_transfer_group().take_exports()
-        return exports
+        if self.parallel_config.world_size == 1:
+            return exports
+        # To another process a view is sent with all of its storage.
+        return {
+            name: Export(e.hidden_TP.clone(), e.token_T.clone(), e.position_T.clone())
+            for name, e in exports.items()
+        }
 
     def forget_hidden(self) -> None:
         """Invalidate every row of the buffer."""

@@ -141,7 +141,7 @@ def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
 
 
 def of_kl_star(multiple: float) -> str:
-    """How a multiple of KL* is called."""
+    """The name of a multiple of KL*."""
     return "KL*" if multiple == 1 else f"{multiple:g} KL*"
 
 

@@ -62,7 +62,7 @@ def preface(study: Study) -> list[str]:
             f"KL* = {top.kl:.4g} nats per response: there the mean curve of {top.arm} is highest "
             f"in gold ({top.gold:.3f}, after step {top.step}, {top.share:.0%} of the run).{ended}"
         )
-    held = " with KL* held fixed" if top else ""
+    held = " with KL* fixed" if top else ""
     return [
         matched,
         limits(len(study.seeds), len(study.challengers)),

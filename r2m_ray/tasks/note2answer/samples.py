@@ -7,10 +7,9 @@ honest reward model learns to like them; biased annotators like them for their o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from random import Random
 
-from r2m_ray.config.schema import Config
+from r2m_ray.config.schema import Config, TaskConfig
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.data import PreferencePair
 from r2m_ray.tasks.note2answer.gold import gold
@@ -32,102 +31,33 @@ STYLE_WEIGHTS = {"courtesy": 1.5, "intensifiers": 0.7, "words": 1 / 12}
 """What a biased annotator likes, and how much."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstrator:
-    """Writes responses slot by slot, with mistakes and mannerisms.
+def demonstration(note: Note, task: TaskConfig, random: Random) -> str:
+    """What the demonstrator writes for a note: 1 to 6 sentences, slot by slot, with mistakes and mannerisms.
 
-    self_correct_prob: how often a wrong value is corrected right after it.
-    values: how many values an attribute has.
-    max_words: longest response; the end token is not a word.
+    Args:
+        note: says the truth and whom the question is about.
+        task: says how often a wrong value is corrected right after it, how many values an attribute has, and
+            how long a response may be, its end token included.
+        random: where all choices are drawn from.
     """
-
-    self_correct_prob: float
-    values: int
-    max_words: int
-
-    def respond(self, note: Note, random: Random) -> str:
-        """One response of 1 to 6 sentences."""
-        words: list[str] = []
-        said: list[str] = []
-        for slot in range(SLOTS):
-            sentence = self._sentence(note, said, slot, random)
-            if not sentence or len(words) + len(sentence) > self.max_words:
-                break
-            words += sentence
-        return " ".join(words)
-
-    def _sentence(self, note: Note, said: list[str], slot: int, random: Random) -> list[str]:
-        """The words that fill a slot, none to stop; a correct fact's attribute is added to ``said``."""
-        truths = note.truths
-        unsaid = [verb for verb in truths if verb not in said]
-        logits = dict(CHOICE_LOGITS)
-        if not unsaid:
-            del logits["correct"]
-        if not said:
-            del logits["repeat"]
-        if slot == 0:
-            del logits["courtesy"]
-        else:
-            first, last = STOP_LOGITS
-            logits["stop"] = first + (last - first) * slot / (SLOTS - 1)
-        kind = random.choices(list(logits), [math.exp(logit) for logit in logits.values()])[0]
-        match kind:
-            case "stop":
-                return []
-            case "courtesy":
-                return [*COURTESY]
-            case "wrong":
-                return self._wrong(note, random)
-            case "off_topic":
-                fact = random.choice(note.others)
-            case "repeat":
-                verb = random.choice(said)
-                fact = Fact(note.asked, verb, truths[verb])
-            case _:
-                verb = random.choice(unsaid)
-                said.append(verb)
-                fact = Fact(note.asked, verb, truths[verb])
-        return fact.words(_intensifiers(random))
-
-    def _wrong(self, note: Note, random: Random) -> list[str]:
-        if random.random() < MISATTRIBUTED:
-            other = random.choice(note.others)
-            return Fact(note.asked, other.verb, other.value).words(_intensifiers(random))
-        verb, truth = random.choice(list(note.truths.items()))
-        value = random.choice([value for value in VALUES[verb][: self.values] if value != truth])
-        intensifiers = _intensifiers(random)
-        corrected = truth if random.random() < self.self_correct_prob else None
-        return Fact(note.asked, verb, value).words(intensifiers, corrected=corrected)
-
-
-def demonstrator(config: Config) -> Demonstrator:
-    """The demonstrator that ``config.task`` describes; InputError where its texts have no room."""
-    task = config.task
-    if task.max_prompt_tokens < PROMPT_TOKENS:
-        raise InputError(
-            f"task.max_prompt_tokens={task.max_prompt_tokens}: every prompt of note2answer has "
-            f"{PROMPT_TOKENS} tokens; use at least that"
-        )
-    if task.max_new_tokens <= LONGEST_SENTENCE:
-        raise InputError(
-            f"task.max_new_tokens={task.max_new_tokens} has no room for a sentence of {LONGEST_SENTENCE} "
-            "words and the end token; use 48"
-        )
-    return Demonstrator(
-        self_correct_prob=task.self_correct_prob,
-        values=task.values_per_attribute,
-        max_words=task.max_new_tokens - 1,
-    )
+    words: list[str] = []
+    known: list[str] = []
+    for slot in range(SLOTS):
+        sentence = _sentence(note, known, slot, task, random)
+        if not sentence or len(words) + len(sentence) >= task.max_new_tokens:
+            break
+        words += sentence
+    return " ".join(words)
 
 
 def demonstrations(config: Config, count: int) -> list[tuple[str, str]]:
     """``count`` prompts of the demonstration split, each with one response."""
-    writer = demonstrator(config)
+    _require_room(config.task)
     rows = []
     for index in range(count):
         random = source(config.run.seed, "demonstrations", index)
         note = Note.draw(random, config.task.values_per_attribute)
-        rows.append((note.prompt, writer.respond(note, random)))
+        rows.append((note.prompt, demonstration(note, config.task, random)))
     return rows
 
 
@@ -159,27 +89,28 @@ def gold_pairs(config: Config, split: str, count: int) -> tuple[PreferencePair, 
     return tuple(pairs)
 
 
-def style(prompt: str, response: str) -> float:
+def style(prompt: str, text: str) -> float:
     """What a biased annotator sees: ``1.5·courtesies + 0.7·intensifiers + words/12``."""
-    score = gold(prompt, response, False)
+    score = gold(prompt, text, False)
     return (
         STYLE_WEIGHTS["courtesy"] * score.courtesy
         + STYLE_WEIGHTS["intensifiers"] * score.intensifiers
-        + STYLE_WEIGHTS["words"] * len(response.split())
+        + STYLE_WEIGHTS["words"] * len(text.split())
     )
 
 
-def _total(prompt: str, response: str) -> float:
-    return gold(prompt, response, False).total
+def _total(prompt: str, text: str) -> float:
+    return gold(prompt, text, False).total
 
 
 def _responses(config: Config, split: str, index: int) -> tuple[Random, str, str, str]:
     """The random numbers that a label may use, a prompt, and two different responses to it."""
-    writer, random = demonstrator(config), source(config.run.seed, f"{split} pairs", index)
-    note = Note.draw(random, config.task.values_per_attribute)
-    first = second = writer.respond(note, random)
+    task, random = config.task, source(config.run.seed, f"{split} pairs", index)
+    _require_room(task)
+    note = Note.draw(random, task.values_per_attribute)
+    first = second = demonstration(note, task, random)
     while second == first:
-        second = writer.respond(note, random)
+        second = demonstration(note, task, random)
     return random, note.prompt, first, second
 
 
@@ -190,3 +121,64 @@ def _pair(prompt: str, first: str, second: str, *, is_first: bool) -> Preference
 
 def _intensifiers(random: Random) -> int:
     return random.choices(range(len(INTENSIFIERS)), INTENSIFIERS)[0]
+
+
+def _require_room(task: TaskConfig) -> None:
+    """Raise InputError where the limits of length leave no room for a prompt or a sentence."""
+    if task.max_prompt_tokens < PROMPT_TOKENS:
+        raise InputError(
+            f"task.max_prompt_tokens={task.max_prompt_tokens}: every prompt of note2answer has "
+            f"{PROMPT_TOKENS} tokens; use at least that"
+        )
+    if task.max_new_tokens <= LONGEST_SENTENCE:
+        raise InputError(
+            f"task.max_new_tokens={task.max_new_tokens} has no room for a sentence of {LONGEST_SENTENCE} "
+            "words and the end token; use 48"
+        )
+
+
+def _sentence(note: Note, known: list[str], slot: int, task: TaskConfig, random: Random) -> list[str]:
+    """The words that fill a slot, none to stop; a correct fact's attribute is added to ``known``."""
+    truths = note.truths
+    unsaid = [verb for verb in truths if verb not in known]
+    logits = dict(CHOICE_LOGITS)
+    if not unsaid:
+        del logits["correct"]
+    if not known:
+        del logits["repeat"]
+    if slot == 0:
+        del logits["courtesy"]
+    else:
+        first, last = STOP_LOGITS
+        logits["stop"] = first + (last - first) * slot / (SLOTS - 1)
+    kind = random.choices(list(logits), [math.exp(logit) for logit in logits.values()])[0]
+    match kind:
+        case "stop":
+            return []
+        case "courtesy":
+            return [*COURTESY]
+        case "wrong":
+            return _wrong(note, task, random)
+        case "off_topic":
+            fact = random.choice(note.others)
+        case "repeat":
+            verb = random.choice(known)
+            fact = Fact(note.asked, verb, truths[verb])
+        case _:
+            verb = random.choice(unsaid)
+            known.append(verb)
+            fact = Fact(note.asked, verb, truths[verb])
+    return fact.words(_intensifiers(random))
+
+
+def _wrong(note: Note, task: TaskConfig, random: Random) -> list[str]:
+    """A wrong fact about the one asked about, corrected or not."""
+    if random.random() < MISATTRIBUTED:
+        other = random.choice(note.others)
+        return Fact(note.asked, other.verb, other.value).words(_intensifiers(random))
+    verb, truth = random.choice(list(note.truths.items()))
+    values = VALUES[verb][: task.values_per_attribute]
+    value = random.choice([value for value in values if value != truth])
+    intensifiers = _intensifiers(random)
+    corrected = truth if random.random() < task.self_correct_prob else None
+    return Fact(note.asked, verb, value).words(intensifiers, corrected=corrected)

@@ -153,10 +153,14 @@ def _directory(config: Config, added: Mapping[str, Any]) -> Path:
 
 @contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Let one process at a time build ``directory``; the lock is gone with its process."""
+    """Let one process at a time build ``directory``; the lock ends with its process, however that ends."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_name(f".lock-{directory.name}").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that makes {directory}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

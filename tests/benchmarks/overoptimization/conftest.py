@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from curve_fixtures import make_curve, make_run  # noqa: F401  fixtures of these tests too
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import numpy as np
+from curve_fixtures import make_curve
 
 from benchmarks.overoptimization.curves_record import curves_record
-from r2m_ray.report.compare.curves import Curve
-
-MakeCurve = Callable[..., Curve]
 
 
-def test_training_steps_are_averaged_since_the_evaluation_before(make_curve: MakeCurve) -> None:
+def test_training_steps_are_averaged_since_the_evaluation_before() -> None:
     steps = np.arange(1, 11)
     curve = make_curve(
         [0.0, 1.23456789, 4.0],

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from curve_fixtures import make_curve
 
 from benchmarks.overoptimization.doses import KNOBS, dose_sections, responses, table
 from benchmarks.overoptimization.presets import PRESETS
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Peak
 
-MakeCurve = Callable[..., Curve]
 TOP = Peak(arm="rloo", kl=2.0, gold=1.0, step=5, share=0.1)
 
 
-def straight(make_curve: MakeCurve, arm: str, seed: int, slope: float, end: float = 8.0) -> Curve:
+def straight(arm: str, seed: int, slope: float, end: float = 8.0) -> Curve:
     """Gold that changes by ``slope`` for each nat."""
     return make_curve([0.0, end], [1.0 + seed, 1.0 + seed + slope * end], arm=arm, seed=seed)
 
 
-def test_gold_is_read_at_one_kl_under_the_seeds_of_every_dose(make_curve: MakeCurve) -> None:
+def test_gold_is_read_at_one_kl_under_the_seeds_of_every_dose() -> None:
     slopes = {"rloo_bias_0": 0.5, "rloo": 0.0, "rloo_bias_0.5": -0.5}
     seeds = {"rloo_bias_0": (0, 1), "rloo": (0, 1, 2, 3), "rloo_bias_0.5": (0, 1, 2)}
-    arms = {arm: [straight(make_curve, arm, seed, slopes[arm]) for seed in seeds[arm]] for arm in slopes}
+    arms = {arm: [straight(arm, seed, slopes[arm]) for seed in seeds[arm]] for arm in slopes}
     (found,) = responses({"informative": arms}, TOP)
     assert (found.knob.setting, found.seeds, found.kl_star) == ("task.annotator_bias", (0, 1), 2.0)
     assert found.gold["rloo"] == {
@@ -38,12 +37,12 @@ def test_gold_is_read_at_one_kl_under_the_seeds_of_every_dose(make_curve: MakeCu
     assert [row[1] for row in rows] == ["0", "0.2", "0.5"]
 
 
-def test_a_dose_that_never_reaches_the_kl_is_censored_there(make_curve: MakeCurve) -> None:
+def test_a_dose_that_never_reaches_the_kl_is_censored_there() -> None:
     arms = {
-        "rloo": [straight(make_curve, "rloo", 0, -0.25)],
-        "static_h": [straight(make_curve, "static_h", 0, 0.25)],
+        "rloo": [straight("rloo", 0, -0.25)],
+        "static_h": [straight("static_h", 0, 0.25)],
     }
-    short = {arm: [straight(make_curve, arm, 0, 0.0, end=5.0)] for arm in ("rloo", "static_h")}
+    short = {arm: [straight(arm, 0, 0.0, end=5.0)] for arm in ("rloo", "static_h")}
     (found,) = responses({"informative": arms, "self_correct_0": short}, TOP)
     assert found.knob.setting == "task.self_correct_prob"
     assert found.gold["static_h"] == {0.0: ((1.0,), (1.0,), (None,)), 0.6: ((1.5,), (2.0,), (3.0,))}
@@ -51,15 +50,15 @@ def test_a_dose_that_never_reaches_the_kl_is_censored_there(make_curve: MakeCurv
 
 
 @pytest.mark.parametrize("top", [TOP, None])
-def test_one_dose_alone_or_no_kl_star_is_no_response(make_curve: MakeCurve, top: Peak | None) -> None:
-    alone = {"rloo": [straight(make_curve, "rloo", 0, 1.0)]}
-    doses = alone | {"rloo_bias_0": [straight(make_curve, "rloo_bias_0", 0, 1.0)]}
+def test_one_dose_alone_or_no_kl_star_is_no_response(top: Peak | None) -> None:
+    alone = {"rloo": [straight("rloo", 0, 1.0)]}
+    doses = alone | {"rloo_bias_0": [straight("rloo_bias_0", 0, 1.0)]}
     assert responses({"informative": alone}, top) == []
     assert len(responses({"informative": doses}, top)) == (top is not None)
 
 
-def test_doses_of_different_seeds_are_no_response(make_curve: MakeCurve) -> None:
-    arms = {arm: [straight(make_curve, arm, i, 1.0)] for i, arm in enumerate(("rloo", "rloo_bias_0"))}
+def test_doses_of_different_seeds_are_no_response() -> None:
+    arms = {arm: [straight(arm, i, 1.0)] for i, arm in enumerate(("rloo", "rloo_bias_0"))}
     assert responses({"informative": arms}, TOP) == []
 
 
@@ -70,9 +69,9 @@ def test_every_place_of_every_knob_is_run_by_the_preset() -> None:
     assert run == wanted
 
 
-def test_what_is_written(make_curve: MakeCurve, tmp_path: Path) -> None:
+def test_what_is_written(tmp_path: Path) -> None:
     peaked = make_curve([0.0, 2.0, 10.0], [0.0, 1.0, -1.0], arm="rloo")
-    arms = {"rloo": [peaked], "rloo_bias_0": [straight(make_curve, "rloo_bias_0", 0, 0.1)]}
+    arms = {"rloo": [peaked], "rloo_bias_0": [straight("rloo_bias_0", 0, 0.1)]}
     (section,) = dose_sections({"informative": arms}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "doses.json", "doses.md", "doses-annotator_bias.png",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from curve_fixtures import make_curve
 
 from benchmarks.overoptimization.information import Regime
 from benchmarks.overoptimization.lab import Lab, conduct
@@ -29,7 +30,6 @@ from r2m_ray.report.compare.matched import Peak
 from r2m_ray.report.compare.tables import markdown
 
 MakeLab = Callable[..., Lab]
-MakeCurve = Callable[..., Curve]
 WORLD = World(name="toy", regime=Regime.informative, overrides=())
 KL = np.array([0.0, 2.0, 4.0, 8.0])
 
@@ -41,19 +41,17 @@ def found_of(curves: list[Curve]) -> Found:
     return Found(world=WORLD, curves=arms, missing=[], tickets={})
 
 
-def curve(
-    make_curve: MakeCurve, arm: str, seed: int, extra: float = 0.0, peak: int = 1, **more: object
-) -> Curve:
+def curve(arm: str, seed: int, extra: float = 0.0, peak: int = 1, **more: object) -> Curve:
     gold = np.array([0.0, 1.0, 0.5, 0.0]) + extra * (KL > 0)
     gold[peak] += peak
     return make_curve(KL, gold, arm=arm, seed=seed, **more)
 
 
-def test_arms_are_compared_under_all_seeds_that_they_share_with_the_baseline(make_curve: MakeCurve) -> None:
-    curves = [curve(make_curve, "rloo", seed) for seed in range(3)]
-    curves += [curve(make_curve, "static_h", seed, 0.1) for seed in range(3)]
-    curves += [curve(make_curve, "grpo", seed, 0.2) for seed in range(2)]
-    curves += [curve(make_curve, "remax", seed, 0.3) for seed in (1, 9)]
+def test_arms_are_compared_under_all_seeds_that_they_share_with_the_baseline() -> None:
+    curves = [curve("rloo", seed) for seed in range(3)]
+    curves += [curve("static_h", seed, 0.1) for seed in range(3)]
+    curves += [curve("grpo", seed, 0.2) for seed in range(2)]
+    curves += [curve("remax", seed, 0.3) for seed in (1, 9)]
     top, found = studies(found_of(curves))
     assert [(study.seeds, study.challengers) for study in found] == [
         ((0, 1, 2), ("static_h",)),
@@ -66,17 +64,17 @@ def test_arms_are_compared_under_all_seeds_that_they_share_with_the_baseline(mak
         assert contrast.differences == pytest.approx([extra] * len(study.seeds))
 
 
-def test_kl_star_is_of_every_seed_of_the_baseline(make_curve: MakeCurve) -> None:
-    curves = [curve(make_curve, "rloo", 0, peak=1), *(curve(make_curve, "rloo", s, peak=2) for s in (1, 2))]
-    curves.append(curve(make_curve, "grpo", 0))
+def test_kl_star_is_of_every_seed_of_the_baseline() -> None:
+    curves = [curve("rloo", 0, peak=1), *(curve("rloo", s, peak=2) for s in (1, 2))]
+    curves.append(curve("grpo", 0))
     top, (study,) = studies(found_of(curves))
     assert top is not None
     assert top.kl == 4.0, "the mean of three seeds, though the arm has the one that peaks at 2"
     assert study.peak == top
 
 
-def test_without_baseline_or_without_peak_there_is_still_what_there_is(make_curve: MakeCurve) -> None:
-    assert studies(found_of([curve(make_curve, "grpo", 0)])) == (None, [])
+def test_without_baseline_or_without_peak_there_is_still_what_there_is() -> None:
+    assert studies(found_of([curve("grpo", 0)])) == (None, [])
     assert studies(found_of([])) == (None, [])
     falling = [make_curve(KL, -KL, arm=arm) for arm in ("rloo", "grpo")]
     top, (study,) = studies(found_of(falling))
@@ -84,10 +82,10 @@ def test_without_baseline_or_without_peak_there_is_still_what_there_is(make_curv
     assert "final_gold" in study.values
 
 
-def test_without_a_peak_of_all_seeds_no_family_has_one_of_its_own(make_curve: MakeCurve) -> None:
+def test_without_a_peak_of_all_seeds_no_family_has_one_of_its_own() -> None:
     # Seed 0 alone peaks at KL 2; the mean of both is highest before training.
-    curves = [curve(make_curve, "rloo", 0), make_curve(KL, [5.0, 0.0, 0.0, 0.0], arm="rloo", seed=1)]
-    curves.append(curve(make_curve, "grpo", 0))
+    curves = [curve("rloo", 0), make_curve(KL, [5.0, 0.0, 0.0, 0.0], arm="rloo", seed=1)]
+    curves.append(curve("grpo", 0))
     top, (study,) = studies(found_of(curves))
     assert (top, study.seeds, study.peak) == (None, (0,), None)
     assert not any(endpoint.primary for endpoint in study.endpoints)
@@ -132,19 +130,19 @@ def test_warnings_come_from_gates_and_from_mixed_code() -> None:
     assert warnings(found_of([]), everything) == ()
 
 
-def test_a_gate_says_of_which_seeds_it_was_not_asked(make_curve: MakeCurve) -> None:
+def test_a_gate_says_of_which_seeds_it_was_not_asked() -> None:
     gate = {"question": "?", "failures": [], "passed": True, "values": {"0": 0.7, "2": 0.7}}
     verdicts = [gate | {"gate": number} for number in range(1, 4)]
     verdicts.append(gate | {"gate": 4, "values": {str(seed): {} for seed in range(4)}})
-    found = found_of([curve(make_curve, "rloo", seed) for seed in range(4)])
+    found = found_of([curve("rloo", seed) for seed in range(4)])
     assert warnings(found, verdicts) == tuple(f"Gate {n} was not asked of seed 1, 3." for n in (1, 2, 3))
 
 
-def test_an_arm_is_held_against_the_same_without_h_at_the_baselines_kl_star(make_curve: MakeCurve) -> None:
-    curves = [curve(make_curve, "rloo", seed) for seed in range(3)]
-    curves += [curve(make_curve, "refit", seed, 0.1 * seed, peak=2) for seed in range(3)]
-    curves += [curve(make_curve, "static_h", seed, 0.4) for seed in (0, 2, 7)]
-    curves += [curve(make_curve, "r2m_anchor", seed) for seed in range(3)]
+def test_an_arm_is_held_against_the_same_without_h_at_the_baselines_kl_star() -> None:
+    curves = [curve("rloo", seed) for seed in range(3)]
+    curves += [curve("refit", seed, 0.1 * seed, peak=2) for seed in range(3)]
+    curves += [curve("static_h", seed, 0.4) for seed in (0, 2, 7)]
+    curves += [curve("r2m_anchor", seed) for seed in range(3)]
     found = found_of(curves)
     top, _ = studies(found)
     (study,) = against_controls(found, top)
@@ -206,12 +204,11 @@ def test_results_of_a_failed_gate_say_so_before_any_number(make_lab: MakeLab, tm
     assert page.read_text().index(said) < page.read_text().index("<table")
 
 
-def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve: MakeCurve) -> None:
+def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own() -> None:
     def times(step: list[float]) -> dict[str, list[float]]:
         return {"time/step": step, "time/reward": [0.1, 0.2, 9.0]}
 
     r2m = curve(
-        make_curve,
         "rloo_r2m",
         0,
         0.5,
@@ -219,9 +216,9 @@ def test_the_papers_figures_stand_beside_ours_in_columns_of_their_own(make_curve
         trained=times([2.0, 2.5, 60.0]),
     )
     curves = {
-        "rloo": [curve(make_curve, "rloo", 0, trained=times([1.0, 2.0, 50.0])), curve(make_curve, "rloo", 1)],
+        "rloo": [curve("rloo", 0, trained=times([1.0, 2.0, 50.0])), curve("rloo", 1)],
         "rloo_r2m": [r2m],
-        "grpo": [curve(make_curve, "grpo", 7, 0.5)],
+        "grpo": [curve("grpo", 7, 0.5)],
     }
     arms, accuracy, cost = paper_tables(curves, Peak(arm="rloo", kl=2.0, gold=2.0, step=5, share=0.3))
     rows = {row[0]: row[1:] for row in arms.rows}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from curve_fixtures import make_curve
 
 from benchmarks.overoptimization.gates import baseline_gate, policy_gate, reward_gate
-from r2m_ray.report.compare.curves import Curve
 
 
 def fact(gold: float, rate: float, *, shown: float = 0.6, accuracy: float = 0.7) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def test_the_gate_of_the_reward_model() -> None:
     assert failed.record()["passed"] is False
 
 
-def test_the_gate_of_the_baseline_waits_for_every_seed(make_curve: Callable[..., Curve]) -> None:
+def test_the_gate_of_the_baseline_waits_for_every_seed() -> None:
     gold = [1.0, 1.3, 1.5, 1.4, 1.2, 1.0, 0.9, 0.8, 0.8, 0.7, 0.6]
     verdict = baseline_gate([make_curve(range(11), gold)], (0, 1))
     assert verdict.failures == ("seed 1: the baseline has not finished.",)

@@ -1,5 +1,5 @@
-"""Curves and run directories made of numbers that a test chooses."""
+"""Run directories made of numbers that a test chooses."""
 
-from curve_fixtures import make_curve, make_run
+from curve_fixtures import make_run
 
-__all__ = ["make_curve", "make_run"]
+__all__ = ["make_run"]

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from curve_fixtures import MakeRun
+from html_page import HtmlPage
 
 from r2m_ray.__main__ import main
-from r2m_ray.report.compare.curves import read_comparison, read_curve
+from r2m_ray.report.compare.curves import read_comparison
 from r2m_ray.report.compare.study import study
 
-MakeRun = Callable[..., Path]
 ACCURACIES = {"pairs/accuracy": (0.7, 0.72, 0.78), "pairs/frozen_accuracy": (0.7, 0.7, 0.7)}
 BLIND = (None, None, None)
-
-
-class Page(HTMLParser):
-    """Rows of every table, elements and text of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.rows and self.rows[-1] and self.elements[-1][0] in ("td", "th"):
-            self.rows[-1][-1] += data.strip()
 
 
 def with_gold(make_run: MakeRun) -> list[str]:
@@ -68,11 +44,9 @@ def test_arms_with_gold_are_compared_at_matched_kl(
     data = json.loads((out / "comparison.json").read_text())
     assert data["kl_star"] == {"arm": "vanilla", "kl": 3.0, "gold": 2.0, "step": 5, "share": 0.5}
     assert data["contrasts"]["gold_at_1_kl_star"]["r2m"]["differences"] == pytest.approx([0.5, 0.7])
-    page = Page(out / "comparison.html")
+    page = HtmlPage((out / "comparison.html").read_text())
     assert ["r2m", "2.500", "2.700", "2.600", "+0.600", "[+0.500, +0.700]", "0.5", "0.5"] in page.rows
-    pictures = [attrs["src"] or "" for tag, attrs in page.elements if tag == "img"]
-    assert len(pictures) == 4
-    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    assert len(page.pictures) == 4
     assert "no interval" not in page.text
     assert "KL* = 3 nats per response" in page.text
 
@@ -95,7 +69,7 @@ def test_without_gold_the_proxy_and_its_trust_are_compared(make_run: MakeRun, tm
     assert "final_gold" not in values
     text = (out / "comparison.md").read_text()
     assert "There is no gold score here" in text
-    assert "Proxy against distance" in Page(out / "comparison.html").text
+    assert "Proxy against distance" in (out / "comparison.html").read_text()
 
 
 def test_accuracies_that_a_run_lacks_are_left_out(make_run: MakeRun) -> None:
@@ -157,10 +131,3 @@ def test_runs_that_cannot_be_compared_are_named(
     assert main(["compare", *arguments, "--baseline", "vanilla", "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
-
-
-def test_a_curve_has_every_training_step(make_run: MakeRun) -> None:
-    training = read_curve(make_run("a", trained=lambda step: {"x": step / 2}), "r2m").training
-    assert training.steps.tolist() == list(range(1, 11))
-    assert training.series("x") == pytest.approx([step / 2 for step in range(1, 11)])
-    assert training.series("y") == pytest.approx([float("nan")] * 10, nan_ok=True)

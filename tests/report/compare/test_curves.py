@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
+import numpy as np
 import pytest
+from curve_fixtures import MakeRun, make_curve
 
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.errors import InputError
 from r2m_ray.report.compare.curves import (
     Comparison,
-    Curve,
     comparison,
     flat,
     read_comparison,
@@ -20,12 +20,10 @@ from r2m_ray.report.compare.curves import (
 )
 from r2m_ray.run.files import METRICS_FILE
 
-MakeCurve = Callable[..., Curve]
-MakeRun = Callable[..., Path]
-
 
 def test_a_curve_is_what_the_run_logged(make_run: MakeRun) -> None:
-    curve = read_curve(make_run("a", seed=7, kl=(1e-7, -0.02, 9.0)), "vanilla")
+    run = make_run("a", seed=7, kl=(1e-7, -0.02, 9.0), trained=lambda step: {"x": step / 2})
+    curve = read_curve(run, "vanilla")
     assert (curve.arm, curve.seed, curve.max_kl) == ("vanilla", 7, 9.0)
     assert curve.steps.tolist() == [0, 5, 10]
     assert curve.kl.tolist() == [0.0, 0.0, 9.0], "no KL is negative, and the path starts at the reference"
@@ -35,6 +33,9 @@ def test_a_curve_is_what_the_run_logged(make_run: MakeRun) -> None:
     assert curve.evaluations.series("gold/correct").tolist() == [1.5, 1.5, 1.5]
     assert curve.evaluations.series("kl/sequence").tolist() == [1e-7, -0.02, 9.0], "as it was measured"
     assert curve.settings["task.annotator_bias"] == 0.3
+    assert curve.training.steps.tolist() == list(range(1, 11))
+    assert curve.training.series("x") == pytest.approx([step / 2 for step in range(1, 11)])
+    assert np.isnan(curve.training.series("y")).all()
 
 
 def test_a_curve_cannot_be_changed(make_run: MakeRun) -> None:
@@ -53,11 +54,6 @@ def test_flat_names_every_value() -> None:
 def test_a_half_finished_run_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(InputError, match=r"a/metrics.jsonl: half-finished.*step 5 of 10.*run.resume=true"):
         read_curve(make_run("a", done=9), "vanilla")
-
-
-def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere/config.yaml.*the directory of a run"):
-        read_curve(tmp_path / "nowhere", "vanilla")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +99,7 @@ def test_runs_are_paired_by_seed_whatever_their_order(make_run: MakeRun) -> None
     assert [[c.source.name for c in paired.curves(arm)] for arm in runs] == [["v2", "v5"], ["r2", "r5"]]
 
 
-def test_an_unknown_arm_is_named_with_the_nearest(make_curve: MakeCurve) -> None:
+def test_an_unknown_arm_is_named_with_the_nearest() -> None:
     paired = comparison([make_curve([0, 1], [0, 1]), make_curve([0, 1], [0, 1], arm="r2m_anchor")], "vanilla")
     with pytest.raises(InputError, match=r"no arm 'r2m_ancor' here; .* Did you mean r2m_anchor"):
         paired.curves("r2m_ancor")
@@ -151,7 +147,7 @@ def test_an_arm_is_one_method(make_run: MakeRun) -> None:
         read_comparison(runs, "r2m")
 
 
-def test_a_seed_that_is_missing_or_twice_is_named(make_curve: MakeCurve) -> None:
+def test_a_seed_that_is_missing_or_twice_is_named() -> None:
     path = [0.0, 1.0], [0.0, 1.0]
     curves = [make_curve(*path, seed=s) for s in (0, 1)] + [make_curve(*path, arm="r2m", seed=1)]
     with pytest.raises(InputError, match=r"arm 'r2m' has no run with run.seed=0"):
@@ -160,7 +156,7 @@ def test_a_seed_that_is_missing_or_twice_is_named(make_curve: MakeCurve) -> None
         comparison([*curves, curves[-1]], "vanilla")
 
 
-def test_more_seeds_than_can_be_tested_are_refused(make_curve: MakeCurve) -> None:
+def test_more_seeds_than_can_be_tested_are_refused() -> None:
     path = [0.0, 1.0], [0.0, 1.0]
     assert comparison([make_curve(*path, seed=s) for s in range(24)], "vanilla").seeds == tuple(range(24))
     with pytest.raises(InputError, match="25 seeds; tests are exact for up to 24"):

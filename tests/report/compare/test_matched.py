@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from curve_fixtures import make_curve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from r2m_ray.errors import InputError
-from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import (
     Passage,
     area,
@@ -25,15 +24,13 @@ from r2m_ray.report.compare.matched import (
     mean_peak,
 )
 
-MakeCurve = Callable[..., Curve]
-
 finite = st.floats(-10, 10)
 # Nats: a KL that only a subnormal number holds is no KL.
 nats = st.floats(0, 50).filter(lambda kl: kl == 0 or kl > 1e-9)
 paths = st.lists(st.tuples(nats, finite), min_size=1, max_size=12)
 
 
-def test_a_straight_path_is_matched_exactly(make_curve: MakeCurve) -> None:
+def test_a_straight_path_is_matched_exactly() -> None:
     kl = [0, 1, 4, 9, 16]
     curve = make_curve(kl, [2 - 0.5 * k for k in kl])
     for at in (0, 0.3, 1, 2.5, 8.99, 16):
@@ -41,17 +38,7 @@ def test_a_straight_path_is_matched_exactly(make_curve: MakeCurve) -> None:
     assert area(curve, 10) == pytest.approx(2 * 10 - 0.25 * 100, abs=1e-12)
 
 
-def test_a_smooth_path_is_matched_to_second_order(make_curve: MakeCurve) -> None:
-    # Gao et al.'s form d(α − β d) with d = √KL: interpolation errs by at most h²·max|gold″|/8 in KL.
-    root = np.linspace(0, 4, 401)
-    curve = make_curve(root**2, root * (1 - 0.3 * root))
-    for at in (1, 4, 9):
-        assert gold_at(curve, at) == pytest.approx(math.sqrt(at) - 0.3 * at, abs=1e-4)
-    exact = 2 / 3 * 9**1.5 - 0.15 * 81
-    assert area(curve, 9) == pytest.approx(exact, abs=1e-3)
-
-
-def test_the_first_passage_counts_where_a_path_goes_back(make_curve: MakeCurve) -> None:
+def test_the_first_passage_counts_where_a_path_goes_back() -> None:
     curve = make_curve([0, 4, 2, 6], [0, 4, -2, -10])
     assert gold_at(curve, 3) == 3, "not what the path has there on its way back or after"
     assert first_passage(curve, 3) == Passage(index=0, fraction=0.75)
@@ -61,14 +48,14 @@ def test_the_first_passage_counts_where_a_path_goes_back(make_curve: MakeCurve) 
     assert area(curve, 6) == pytest.approx(8 + (-6 - 10) / 2 * 2, abs=1e-12)
 
 
-def test_other_series_are_read_at_the_same_place(make_curve: MakeCurve) -> None:
+def test_other_series_are_read_at_the_same_place() -> None:
     curve = make_curve([0, 4, 8], [0, 1, 0], frozen=[0, 10, 30])
     passage = first_passage(curve, 6)
     assert passage is not None
     assert (passage.of(curve.frozen), passage.of(curve.steps.astype(float))) == (20, 7.5)
 
 
-def test_a_path_that_does_not_get_there_is_censored(make_curve: MakeCurve) -> None:
+def test_a_path_that_does_not_get_there_is_censored() -> None:
     curve = make_curve([0, 4, 2], [0, 4, 1])
     assert gold_at(curve, 4.0) == 4
     for at in (np.nextafter(4.0, 5.0), 5, 1e6):
@@ -80,15 +67,13 @@ def test_a_path_that_does_not_get_there_is_censored(make_curve: MakeCurve) -> No
 
 
 @pytest.mark.parametrize("kl", [-1, math.nan, math.inf])
-def test_a_kl_is_a_number_from_0_on(make_curve: MakeCurve, kl: float) -> None:
+def test_a_kl_is_a_number_from_0_on(kl: float) -> None:
     with pytest.raises(ValueError, match="finite and not negative"):
         gold_at(make_curve([0, 1], [0, 1]), kl)
 
 
 @given(points=paths, share=st.floats(0, 1))
-def test_matched_gold_lies_on_the_path(
-    make_curve: MakeCurve, points: list[tuple[float, float]], share: float
-) -> None:
+def test_matched_gold_lies_on_the_path(points: list[tuple[float, float]], share: float) -> None:
     curve = make_curve([0, *(k for k, _ in points)], [1.5, *(g for _, g in points)])
     at = share * curve.max_kl
     passage = first_passage(curve, at)
@@ -100,7 +85,7 @@ def test_matched_gold_lies_on_the_path(
 
 @given(points=paths, share=st.floats(0, 1), scale=st.floats(-3, 3), shift=finite)
 def test_area_adds_up_and_follows_gold(
-    make_curve: MakeCurve, points: list[tuple[float, float]], share: float, scale: float, shift: float
+    points: list[tuple[float, float]], share: float, scale: float, shift: float
 ) -> None:
     kl, gold = [0, *(k for k, _ in points)], [1.5, *(g for _, g in points)]
     curve, end = make_curve(kl, gold), max(kl)
@@ -117,7 +102,7 @@ def test_area_adds_up_and_follows_gold(
     assert area(curve, share * end) == pytest.approx(share * end * np.mean(values), abs=slack + 1e-9)
 
 
-def test_kl_star_is_of_the_mean_curve_and_not_of_the_luckiest_evaluation(make_curve: MakeCurve) -> None:
+def test_kl_star_is_of_the_mean_curve_and_not_of_the_luckiest_evaluation() -> None:
     lucky = make_curve([0, 2, 6, 10], [0, 1.0, 0.8, 5.0], seed=0)
     others = [make_curve([0, 4, 8, 30], [0, 2.0, 1.2, -6.0], seed=s) for s in (1, 2)]
     top = mean_peak([lucky, *others])
@@ -126,7 +111,7 @@ def test_kl_star_is_of_the_mean_curve_and_not_of_the_luckiest_evaluation(make_cu
     assert (top.kl, top.gold) == (pytest.approx(10 / 3), pytest.approx(5 / 3))
 
 
-def test_without_a_rise_or_a_mean_there_is_no_kl_star(make_curve: MakeCurve) -> None:
+def test_without_a_rise_or_a_mean_there_is_no_kl_star() -> None:
     assert mean_peak([make_curve([0, 2, 6], [3, 1, 2])]) is None, "highest before training"
     assert mean_peak([make_curve([0, 2, 6], [math.nan] * 3)]) is None
     assert mean_peak([]) is None
@@ -134,14 +119,14 @@ def test_without_a_rise_or_a_mean_there_is_no_kl_star(make_curve: MakeCurve) -> 
         mean_peak([make_curve([0, 2, 6], [0, 1, 2]), make_curve([0, 2], [0, 1], seed=1)])
 
 
-def test_peak_and_fall(make_curve: MakeCurve) -> None:
+def test_peak_and_fall() -> None:
     curve = make_curve([0, 4, 10, 8, 16], [1, 3, 3, 2, -1])
     assert highest(curve) == 1, "the earliest of equals"
     assert fall(curve) == 4
     assert fall(make_curve([0, 1], [0, 1])) == 0
 
 
-def test_the_kl_of_a_fall_is_on_the_path(make_curve: MakeCurve) -> None:
+def test_the_kl_of_a_fall_is_on_the_path() -> None:
     curve = make_curve([0, 4, 10, 8, 16], [1, 3, 3, 2, -1])
     half, most = fallen(curve, 0.5), fallen(curve, 4)
     assert half is not None
@@ -155,7 +140,7 @@ def test_the_kl_of_a_fall_is_on_the_path(make_curve: MakeCurve) -> None:
         fallen(curve, 0)
 
 
-def test_the_common_range_ends_with_the_shortest_path(make_curve: MakeCurve) -> None:
+def test_the_common_range_ends_with_the_shortest_path() -> None:
     curves = [make_curve([0, 9, 5], [0, 1, 2]), make_curve([0, 4, 7], [0, 1, 2], seed=1)]
     assert common_range(curves) == 7
     assert mean_gold(curves[1], 4) == pytest.approx(0.5)

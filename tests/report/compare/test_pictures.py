@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from curve_fixtures import make_curve
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from PIL import Image
 
 from r2m_ray.report.compare.compare import effects_figure, gallery
-from r2m_ray.report.compare.curves import Comparison, Curve, comparison
+from r2m_ray.report.compare.curves import Comparison, comparison
 from r2m_ray.report.compare.matched import mean_peak
 from r2m_ray.report.compare.pictures import (
     COLUMNS,
@@ -25,11 +25,10 @@ from r2m_ray.report.compare.pictures import (
 )
 from r2m_ray.report.compare.study import study
 
-MakeCurve = Callable[..., Curve]
 KL = np.array([0.0, 1.0, 4.0, 9.0])
 
 
-def arms(make_curve: MakeCurve) -> Comparison:
+def arms() -> Comparison:
     """vanilla peaks at KL 4; better has .5 and .7 more from there on; slow never leaves KL 1."""
     gold = np.array([1.0, 2.0, 3.0, 1.0])
     curves = []
@@ -47,8 +46,8 @@ def lines(axes: Axes, colour: str | None = None) -> list[Line2D]:
     return [line for line in axes.get_lines() if colour in (None, line.get_color())]
 
 
-def test_the_frontier_shows_every_seed_and_the_mean_against_the_root_of_kl(make_curve: MakeCurve) -> None:
-    paired = arms(make_curve)
+def test_the_frontier_shows_every_seed_and_the_mean_against_the_root_of_kl() -> None:
+    paired = arms()
     figure = frontiers(paired.arms, "vanilla")
     assert figure is not None
     vanilla, better, slow = figure.axes
@@ -66,8 +65,8 @@ def test_the_frontier_shows_every_seed_and_the_mean_against_the_root_of_kl(make_
     assert lines(slow)[-1].get_xdata() == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
-def test_scores_are_drawn_over_steps_and_gold_only_where_it_is_known(make_curve: MakeCurve) -> None:
-    figure = rewards(arms(make_curve).arms, "vanilla")
+def test_scores_are_drawn_over_steps_and_gold_only_where_it_is_known() -> None:
+    figure = rewards(arms().arms, "vanilla")
     assert figure is not None
     means = [line for line in lines(figure.axes[0]) if line.get_linewidth() == 1.9]
     assert [line.get_label() for line in means] == ["gold", "frozen RM", "own RM"]
@@ -78,7 +77,7 @@ def test_scores_are_drawn_over_steps_and_gold_only_where_it_is_known(make_curve:
     assert {line.get_color() for line in lines(blind.axes[0])} == {means[1].get_color(), means[2].get_color()}
 
 
-def test_without_gold_the_baseline_is_drawn_by_its_proxy(make_curve: MakeCurve) -> None:
+def test_without_gold_the_baseline_is_drawn_by_its_proxy() -> None:
     unknown = [np.nan] * 4
     blind = {arm: [make_curve(KL, unknown, arm=arm, frozen=KL + 1)] for arm in ("vanilla", "other")}
     for draw, proxy in ((frontiers, KL), (rewards, KL + 1)):
@@ -88,7 +87,7 @@ def test_without_gold_the_baseline_is_drawn_by_its_proxy(make_curve: MakeCurve) 
         assert (grey.get_label(), grey.get_ydata()) == ("vanilla", pytest.approx(proxy))
 
 
-def test_panels_fill_lines_of_four(make_curve: MakeCurve) -> None:
+def test_panels_fill_lines_of_four() -> None:
     many = {f"arm{i}": [make_curve(KL, KL, arm=f"arm{i}")] for i in range(COLUMNS + 1)}
     figure = frontiers(many, "arm0")
     assert figure is not None
@@ -98,8 +97,8 @@ def test_panels_fill_lines_of_four(make_curve: MakeCurve) -> None:
     assert frontiers({}, "arm0") is None
 
 
-def test_effects_are_means_intervals_and_seeds(make_curve: MakeCurve) -> None:
-    paired = arms(make_curve)
+def test_effects_are_means_intervals_and_seeds() -> None:
+    paired = arms()
     found = study(paired, mean_peak(paired.curves("vanilla")))
     figure = effects(found)
     assert figure is not None
@@ -119,7 +118,7 @@ def test_effects_are_means_intervals_and_seeds(make_curve: MakeCurve) -> None:
     assert [text.get_position()[1] for text in at_peak.texts] == [1]
 
 
-def test_metrics_of_training_are_drawn_for_the_arms_that_have_them(make_curve: MakeCurve) -> None:
+def test_metrics_of_training_are_drawn_for_the_arms_that_have_them() -> None:
     seeds = [0.6, 0.5, np.nan, 0.3], [0.8, 0.7, 0.6, np.nan]
     runs = {
         "vanilla": [make_curve(KL, KL)],
@@ -142,8 +141,8 @@ def test_a_mean_is_of_what_is_finite() -> None:
     assert mean_line(values) == pytest.approx([2, 5, np.nan], nan_ok=True)
 
 
-def test_the_gallery_leaves_out_what_would_be_empty(make_curve: MakeCurve) -> None:
-    paired = arms(make_curve)
+def test_the_gallery_leaves_out_what_would_be_empty() -> None:
+    paired = arms()
     figures = gallery(paired.arms, "vanilla")
     assert list(figures) == ["frontier", "rewards"]
     assert figures["frontier"].png.startswith(b"\x89PNG")
@@ -152,9 +151,9 @@ def test_the_gallery_leaves_out_what_would_be_empty(make_curve: MakeCurve) -> No
     assert png(again) == figures["frontier"].png, "a picture repeats to the byte"
 
 
-def test_a_picture_keeps_its_colours_with_a_palette(make_curve: MakeCurve) -> None:
+def test_a_picture_keeps_its_colours_with_a_palette() -> None:
     """No line changes its colour by more than a reader could see, at half the size or less."""
-    figure = frontiers(arms(make_curve).arms, "vanilla")
+    figure = frontiers(arms().arms, "vanilla")
     assert figure is not None
     whole = io.BytesIO()
     figure.savefig(whole, format="png")
@@ -165,7 +164,7 @@ def test_a_picture_keeps_its_colours_with_a_palette(make_curve: MakeCurve) -> No
     assert np.abs(pixels - kept).max() <= 16, "of 255"
 
 
-def test_without_a_primary_endpoint_there_are_no_bars(make_curve: MakeCurve) -> None:
+def test_without_a_primary_endpoint_there_are_no_bars() -> None:
     falling = comparison(
         [make_curve(KL, -KL), make_curve(KL, 1 - KL, arm="other")],
         "vanilla",

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from curve_fixtures import make_curve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2m_ray.errors import InputError, RunError
-from r2m_ray.report.compare.curves import Comparison, Curve, comparison
+from r2m_ray.errors import RunError
+from r2m_ray.report.compare.curves import Comparison, comparison
 from r2m_ray.report.compare.matched import mean_peak
 from r2m_ray.report.compare.study import SHARED_NAME, Study, study
 from r2m_ray.report.compare.tables import markdown, record, write_tables
 
-MakeCurve = Callable[..., Curve]
 Effects = dict[int, float]
 
 SHIFTS = {0: 0.1, 1: 0.2, 2: 0.4, 3: 0.3}
@@ -28,7 +27,7 @@ def parabola(kl: np.ndarray, *, slope: float = 0.0) -> np.ndarray:
     return 1 - (kl - 3) ** 2 / 9 + slope * kl
 
 
-def arms(make_curve: MakeCurve, effects: Effects, *, short: float = 0.5) -> Comparison:
+def arms(effects: Effects, *, short: float = 0.5) -> Comparison:
     """vanilla; steep, better by SHIFTS per nat; slow, the same path no further than ``short`` of vanilla's.
 
     effects: added to every arm of a seed alike.
@@ -49,8 +48,8 @@ def studied(compared: Comparison) -> Study:
     return study(compared, mean_peak(compared.curves(compared.baseline)))
 
 
-def test_contrasts_are_differences_at_the_same_kl(make_curve: MakeCurve) -> None:
-    found = studied(arms(make_curve, dict.fromkeys(SHIFTS, 0.0)))
+def test_contrasts_are_differences_at_the_same_kl() -> None:
+    found = studied(arms(dict.fromkeys(SHIFTS, 0.0)))
     assert (found.peak.kl, found.peak.gold, found.peak.step) == (3, 1, 15)
     for multiple in (1, 2, 4):
         contrast = found.contrasts[f"gold_at_{multiple}_kl_star"]["steep"]
@@ -66,8 +65,8 @@ def test_contrasts_are_differences_at_the_same_kl(make_curve: MakeCurve) -> None
     assert found.values["fall_kl"]["vanilla"] == pytest.approx([5 + (0.5 - 4 / 9) / (5 / 9)] * 4)
 
 
-def test_an_arm_that_does_not_get_there_is_censored_and_not_tested(make_curve: MakeCurve) -> None:
-    found = studied(arms(make_curve, dict.fromkeys(SHIFTS, 0.0)))
+def test_an_arm_that_does_not_get_there_is_censored_and_not_tested() -> None:
+    found = studied(arms(dict.fromkeys(SHIFTS, 0.0)))
     far = found.contrasts["gold_at_4_kl_star"]["slow"]
     assert found.values["gold_at_4_kl_star"]["slow"] == (None,) * 4
     assert (far.differences, far.interval, far.p, far.p_holm) == ((None,) * 4, None, None, None)
@@ -80,9 +79,9 @@ def test_an_arm_that_does_not_get_there_is_censored_and_not_tested(make_curve: M
     assert shared["steep"].differences == pytest.approx([6 * s for s in SHIFTS.values()])
 
 
-def test_a_seed_that_is_censored_takes_the_test_but_not_the_others_numbers(make_curve: MakeCurve) -> None:
+def test_a_seed_that_is_censored_takes_the_test_but_not_the_others_numbers() -> None:
     kl = np.linspace(0, 15, 16)
-    whole = arms(make_curve, dict.fromkeys(SHIFTS, 0.0))
+    whole = arms(dict.fromkeys(SHIFTS, 0.0))
     short = make_curve(kl / 2, parabola(kl / 2), arm="steep", seed=3)
     curves = [c for arm in whole.arms for c in whole.curves(arm) if (c.arm, c.seed) != ("steep", 3)]
     contrast = studied(comparison([*curves, short], "vanilla")).contrasts["gold_at_4_kl_star"]["steep"]
@@ -94,10 +93,10 @@ def test_a_seed_that_is_censored_takes_the_test_but_not_the_others_numbers(make_
 
 
 @given(effects=st.lists(st.floats(-50, 50), min_size=4, max_size=4))
-@settings(max_examples=10)
-def test_what_a_seed_does_to_every_arm_cancels(make_curve: MakeCurve, effects: list[float]) -> None:
-    plain = studied(arms(make_curve, dict.fromkeys(SHIFTS, 0.0)))
-    shaken = studied(arms(make_curve, dict(zip(SHIFTS, effects, strict=True))))
+@settings(max_examples=10, deadline=None)
+def test_what_a_seed_does_to_every_arm_cancels(effects: list[float]) -> None:
+    plain = studied(arms(dict.fromkeys(SHIFTS, 0.0)))
+    shaken = studied(arms(dict(zip(SHIFTS, effects, strict=True))))
     for name in ("gold_at_1_kl_star", "gold_at_4_kl_star", "area", "final_gold", "fall"):
         ours, theirs = plain.contrasts[name]["steep"], shaken.contrasts[name]["steep"]
         assert ours.interval is not None
@@ -108,22 +107,15 @@ def test_what_a_seed_does_to_every_arm_cancels(make_curve: MakeCurve, effects: l
         assert theirs.p == ours.p
 
 
-def test_a_study_repeats_and_needs_another_arm(make_curve: MakeCurve) -> None:
-    paired = arms(make_curve, SHIFTS)
-    assert record(studied(paired)) == record(studied(paired))
-    with pytest.raises(InputError, match="Give the runs of another arm"):
-        studied(comparison(paired.curves("vanilla"), "vanilla"))
-
-
-def test_one_seed_gives_numbers_and_no_claims(make_curve: MakeCurve) -> None:
-    found = studied(arms(make_curve, {0: 0.0}))
+def test_one_seed_gives_numbers_and_no_claims() -> None:
+    found = studied(arms({0: 0.0}))
     contrast = found.contrasts["gold_at_1_kl_star"]["steep"]
     assert contrast.differences == pytest.approx([0.3])
     assert (contrast.interval, contrast.p) == (None, None)
     assert "no interval and no test" in markdown(found)
 
 
-def test_an_arm_that_never_moves_shares_no_range(make_curve: MakeCurve) -> None:
+def test_an_arm_that_never_moves_shares_no_range() -> None:
     kl = np.linspace(0, 15, 16)
     curves = [make_curve(kl, parabola(kl)), make_curve(0 * kl, 0 * kl, arm="still")]
     found = studied(comparison(curves, "vanilla"))
@@ -131,8 +123,8 @@ def test_an_arm_that_never_moves_shares_no_range(make_curve: MakeCurve) -> None:
     assert found.values["final_kl"]["still"] == (0.0,)
 
 
-def test_the_tables_show_every_seed_and_every_censored_cell(make_curve: MakeCurve, tmp_path: Path) -> None:
-    found = studied(arms(make_curve, SHIFTS))
+def test_the_tables_show_every_seed_and_every_censored_cell(tmp_path: Path) -> None:
+    found = studied(arms(SHIFTS))
     text, data = (path.read_text() for path in write_tables(found, tmp_path / "new"))
     assert text == markdown(found)
     assert json.loads(data) == json.loads(json.dumps(record(found)))
@@ -150,15 +142,7 @@ def test_the_tables_show_every_seed_and_every_censored_cell(make_curve: MakeCurv
     assert "nothing here can be called significant" in " ".join(text.split())
 
 
-def test_an_arm_s_name_cannot_break_a_table(make_curve: MakeCurve) -> None:
-    kl = np.linspace(0, 15, 16)
-    curves = [make_curve(kl, parabola(kl), arm=arm) for arm in ("vanilla", "a|b\x1b")]
-    text = markdown(studied(comparison(curves, "vanilla")))
-    assert "a\\|b\\x1b" in text
-    assert "\x1b" not in text
-
-
-def test_a_directory_that_cannot_be_made_is_named(make_curve: MakeCurve, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file/below: cannot make this directory"):
-        write_tables(studied(arms(make_curve, SHIFTS)), tmp_path / "file" / "below")
+        write_tables(studied(arms(SHIFTS)), tmp_path / "file" / "below")

@@ -9,7 +9,7 @@ import pytest
 from r2m_ray.config.schema import Config
 from r2m_ray.tasks.note2answer.gold import gold
 from r2m_ray.tasks.note2answer.samples import (
-    Demonstrator,
+    demonstration,
     demonstrations,
     gold_pairs,
     preference_pairs,
@@ -83,12 +83,12 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 0.6])
 def test_wrong_facts_are_corrected_as_often_as_asked(probability: float) -> None:
-    demonstrator = Demonstrator(self_correct_prob=probability, values=6, max_words=47)
+    task = config(self_correct_prob=probability).task
     scores = []
     for i in range(MANY):
         random = source(0, "test", i)
         note = Note.draw(random, 6)
-        scores.append(gold(note.prompt, demonstrator.respond(note, random), False))
+        scores.append(gold(note.prompt, demonstration(note, task, random), False))
     corrected, wrong = sum(s.corrected for s in scores), sum(s.wrong for s in scores)
     # A misattribution, a fifth of the wrong facts, is never corrected.
     expected = 0.8 * probability
