@@ -183,16 +183,16 @@ def placement(config: Config) -> Iterator[str]:
     """Which roles share nodes, and what one node must have, in sentences."""
     cluster, counts, gpus = config.cluster, memory.replicas(config), _gpus(config)
     total, count = sum(counts[role] * gpus[role] for role in counts), sum(counts.values())
-    needs = f"{count} actors, {count * cluster.cpus_per_actor:g} CPUs and {total:g} GPUs"
+    needs = f"{count} actors (CPUs {count * cluster.cpus_per_actor:g}, GPUs {total:g})"
     listed = ", ".join(f"{role} × {n}" for role, n in counts.items())
     if cluster.address in (LOCAL, NO_CLUSTER):
-        yield f"all roles share this machine ({listed}): {needs}"
+        yield f"all roles share this machine, {needs}: {listed}"
     elif cluster.placement == "STRICT_PACK":
-        yield f"all roles share one node ({listed}), which must have {needs}"
+        yield f"all roles share one node ({listed}), which must hold {needs}"
     elif cluster.placement == "STRICT_SPREAD":
         yield f"each of the {count} actors ({listed}) needs a node of its own"
     elif cluster.placement == "SPREAD" or not total:
-        yield f"{needs} on any nodes ({listed}); {cluster.placement} decides which"
+        yield f"{needs} on any nodes: {listed}; {cluster.placement} decides which"
     else:
         nodes: list[dict[str, int]] = []
         free = 0.0

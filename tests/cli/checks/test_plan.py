@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_looked_up_leaves_the_batches(
 def test_placement_says_which_roles_share_nodes() -> None:
     two_nodes = ["cluster=gpu_cluster", "algo.prompts_per_step=32", "algo.minibatch_prompts=32"]
     (packed,) = placement(demo(*two_nodes))
-    assert packed.startswith("16 actors, 32 CPUs and 16 GPUs; on nodes of 8 GPUs, filled in order, 2 nodes: ")
+    assert packed.startswith("16 actors (CPUs 32, GPUs 16); on nodes of 8 GPUs, filled in order, 2 nodes: ")
     assert packed.endswith(": policy × 8; rollout × 6, reward × 1, reference × 1")
     (strict,) = placement(demo(*two_nodes, "cluster.placement=STRICT_PACK"))
     assert "all roles share one node" in strict
@@ -211,7 +211,7 @@ def test_placement_says_which_roles_share_nodes() -> None:
     assert "each of the 16 actors" in spread
     (local,) = placement(demo())
     assert local.startswith(
-        "all roles share this machine (policy × 1, rollout × 1, reward × 1, reference × 1)"
+        "all roles share this machine, 4 actors (CPUs 1, GPUs 0): policy × 1, rollout × 1"
     )
 
 
