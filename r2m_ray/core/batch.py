@@ -1,4 +1,4 @@
-"""The packed records that travel between roles, one per stage of a training step.
+"""The records of a training step: packed ones travel between roles, light ones are read by the driver.
 
 Axes: G groups (prompts), K rows per group, N = G·K rows, T = Σ(Sₙ−1) packed input tokens,
 P policy width, D reward-model width. Row n of a group occupies ``offsets[n]:offsets[n+1]`` of
@@ -11,7 +11,7 @@ memory with every other reader, so nothing may write into them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -170,6 +170,71 @@ class ReferenceLogprobs:
 
     tempered_T: Tensor
     unit_T: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRows:
+    """What the driver reads of a sampled shard: numbers per row.
+
+    length_N: int64 [N], sampled tokens of each row, the end token included.
+    truncated_N, finite_N: bool [N], whether the response hit its length limit without an end token, and
+        whether every log-prob it was sampled with is finite.
+    tokens: input tokens of all rows, prompts included. version: of the weights that sampled them.
+    """
+
+    length_N: Tensor
+    truncated_N: Tensor
+    finite_N: Tensor
+    tokens: int
+    version: int
+
+    @classmethod
+    def of(cls, trajectories: Trajectories) -> SampledRows:
+        """The numbers of one shard's trajectories."""
+        layout, broken_N = trajectories.layout, torch.zeros(trajectories.layout.rows, dtype=torch.bool)
+        broken_N[layout.row_T[trajectories.action_T & ~torch.isfinite(trajectories.rollout_logp_T)]] = True
+        return cls(
+            length_N=trajectories.response_lengths,
+            truncated_N=trajectories.truncated_N,
+            finite_N=~broken_N,
+            tokens=layout.tokens,
+            version=trajectories.version,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What the driver reads of an annotated shard: numbers per row, as in `Annotation`.
+
+    gold: float64 [N] of the gold score (``total``) and of each part that the task makes it of; empty where
+        the task knows no gold.
+    """
+
+    reward_N: Tensor
+    frozen_reward_N: Tensor
+    response_id_N: Tensor
+    gold: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceKL:
+    """What the driver reads of a shard's reference log-probs: the KL of each row, summed over its response.
+
+    Of the distribution that was sampled, both policies at ``algo.temperature``. sampled_N: by k1, whose mean
+    is the KL. penalty_N: by ``algo.kl_estimator``, for a penalty that is part of the reward. float32 [N].
+    """
+
+    sampled_N: Tensor
+    penalty_N: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowText:
+    """A row as a reader sees it: its prompt, its response, and the text of each of its S−1 input tokens."""
+
+    prompt: str
+    response: str
+    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

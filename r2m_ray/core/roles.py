@@ -1,26 +1,46 @@
 """The four roles of R2M as the driver knows them.
 
-A step's batch is cut into shards: fixed sets of whole groups. A shard is the unit of work and of
+A step's batch is cut into shards: fixed sets of complete groups. A shard is the unit of work and of
 recovery for every role, and no role ever splits or merges one, so advantages, Bradley–Terry pairs
-and group reward entropy stay local to it. What travels between roles are references to records
-(``Ref``), never the records themselves; awaiting a reference reads it.
+and group reward entropy stay local to it.
+
+Each call returns what the driver reads, a few numbers per row, and references (``Ref``) to records that are
+as wide as a model or as long as a text. The driver passes references on and cannot read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from r2m_ray.core.batch import Annotation, Hidden, ReferenceLogprobs, SamplePlan, Trajectories
+from r2m_ray.core.batch import (
+    Annotation,
+    Hidden,
+    ReferenceKL,
+    ReferenceLogprobs,
+    RowText,
+    SampledRows,
+    SamplePlan,
+    Scores,
+    Trajectories,
+)
 
 Record = TypeVar("Record")
-Ref = Awaitable[Record]
-Shards = Sequence[Ref[Record]]
 Stats = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref(Generic[Record]):
+    """A reference to a record that stays where it was made. handle: what the roles know it by."""
+
+    handle: Any
+
+
+Shards = Sequence[Ref[Record]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +54,15 @@ class LabelledPairs:
 class Rollout(Protocol):
     """Samples trajectories with the current weights and exports the policy's hidden states."""
 
-    async def sample(self, plans: Sequence[SamplePlan]) -> tuple[Shards[Trajectories], Shards[Hidden]]: ...
+    async def sample(
+        self, plans: Sequence[SamplePlan]
+    ) -> tuple[Sequence[SampledRows], Shards[Trajectories], Shards[Hidden]]:
+        """One shard per plan."""
+        ...
+
+    async def texts(self, trajectories: Ref[Trajectories], rows: int) -> Sequence[RowText]:
+        """The first ``rows`` rows of one shard in words, or all where it has fewer."""
+        ...
 
 
 class Policy(Protocol):
@@ -62,7 +90,9 @@ class Policy(Protocol):
 class Reference(Protocol):
     """The frozen reference policy π_ref."""
 
-    async def logprobs(self, trajectories: Shards[Trajectories]) -> Shards[ReferenceLogprobs]: ...
+    async def logprobs(
+        self, trajectories: Shards[Trajectories]
+    ) -> tuple[Sequence[ReferenceKL], Shards[ReferenceLogprobs]]: ...
 
 
 class Reward(Protocol):
@@ -70,7 +100,7 @@ class Reward(Protocol):
 
     async def annotate(
         self, trajectories: Shards[Trajectories], hidden: Shards[Hidden], *, omega: float, step: int
-    ) -> Shards[Annotation]:
+    ) -> tuple[Sequence[Scores], Shards[Annotation]]:
         """r = φ(H_fin) of every row (Eqs. 3–4), beside the frozen reward model's own score."""
         ...
 
@@ -93,8 +123,10 @@ class Reward(Protocol):
         """
         ...
 
-    async def attention(self, hidden: Ref[Hidden], annotation: Ref[Annotation]) -> Tensor:
-        """The head's attention weight on every token of one shard, float32 [T], for a reader's eye."""
+    async def attention(
+        self, hidden: Ref[Hidden], annotation: Ref[Annotation], rows: int
+    ) -> Sequence[Sequence[float]]:
+        """The head's attention weight on every token of the first ``rows`` rows of one shard."""
         ...
 
     async def save(self, directory: Path) -> None: ...

@@ -1,4 +1,4 @@
-"""Rewards before they become advantages: scaled, shaped, mixed with gold.
+"""Rewards on their way to advantages: scaled, shaped, mixed with gold, less a KL penalty.
 
 Axes: N = G·K rows; rows iK … iK+K−1 are group i; G groups, K rows per group.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.reward_loss import SMALLEST_STD
 
 
@@ -65,3 +66,38 @@ def unshaped(reward_N: Tensor, initial: float) -> Tensor:
 
 SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {"raw": unshaped, "par": par}
 """(reward_N, the initial policy's mean reward) → what becomes of it."""
+
+
+def step_advantages(
+    own_N: Tensor,
+    frozen_N: Tensor,
+    gold_N: Tensor,
+    penalty_N: Tensor | None,
+    *,
+    group_size: int,
+    advantage: str,
+    scale: str = "raw",
+    shape: str = "raw",
+    initial_reward: float = float("nan"),
+    gold_weight: float = 0.0,
+) -> Tensor:
+    """Advantages of a training step's rows, float32 [N], from their rewards (Eq. 1 and its siblings).
+
+    Own rewards are scaled (`SCALES`), shaped around the scaled ``initial_reward`` (`SHAPES`), and mixed with
+    gold by ``gold_weight``; ``penalty_N`` [N], β times each row's KL, is subtracted where it is given.
+
+    Args:
+        own_N, frozen_N: float32 [N], rewards of R2M's head and of the frozen reward model.
+        gold_N: float32 [N], NaN where the task knows no gold.
+        penalty_N: float32 [N], or None where the KL is a term of the loss.
+        advantage, scale, shape: keys of `ADVANTAGES`, `SCALES`, `SHAPES`.
+        initial_reward: r₀ of `shape`, the initial policy's mean reward.
+
+    Raises:
+        ValueError: for a group size that the advantage cannot use, or r₀ not finite where it is needed.
+    """
+    factor = SCALES[scale](own_N, frozen_N, group_size)
+    reward_N = gold_mixture(SHAPES[shape](factor * own_N, factor * initial_reward), gold_N, gold_weight)
+    if penalty_N is not None:
+        reward_N = reward_N - penalty_N
+    return ADVANTAGES[advantage](reward_N, group_size).float()

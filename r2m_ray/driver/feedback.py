@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r2m_ray.core.batch import Hidden, SamplePlan, Trajectories
-from r2m_ray.core.roles import Policy, Rollout, Shards
+from r2m_ray.core.batch import Hidden, RowText, SampledRows, SamplePlan, Trajectories
+from r2m_ray.core.roles import Policy, Ref, Rollout, Shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,13 @@ class LearnerFeedback:
     rollout: Rollout
     policy: Policy
 
-    async def sample(self, plans: Sequence[SamplePlan]) -> tuple[Shards[Trajectories], Shards[Hidden]]:
-        trajectories, _ = await self.rollout.sample(plans)
-        return trajectories, await self.policy.hidden(trajectories)
+    async def sample(
+        self, plans: Sequence[SamplePlan]
+    ) -> tuple[Sequence[SampledRows], Shards[Trajectories], Shards[Hidden]]:
+        """The rollout's rows, with h by the learner."""
+        rows, trajectories, _ = await self.rollout.sample(plans)
+        return rows, trajectories, await self.policy.hidden(trajectories)
+
+    async def texts(self, trajectories: Ref[Trajectories], rows: int) -> Sequence[RowText]:
+        """As the rollout has them."""
+        return await self.rollout.texts(trajectories, rows)

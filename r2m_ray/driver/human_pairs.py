@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from r2m_ray.config.schema import Config
 from r2m_ray.core.roles import LabelledPairs, Roles, Stats
 from r2m_ray.driver.metrics import mean
-from r2m_ray.driver.recorder import Recorder
+from r2m_ray.run.log import RunLog
 from r2m_ray.tasks.data import PreferencePair, packed_pairs
 
 WARM_UP_STEP = 0
 """Stands for the training step where the pairs of the warm-up are annotated."""
 JUDGED_SHARE = 10
-"""One in so many batches of the warm-up, the first ones and the last, tell how good the head was then."""
+"""One in so many batches of the warm-up, the first ones and the last, show how good the head was then."""
 
 
 class HumanPairs:
@@ -32,7 +32,7 @@ class HumanPairs:
 
     The warm-up takes the first ``reward.warmup_pairs`` of that order, each step the next
     ``algo.prompts_per_step``; so a run that goes on from a checkpoint needs no cursor.
-    What the warm-up did is told to whoever watches the run.
+    The log reports what the warm-up did.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class HumanPairs:
         *,
         pairs: Sequence[PreferencePair],
         tokenizer: PreTrainedTokenizerBase,
-        record: Recorder,
+        log: RunLog,
     ) -> None:
         self._config = config
         self._roles = roles
         self._pairs = pairs
         self._tokenizer = tokenizer
-        self._record = record
+        self._log = log
 
     async def annotated(self, step: int, *, omega: float) -> LabelledPairs:
         """A step's pairs under the policy and the reward model as they are; none without an anchor."""
@@ -67,12 +67,12 @@ class HumanPairs:
         reward = self._config.reward
         if reward.warmup_pairs == 0:
             return
-        with self._record.phase("warm_up"):
+        with self._log.phase("warm_up"):
             stats = [
                 await self._roles.reward.warm_up(batch, omega=reward.omega_floor)
                 async for batch in self._warm_up_batches()
             ]
-        self._record.message(warm_up_summary(reward.warmup_pairs, stats))
+        self._log.message(warm_up_summary(reward.warmup_pairs, stats))
 
     async def _warm_up_batches(self) -> AsyncIterator[LabelledPairs]:
         """Batches of one optimizer step each, annotated as many rows at a time as a training step has.
@@ -104,7 +104,7 @@ class HumanPairs:
         packed = packed_pairs(self._tokenizer, chosen, pairs_per_shard=pairs_per_shard, version=step)
         shards = [self._roles.share(shard) for shard in packed]
         hidden = await self._roles.policy.hidden(shards)
-        annotation = await self._roles.reward.annotate(shards, hidden, omega=omega, step=step)
+        _, annotation = await self._roles.reward.annotate(shards, hidden, omega=omega, step=step)
         return LabelledPairs(hidden=hidden, annotation=annotation)
 
 
@@ -117,19 +117,19 @@ def drawn(size: int, first: int, count: int, *, seed: int) -> list[int]:
 
 
 def warm_up_summary(pairs: int, stats: Sequence[Stats]) -> str:
-    """How well the head told a warm-up's pairs as it began and as it ended, by the statistics of its batches.
+    """How well the head ordered a warm-up's pairs at its beginning and at its end, by the batches' numbers.
 
     Each batch was judged before it was learned from, and none came twice.
     """
     share = max(1, len(stats) // JUDGED_SHARE)
-    told = "; ".join(
+    found = "; ".join(
         f"accuracy {mean(batch['human_accuracy'] for batch in part):.3f}, Bradley–Terry "
         f"{mean(batch['bradley_terry_human'] for batch in part):.3f} in its {name} {share}"
         for name, part in (("first", stats[:share]), ("last", stats[-share:]))
     )
     skipped = sum(batch["nonfinite_steps"] for batch in stats)
     doubt = f"; {skipped:g} were not finite, and were skipped" if skipped else ""
-    return f"warm-up on {pairs} preference pairs, {len(stats)} batches: {told}{doubt}"
+    return f"warm-up on {pairs} preference pairs, {len(stats)} batches: {found}{doubt}"
 
 
 @lru_cache(maxsize=2)

@@ -1,84 +1,137 @@
-"""What one training step looked like, as numbers: rewards, responses, gold, and the rows worth reading.
+"""What a batch of rows looks like, as numbers; steps and evaluations compute a quantity by one function.
 
-Axes: G groups, K rows per group, N = G·K rows of the whole step, shard after shard.
+Axes: G groups (prompts), K rows per group, N = G·K rows of the batch, shard after shard; M pairs whose better
+response comes first. Names are those of ``r2m_ray.run.vocabulary``.
 
-Keys are paths. Everything below ``time/`` (seconds) and ``memory/`` (bytes) depends on the machine;
-every other value repeats exactly when a run repeats. A statistic with nothing to average is NaN.
+A reward counts as right where it is greater for the better response: a tie is wrong. Averages are over what
+is finite, and NaN over nothing. Standard deviations have ddof 0. With two responses to a prompt, correlations
+are ±1 and entropy and skew are constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from r2m_ray.core.batch import Annotation, Trajectories
+from r2m_ray.config.schema import Advantage, Config
 from r2m_ray.core.reward_loss import SMALLEST_STD, group_pairs, group_reward_entropy
+from r2m_ray.core.roles import Stats
 from r2m_ray.core.shaping import SCALES, mean_group_std
+from r2m_ray.driver.rollouts import Example
+from r2m_ray.driver.rows import Rows
+from r2m_ray.run.vocabulary import MACHINE_PREFIXES, TOTAL
 
-GOLD_TOTAL = "total"
-"""Key of a gold score's dictionary that holds the score itself; every other key is a part of it."""
-
-MACHINE_PREFIXES = ("time/", "memory/")
-"""Keys that start so are measured, not computed, and differ between identical runs."""
+CALIBRATION_BINS = 10
+EQUAL_GOLD = 1e-9
+"""Gold scores are sums of tenths, which round: closer ones are equal."""
 
 
 def step_metrics(
-    trajectories: Sequence[Trajectories],
-    annotation: Sequence[Annotation],
-    advantage: Sequence[Tensor],
+    config: Config,
     omega: float,
-    gold: Sequence[Mapping[str, float]] | None = None,
-    *,
-    greedy_first: bool = False,
-    scale: str = "raw",
+    rows: Rows,
+    advantage: Sequence[Tensor],
+    examples: Sequence[Example],
+    policy: Stats,
+    reward: Stats,
+    sync: Stats,
 ) -> dict[str, float]:
-    """Every number of a step that its records tell.
+    """Every number of a training step but its alarms and times.
 
-    The three sequences hold one record per shard; advantages are float [N of the shard]. ``gold`` holds
-    one dictionary per row of the step: ``total``, and the parts it is made of. Standard deviations have
-    ddof 0. Rewards are those of the annotation; ``reward/scale_factor`` is what ``reward.scale`` multiplies
-    them with on their way to the advantages.
-
-    What is not finite is counted (``reward/nonfinite``: rows whose reward, own or frozen, is not;
-    ``hidden/nonfinite``: those of them that the frozen model scores well, so that their h is at fault) and
-    left out: rows of averages over rows, their groups of averages over groups. With ``greedy_first`` row 0 of
-    each group is ReMax's baseline: no sample, so averages over rows leave it out too, and
-    ``reward/greedy_mean`` tells its reward.
+    advantage: float32 [N of the shard] per shard. policy, reward, sync: what the roles report of their
+    updates, below ``policy/``, ``rm/`` and ``sync/``. With ReMax row 0 of each group is a baseline and no
+    sample: averages over rows leave it out, and ``reward/greedy_mean`` is its reward.
     """
-    own_GK = grouped([shard.reward_N for shard in annotation], annotation)
-    frozen_GK = grouped([shard.frozen_reward_N for shard in annotation], annotation)
-    identity_GK = torch.cat([shard.response_id_N.view(-1, shard.layout.group_size) for shard in annotation])
-    finite_GK = torch.isfinite(own_GK) & torch.isfinite(frozen_GK)
-    sampled_GK = torch.ones_like(finite_GK)
-    sampled_GK[:, : int(greedy_first)] = False
+    greedy = config.algo.advantage is Advantage.remax
+    own_GK, frozen_GK = rows.grouped(rows.reward_N), rows.grouped(rows.frozen_reward_N)
+    scale = SCALES[config.reward.scale.value]
     metrics = {
         "omega": omega,
-        "tokens": float(sum(shard.layout.tokens for shard in trajectories)),
+        "tokens": float(rows.tokens),
         "advantage/std": _std(torch.cat(list(advantage))),
-        "reward/nonfinite": float((~finite_GK).sum()),
-        "hidden/nonfinite": float((~torch.isfinite(own_GK) & torch.isfinite(frozen_GK)).sum()),
+        "reward/scale_factor": scale(own_GK.flatten(), frozen_GK.flatten(), rows.group_size),
+        "bytes/driver": float(rows.nbytes),
+        "bytes/records": float(sum(example.nbytes for example in examples)),
     }
-    if greedy_first:
+    if greedy:
         metrics["reward/greedy_mean"] = finite_mean(own_GK[:, 0])
-    metrics |= _response_metrics(trajectories, sampled_GK.flatten())
-    metrics |= _row_metrics(own_GK[sampled_GK & finite_GK], frozen_GK[sampled_GK & finite_GK])
-    metrics["reward/scale_factor"] = SCALES[scale](own_GK.flatten(), frozen_GK.flatten(), own_GK.shape[1])
-    whole_G = finite_GK.all(1)
-    scores = own_GK[whole_G], frozen_GK[whole_G], identity_GK[whole_G]
-    metrics |= _group_metrics(*scores)
-    if gold is not None:
-        gold_GK = torch.tensor([row[GOLD_TOTAL] for row in gold], dtype=torch.float64).view_as(own_GK)
-        sampled = [row for row, counts in zip(gold, sampled_GK.flatten().tolist(), strict=True) if counts]
-        metrics |= {f"gold/{part}": mean(row[part] for row in sampled) for part in _parts(gold[0])}
-        metrics |= {"gold/mean": finite_mean(gold_GK[sampled_GK])}
-        metrics |= _gold_metrics(gold_GK[whole_G], *scores)
+    metrics |= batch_metrics(rows, greedy_first=greedy)
+    for prefix, stats in (("policy", policy), ("rm", reward), ("sync", sync)):
+        metrics |= merge_stats(prefix, stats)
     return metrics
 
 
-def merge_stats(prefix: str, stats: Mapping[str, float]) -> dict[str, float]:
+def batch_metrics(rows: Rows, *, greedy_first: bool = False) -> dict[str, float]:
+    """What rewards, responses and gold of a batch are like: ``reward/``, ``response/`` and ``gold/``.
+
+    Rewards are those of the annotation. What is not finite is counted (``reward/nonfinite``: rows whose
+    reward, own or frozen, is not; ``hidden/nonfinite``: those of them that the frozen model scores well, so
+    that their h is at fault) and left out: rows of averages over rows, their groups of averages over groups.
+    Quantities of groups are there for more than one row per group. greedy_first: see `step_metrics`.
+    """
+    own_GK, frozen_GK = rows.grouped(rows.reward_N), rows.grouped(rows.frozen_reward_N)
+    finite_GK = torch.isfinite(own_GK) & torch.isfinite(frozen_GK)
+    sampled_GK = torch.ones_like(finite_GK)
+    sampled_GK[:, : int(greedy_first)] = False
+    sampled_N = sampled_GK.flatten()
+    metrics = {
+        "reward/nonfinite": float((~finite_GK).sum()),
+        "hidden/nonfinite": float((~torch.isfinite(own_GK) & torch.isfinite(frozen_GK)).sum()),
+    }
+    metrics |= _response_metrics(rows, sampled_N)
+    metrics |= _row_metrics(own_GK[sampled_GK & finite_GK], frozen_GK[sampled_GK & finite_GK])
+    if rows.gold:
+        parts = {part: value_N[sampled_N].tolist() for part, value_N in rows.gold.items() if part != TOTAL}
+        metrics |= {f"gold/{part}": mean(values) for part, values in parts.items()}
+        metrics["gold/mean"] = finite_mean(rows.gold_N[sampled_N])
+    if rows.group_size == 1:
+        return metrics
+    complete_G = finite_GK.all(1)
+    identity_GK = rows.response_id_N.view(-1, rows.group_size)
+    scores = own_GK[complete_G], frozen_GK[complete_G], identity_GK[complete_G]
+    metrics |= _group_metrics(*scores)
+    if rows.gold:
+        metrics |= _gold_metrics(rows.grouped(rows.gold_N)[complete_G], *scores)
+    return metrics
+
+
+def kl_metrics(rows: Rows) -> dict[str, float]:
+    """KL of the sampled distribution to the reference, per response and per token; finite rows alone."""
+    known_N = torch.isfinite(rows.kl_N)
+    return {
+        "kl/sequence": finite_mean(rows.kl_N),
+        "kl/token": float(rows.kl_N[known_N].sum() / rows.length_N[known_N].sum()),
+    }
+
+
+def pair_metrics(own_M2: Tensor, frozen_M2: Tensor, kind: str = "") -> dict[str, float]:
+    """Accuracy of both rewards on pairs: held-out ones, or counterfactual ones of a kind."""
+    name = f"{kind}_accuracy" if kind else "accuracy"
+    return {
+        f"pairs/{prefix}{name}": float((reward_M2[:, 0] > reward_M2[:, 1]).double().mean())
+        for prefix, reward_M2 in (("", own_M2), ("frozen_", frozen_M2))
+    }
+
+
+def calibration_error(reward_M2: Tensor) -> float:
+    """Expected calibration error of `σ(r₁ − r₂)` over pairs whose first response is the better one.
+
+    The confidence of a pair is `max(p, 1−p)` with `p = σ(r₁ − r₂)`, and it is right where p > ½ (half right
+    at ½). Ten bins of equal width cover confidences from ½ to 1; the error is the mean over pairs of their
+    bin's `|share right − mean confidence|`.
+    """
+    margin_M = (reward_M2[:, 0] - reward_M2[:, 1]).double()
+    margin_M = margin_M[torch.isfinite(margin_M)]
+    confidence_M = torch.sigmoid(margin_M.abs())
+    excess_M = (torch.sign(margin_M) + 1) / 2 - confidence_M
+    bin_M = ((2 * confidence_M - 1) * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    sums = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bin_M, excess_M)
+    return float(sums.abs().sum() / len(margin_M)) if len(margin_M) else float("nan")
+
+
+def merge_stats(prefix: str, stats: Stats) -> dict[str, float]:
     """A role's statistics below ``prefix/``; its ``time/`` and ``memory/`` keys stay below those."""
     merged = {}
     for key, value in stats.items():
@@ -86,55 +139,6 @@ def merge_stats(prefix: str, stats: Mapping[str, float]) -> dict[str, float]:
         name = f"{head}/{prefix}/{rest}" if key.startswith(MACHINE_PREFIXES) else f"{prefix}/{key}"
         merged[name] = float(value)
     return merged
-
-
-def rollout_records(
-    step: int,
-    trajectories: Sequence[Trajectories],
-    annotation: Sequence[Annotation],
-    advantage: Sequence[Tensor],
-    omega: float,
-    gold: Sequence[Mapping[str, float]] | None = None,
-    *,
-    limit: int,
-    attention: Mapping[int, Sequence[tuple[str, float]]] | None = None,
-) -> list[dict[str, Any]]:
-    """The first ``limit`` rows of a step, whole groups in order, ready for JSON.
-
-    ``group`` and ``row`` count through the step. ``role`` is ``winner`` or ``loser`` of the group's
-    Bradley–Terry pair by the annotation rewards, else ``none``. ``attention`` gives, by row, each input
-    token's text and the weight the R2M head's query put on it.
-    """
-    records: list[dict[str, Any]] = []
-    first_row = 0
-    for rows, notes, advantage_N in zip(trajectories, annotation, advantage, strict=True):
-        size = rows.layout.group_size
-        roles, lengths = _pair_roles(notes), rows.response_lengths
-        for n in range(min(rows.layout.rows, limit - len(records))):
-            row = first_row + n
-            records.append(
-                {
-                    "step": step,
-                    "group": row // size,
-                    "row": row,
-                    "prompt": rows.prompts[n // size],
-                    "response": rows.responses[n],
-                    "role": roles[n],
-                    "reward": float(notes.reward_N[n]),
-                    "frozen_reward": float(notes.frozen_reward_N[n]),
-                    "omega": omega,
-                    "advantage": float(advantage_N[n]),
-                    "truncated": bool(rows.truncated_N[n]),
-                    "tokens": int(lengths[n]),
-                    "gold": None if gold is None else float(gold[row][GOLD_TOTAL]),
-                    "gold_parts": None if gold is None else _parts(gold[row]),
-                    "attention": [list(pair) for pair in attention[row]]
-                    if attention and row in attention
-                    else None,
-                }
-            )
-        first_row += rows.layout.rows
-    return records
 
 
 def mean(values: Iterable[float]) -> float:
@@ -158,10 +162,21 @@ def group_correlation(left_GK: Tensor, right_GK: Tensor) -> Tensor:
     return torch.where(constant_G, torch.nan, covariance_G / (left_G * right_G))
 
 
-def grouped(values: Sequence[Tensor], annotation: Sequence[Annotation]) -> Tensor:
-    """Per-row values of every shard as float64 [G, K]: sums over many rows must not lose digits."""
-    shards = zip(values, annotation, strict=True)
-    return torch.cat([value_N.double().view(-1, shard.layout.group_size) for value_N, shard in shards])
+def group_skew(reward_GK: Tensor) -> Tensor:
+    """Skew of each group's rewards, `mean(z³)` standardised by ddof 0, float64 [G]; NaN without spread.
+
+    K−1 equal losers and one stand-out have (K−2)/√(K−1), which is what GRE drives a group to.
+    """
+    centred_GK = _centred(reward_GK)
+    std_G = centred_GK.square().mean(1).sqrt()
+    return torch.where(std_G < SMALLEST_STD, torch.nan, (centred_GK / std_G[:, None]).pow(3).mean(1))
+
+
+def order_accuracy(reward_GK: Tensor, gold_GK: Tensor) -> float:
+    """Share of the pairs within a group, of different gold, whose better row has the greater reward."""
+    better_GKK = gold_GK[:, :, None] - gold_GK[:, None, :] > EQUAL_GOLD
+    greater_GKK = reward_GK[:, :, None] > reward_GK[:, None, :]
+    return finite_mean(greater_GKK[better_GKK])
 
 
 def scale_ratio(own_GK: Tensor, frozen_GK: Tensor) -> float:
@@ -176,16 +191,15 @@ def pair_difference(score_GK: Tensor, winner_G: Tensor, loser_G: Tensor) -> Tens
     return (score_GK.gather(1, winner_G[:, None]) - score_GK.gather(1, loser_G[:, None]))[:, 0]
 
 
-def _response_metrics(trajectories: Sequence[Trajectories], sampled_N: Tensor) -> dict[str, float]:
-    length_N = torch.cat([shard.response_lengths for shard in trajectories]).double()
-    truncated_N = torch.cat([shard.truncated_N for shard in trajectories])
+def _response_metrics(rows: Rows, sampled_N: Tensor) -> dict[str, float]:
+    length_N = rows.length_N.double()
     # One token that is no cut: the end token alone.
-    empty_N = (length_N == 1) & ~truncated_N
+    empty_N = (length_N == 1) & ~rows.truncated_N
     return {
         "response/length_mean": finite_mean(length_N[sampled_N]),
         "response/length_max": float(length_N[sampled_N].max()),
         "response/tokens": float(length_N.sum()),
-        "response/truncated_fraction": finite_mean(truncated_N[sampled_N]),
+        "response/truncated_fraction": finite_mean(rows.truncated_N[sampled_N]),
         "response/empty_fraction": finite_mean(empty_N[sampled_N]),
     }
 
@@ -209,6 +223,7 @@ def _group_metrics(own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor) -> di
         "reward/frozen_group_std": float(mean_group_std(frozen_GK)),
         "reward/scale_ratio": scale_ratio(own_GK, frozen_GK),
         "reward/group_entropy": finite_mean(entropy_G[spread_G]),
+        "reward/group_skew": finite_mean(group_skew(own_GK)),
         "reward/pair_flip_rate": finite_mean((pair_difference(frozen_GK, winner_G, loser_G) < 0)[pair_G]),
         "reward/zero_std_groups": finite_mean(~spread_G),
     }
@@ -218,28 +233,15 @@ def _gold_metrics(
     gold_GK: Tensor, own_GK: Tensor, frozen_GK: Tensor, identity_GK: Tensor
 ) -> dict[str, float]:
     winner_G, loser_G, pair_G = group_pairs(own_GK, identity_GK)
-    difference_G = pair_difference(gold_GK, winner_G, loser_G)
+    gain_G = pair_difference(gold_GK, winner_G, loser_G)
     return {
         "gold/group_std": float(mean_group_std(gold_GK)),
         "gold/correlation": finite_mean(group_correlation(own_GK, gold_GK)),
         "gold/frozen_correlation": finite_mean(group_correlation(frozen_GK, gold_GK)),
-        "gold/pair_precision": finite_mean((difference_G > 0)[pair_G & (difference_G != 0)]),
+        "gold/order_accuracy": order_accuracy(own_GK, gold_GK),
+        "gold/frozen_order_accuracy": order_accuracy(frozen_GK, gold_GK),
+        "gold/pair_precision": finite_mean((gain_G > 0)[pair_G & (gain_G.abs() > EQUAL_GOLD)]),
     }
-
-
-def _pair_roles(notes: Annotation) -> list[str]:
-    size = notes.layout.group_size
-    reward_GK = notes.reward_N.view(-1, size)
-    winner_G, loser_G, pair_G = group_pairs(reward_GK, notes.response_id_N.view(-1, size))
-    roles = ["none"] * notes.layout.rows
-    for group in (pair_G & torch.isfinite(reward_GK).all(1)).nonzero()[:, 0].tolist():
-        roles[group * size + int(winner_G[group])] = "winner"
-        roles[group * size + int(loser_G[group])] = "loser"
-    return roles
-
-
-def _parts(gold: Mapping[str, float]) -> dict[str, float]:
-    return {key: float(value) for key, value in gold.items() if key != GOLD_TOTAL}
 
 
 def _centred(score_GK: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on, committed at once or not at all.
 
 ``checkpoints/`` of a run holds one directory per commit, ``step-000020``: the policy in Hugging Face
-format, the R2M head, both optimizers, ``driver.json`` (step, data cursor, identity of the run) and a
+format, the R2M head, both optimizers, ``driver.json`` (step, identity of the run) and a
 manifest. Which one is loaded depends on the directories alone: the newest that verifies. LATEST names
 the last commit for a reader's eye. Names that begin with ``.tmp-`` are leftovers of a crash, removed by
 the next save; those that begin with ``.damaged-`` were set aside because a sound one took their place,
@@ -30,7 +30,6 @@ from r2m_ray.run.files import replace_file
 if TYPE_CHECKING:
     # These load torch and transformers, and a list of checkpoints should not wait for them.
     from r2m_ray.core.roles import Roles
-    from r2m_ray.tasks.data import PromptStream
 
 CHECKPOINTS = "checkpoints"
 """The directory of a run that holds them."""
@@ -45,10 +44,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriverState:
-    """The driver's part of a checkpoint. prompts: the data cursor; identity: see `r2m_ray.run.resume`."""
+    """The driver's part of a checkpoint. identity: see `r2m_ray.run.resume`."""
 
     step: int
-    prompts: Mapping[str, Any]
     identity: Mapping[str, Any]
 
 
@@ -64,7 +62,7 @@ class Checkpoints:
         self._identity = dict(identity or {})
         self._reached = 0
 
-    async def save(self, step: int, roles: Roles, prompts: PromptStream) -> Path:
+    async def save(self, step: int, roles: Roles) -> Path:
         """Commit the state after ``step``, then prune older checkpoints beyond ``keep``.
 
         A step that is committed already is left as it is. Raises RunError with path and bytes where the
@@ -81,7 +79,7 @@ class Checkpoints:
             await roles.policy.save(building)
             await roles.reward.save(building)
             _require_roles(building)
-            state = {"step": step, "prompts": prompts.state(), "identity": self._identity}
+            state = {"step": step, "identity": self._identity}
             (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
             # On a thread, because signals are heard between the event loop's turns.
             await asyncio.to_thread(commit.seal, building, step=step)
@@ -102,7 +100,7 @@ class Checkpoints:
             logger.warning("%s: older checkpoints are not pruned (%s)", self.directory, error)
         return final
 
-    async def restore(self, roles: Roles, prompts: PromptStream) -> int:
+    async def restore(self, roles: Roles) -> int:
         """Load the newest valid checkpoint into every stateful role; return its step, 0 if there is none.
 
         Raises RunError where there is none any more, though this object has committed or restored one.
@@ -117,10 +115,8 @@ class Checkpoints:
             return 0
         await roles.policy.load(directory)
         await roles.reward.load(directory)
-        state = driver_state(directory)
-        prompts.restore(state.prompts)
-        self._reached = state.step
-        return state.step
+        self._reached = driver_state(directory).step
+        return self._reached
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files match its manifest; None if the run never committed one.
@@ -221,9 +217,7 @@ def driver_state(directory: Path) -> DriverState:
     """The driver's part of a checkpoint; ValueError where it is not what a driver wrote."""
     content = json.loads((directory / DRIVER_STATE).read_bytes())
     try:
-        return DriverState(
-            step=int(content["step"]), prompts=dict(content["prompts"]), identity=dict(content["identity"])
-        )
+        return DriverState(step=int(content["step"]), identity=dict(content["identity"]))
     except (KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__} {error}") from error
 

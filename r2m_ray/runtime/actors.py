@@ -1,36 +1,57 @@
-"""What runs inside each Ray actor: an engine, started once its peers are known, and nothing else.
+"""What runs inside each actor: an engine, started once its peers are known, and nothing else.
 
-Every method returns something light first and the heavy records after it as separate objects, so
-the driver can wait for the light part without pulling a tensor through its own node.
+A method takes references to records and reads them itself. It returns something light first and the heavy
+records after it as separate objects, so the driver can wait for the light part without pulling a tensor
+through its own node. A worker does not know whether it is a Ray actor or an object of the driver's process:
+``read`` is how it gets at records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import ray
+from torch import Tensor
 
 from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import (
     Annotation,
     Hidden,
     PolicyBatch,
+    ReferenceKL,
     ReferenceLogprobs,
     RewardBatch,
+    RowText,
+    SampledRows,
     SamplePlan,
+    Scores,
     Trajectories,
 )
+from r2m_ray.core.roles import Ref, Shards
 from r2m_ray.engines.faults import reach
 from r2m_ray.engines.weights import WeightBucket, WeightDigest
 from r2m_ray.runtime.device import device_of, free_address, join_environment
 from r2m_ray.runtime.weight_sync import EngineClient
 from r2m_ray.runtime.worker_group import raises_peers_lost
 
+Read = Callable[[Sequence[Ref[Any]]], list[Any]]
+"""The records behind references, in their order."""
+
+
+def read_objects(refs: Sequence[Ref[Any]]) -> list[Any]:
+    """Read records from Ray's object store; whoever waits for the caller has the deadline."""
+    records: list[Any] = ray.get([ref.handle for ref in refs])
+    return records
+
 
 class RolloutActor:
     """A vLLM engine."""
+
+    def __init__(self, read: Read = read_objects) -> None:
+        self._read = read
 
     def start(self, config: Config, model_dir: str, export_hidden: bool) -> None:
         from r2m_ray.engines.rollout.engine import RolloutEngine
@@ -46,11 +67,15 @@ class RolloutActor:
         )
 
     def sample(self, plans: Sequence[SamplePlan]) -> tuple[Any, ...]:
-        """One (light) count of tokens, then Trajectories and Hidden of each plan in turn."""
+        """SampledRows of each plan; then the Trajectories of each, and the Hidden of each."""
         reach("sample", plans[0].step)
         shards = self._engine.sample(plans)
-        tokens = sum(int(trajectories.action_T.sum()) for trajectories, _ in shards)
-        return tokens, *(record for shard in shards for record in shard)
+        trajectories, hidden = zip(*shards, strict=True)
+        return [SampledRows.of(shard) for shard in trajectories], *trajectories, *hidden
+
+    def texts(self, trajectories: Ref[Trajectories], rows: int) -> list[RowText]:
+        (shard,) = self._read([trajectories])
+        return self._engine.texts(shard, rows)
 
     def ready(self) -> None:
         """Answer, and so show that this process lives."""
@@ -58,9 +83,9 @@ class RolloutActor:
     def begin_weight_update(self, verify: bool) -> None:
         self._engine.begin_weight_update(verify=verify)
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
+    def load_bucket(self, bucket: Ref[WeightBucket]) -> None:
         reach("load_bucket")
-        self._engine.load_bucket(bucket)
+        self._engine.load_bucket(*self._read([bucket]))
 
     def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
         self._engine.init_weight_transfer(init_info)
@@ -72,9 +97,22 @@ class RolloutActor:
         self._engine.finish_weight_update(version=version, digest=digest)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyWork:
+    """One rank's share of a policy update: per shard, its number in the step and what is known of it."""
+
+    shard_ids: Sequence[int]
+    advantage: Sequence[Tensor]
+    trajectories: Shards[Trajectories]
+    reference: Shards[ReferenceLogprobs]
+
+
 @raises_peers_lost
 class PolicyActor:
     """One rank of the DeepSpeed learner."""
+
+    def __init__(self, read: Read = read_objects) -> None:
+        self._read = read
 
     def address(self) -> tuple[str, int]:
         return free_address()
@@ -92,21 +130,22 @@ class PolicyActor:
             device=device_of(gpus),
         )
 
-    def update(self, shard_ids: Sequence[int], advantage: Sequence[torch.Tensor], *records: Any) -> Any:
-        """Stats, then each shard's fresh Hidden if any; records are Trajectories, then ReferenceLogprobs."""
-        count = len(shard_ids)
-        trajectories: Sequence[Trajectories] = records[:count]
-        reference: Sequence[ReferenceLogprobs] = records[count:]
+    def update(self, work: PolicyWork) -> Any:
+        """Stats, then each shard's fresh Hidden if any."""
+        trajectories: list[Trajectories] = self._read(work.trajectories)
+        reference: list[ReferenceLogprobs] = self._read(work.reference)
         reach("update", trajectories[0].version + 1 if trajectories else None)
         batches = [
             PolicyBatch(trajectories=t, advantage_N=a, reference=r)
-            for t, a, r in zip(trajectories, advantage, reference, strict=True)
+            for t, a, r in zip(trajectories, work.advantage, reference, strict=True)
         ]
-        stats, hidden = self._learner.update(batches, shard_ids)
+        stats, hidden = self._learner.update(batches, work.shard_ids)
         return (stats, *hidden) if hidden else stats
 
-    def hidden(self, *trajectories: Trajectories) -> tuple[Any, ...]:
-        return len(trajectories), *self._learner.hidden(trajectories)
+    def hidden(self, trajectories: Shards[Trajectories]) -> Any:
+        """The number of shards, then each one's Hidden."""
+        records = self._learner.hidden(self._read(trajectories))
+        return (len(records), *records) if records else 0
 
     def begin_weights(self, bucket_bytes: int, digest: bool) -> None:
         """Begin a pass over all weights; rank 0 sends them, the other ranks take part and may hash them."""
@@ -161,6 +200,9 @@ class PolicyActor:
 class ReferenceActor:
     """The frozen reference policy."""
 
+    def __init__(self, read: Read = read_objects) -> None:
+        self._read = read
+
     def start(self, config: Config, model_dir: str, gpus: float) -> str:
         """Load the model; returns the digest of its weights."""
         from r2m_ray.engines.policy.reference import ReferencePolicy
@@ -168,14 +210,26 @@ class ReferenceActor:
         self._reference = ReferencePolicy(config=config, model_dir=model_dir, device=device_of(gpus))
         return self._reference.digest()
 
-    def logprobs(self, trajectories: Trajectories) -> tuple[int, ReferenceLogprobs]:
-        reach("logprobs", trajectories.version + 1)
-        return trajectories.layout.tokens, self._reference.logprobs(trajectories)
+    def logprobs(self, trajectories: Ref[Trajectories]) -> tuple[ReferenceKL, ReferenceLogprobs]:
+        (rows,) = self._read([trajectories])
+        reach("logprobs", rows.version + 1)
+        return self._reference.logprobs(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardWork:
+    """One replica's share of a reward update: per shard, its h and its annotation."""
+
+    hidden: Shards[Hidden]
+    annotation: Shards[Annotation]
 
 
 @raises_peers_lost
 class RewardActor:
     """The frozen reward model with its R2M head, one replica."""
+
+    def __init__(self, read: Read = read_objects) -> None:
+        self._read = read
 
     def start(
         self,
@@ -188,7 +242,7 @@ class RewardActor:
     ) -> str:
         """Load model and head; returns the digest of the frozen weights."""
         from r2m_ray.engines.reward.engine import RewardEngine
-        from r2m_ray.tasks.task import gold_total
+        from r2m_ray.tasks.task import gold_scorer
 
         join_environment(rank, config.reward.replicas, address)
         self._rank = rank
@@ -199,30 +253,33 @@ class RewardActor:
             rank=rank,
             world_size=config.reward.replicas,
             device=device_of(gpus),
-            gold=gold_total(config),
+            gold=gold_scorer(config),
         )
         return self._engine.trunk_digest()
 
     def annotate(
-        self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int
-    ) -> tuple[int, Annotation]:
+        self, trajectories: Ref[Trajectories], hidden: Ref[Hidden], omega: float, step: int
+    ) -> tuple[Scores, Annotation]:
         reach("annotate", step)
-        return trajectories.layout.rows, self._engine.annotate(trajectories, hidden, omega, step)
+        rows, states = self._read([trajectories, hidden])
+        return self._engine.annotate(rows, states, omega, step)
 
-    def warm_up(self, omega: float, *records: Any) -> dict[str, float]:
-        """One step of the warm-up from this replica's shards; records are Hidden…, then Annotation…."""
+    def warm_up(self, human: RewardWork, omega: float) -> dict[str, float]:
+        """One step of the warm-up from this replica's shards of human pairs."""
         reach("warm_up", 0)
-        return self._engine.warm_up(_reward_batches(records), omega)
+        return self._engine.warm_up(self._batches(human), omega)
 
-    def update(self, omega: float, step: int, own: int, *records: Any) -> dict[str, float]:
-        """One update from this replica's shards; records are Hidden…, then Annotation…, of ``own`` shards of
-        the step, and then of those of human pairs."""
+    def update(self, own: RewardWork, human: RewardWork, omega: float, step: int) -> dict[str, float]:
+        """One update from this replica's shards of the step, and those of human pairs."""
         reach("update", step)
-        batches, human = _reward_batches(records[: 2 * own]), _reward_batches(records[2 * own :])
-        return self._engine.update(batches, omega, step, human)
+        return self._engine.update(self._batches(own), omega, step, self._batches(human))
 
-    def attention(self, hidden: Hidden, annotation: Annotation) -> torch.Tensor:
-        return self._engine.attention(hidden, annotation)
+    def attention(self, hidden: Ref[Hidden], annotation: Ref[Annotation], rows: int) -> list[list[float]]:
+        """The head's weight on each token of the first rows."""
+        states, notes = self._read([hidden, annotation])
+        weight_T = self._engine.attention(states, notes)
+        shown = range(min(rows, notes.layout.rows))
+        return [weight_T[notes.layout.slice_of(n)].tolist() for n in shown]
 
     def head_digests(self) -> dict[str, str]:
         return self._engine.digests()
@@ -236,10 +293,6 @@ class RewardActor:
     def load(self, directory: Path) -> None:
         self._engine.load(directory)
 
-
-def _reward_batches(records: Sequence[Any]) -> list[RewardBatch]:
-    """Shards from their Hidden…, then Annotation…."""
-    count = len(records) // 2
-    return [
-        RewardBatch(hidden=h, annotation=a) for h, a in zip(records[:count], records[count:], strict=True)
-    ]
+    def _batches(self, work: RewardWork) -> list[RewardBatch]:
+        records = zip(self._read(work.hidden), self._read(work.annotation), strict=True)
+        return [RewardBatch(hidden=hidden, annotation=annotation) for hidden, annotation in records]

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from r2m_ray.core.roles import Stats, WeightSync
+from r2m_ray.core.roles import Ref, Stats, WeightSync
 from r2m_ray.errors import ActorLost, RunError
 from r2m_ray.runtime.worker_group import WorkerGroup
+from r2m_ray.runtime.workers import Workers
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -28,19 +29,36 @@ Notify = Callable[[str], None]
 class Job:
     """Work for one actor that its successor can do again.
 
-    submit: sends it to whoever has the rank now; returns a light object reference, then the records.
-    content: what it works on, for the error that names it.
+    rank, method, arguments, returns: see `Workers.submit`. content: what it works on, for an error's text.
     """
 
     rank: int
-    submit: Callable[[], list[Any]]
+    method: str
+    arguments: tuple[Any, ...]
+    returns: int
     content: str
 
 
-class Redo(Protocol):
-    """Does jobs of a phase; returns each one's records."""
+Answer = tuple[Any, list[Ref[Any]]]
+"""What a job returned: the light object, and references to the others."""
 
-    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[list[Any]]: ...
+
+class Redo(Protocol):
+    """Does jobs of a phase; returns each one's answer."""
+
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]: ...
+
+
+class Once:
+    """Jobs of workers that have no successors."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]:
+        sent = [self._workers.submit(j.rank, j.method, *j.arguments, returns=j.returns) for j in jobs]
+        light = await self._workers.settle(phase, [call for call, _ in sent])
+        return [(answer, records) for answer, (_, records) in zip(light, sent, strict=True)]
 
 
 class InPlace:
@@ -57,25 +75,28 @@ class InPlace:
         self._revive = revive
         self._limit = limit
 
-    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[list[Any]]:
+    async def __call__(self, phase: str, jobs: Sequence[Job]) -> list[Answer]:
         actors = self._group.actors
-        records: dict[int, list[Any]] = {}
+        answers: dict[int, Answer] = {}
         for attempt in range(self._limit + 1):
             if attempt:
                 await asyncio.sleep(pause_s(attempt))
-            waiting = [n for n in range(len(jobs)) if n not in records]
-            sent = {n: jobs[n].submit() for n in waiting}
-            calls = [(actors.names[jobs[n].rank], sent[n][0]) for n in waiting]
+            waiting = [n for n in range(len(jobs)) if n not in answers]
+            sent = [
+                actors.submit(job.rank, job.method, *job.arguments, returns=job.returns)
+                for job in (jobs[n] for n in waiting)
+            ]
+            outcomes = await actors.outcomes(phase, [call for call, _ in sent])
             lost: dict[int, ActorLost] = {}
-            for n, outcome in zip(waiting, await actors.outcomes(phase, calls), strict=True):
+            for n, outcome, (_, records) in zip(waiting, outcomes, sent, strict=True):
                 if isinstance(outcome, ActorLost):
                     lost[n] = outcome
                 elif isinstance(outcome, Exception):
                     raise outcome
                 else:
-                    records[n] = sent[n][1:]
+                    answers[n] = outcome, records
             if not lost:
-                return [records[n] for n in range(len(jobs))]
+                return [answers[n] for n in range(len(jobs))]
             first = next(iter(lost.values()))
             if attempt < self._limit:
                 await self._revive(

@@ -1,98 +1,92 @@
-"""The roles of ``r2m_ray.core.roles`` played by Ray actors: shards out, references back."""
+"""The roles of ``r2m_ray.core.roles`` played by worker groups: shards out, references back.
+
+A group's workers are Ray actors or objects of the driver's process; a role does not know which.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import ray
-from ray.exceptions import RayError
 from torch import Tensor
 
 from r2m_ray.config.schema import Config, FeedbackRefresh
-from r2m_ray.core.batch import Annotation, Hidden, ReferenceLogprobs, SamplePlan, Trajectories
+from r2m_ray.core.batch import (
+    Annotation,
+    Hidden,
+    ReferenceKL,
+    ReferenceLogprobs,
+    RowText,
+    SampledRows,
+    SamplePlan,
+    Scores,
+    Trajectories,
+)
 from r2m_ray.core.roles import LabelledPairs, Ref, Shards, Stats
-from r2m_ray.errors import ActorLost, Loss
+from r2m_ray.runtime.actors import PolicyWork, RewardWork
 from r2m_ray.runtime.recovery import Job, Redo
-from r2m_ray.runtime.worker_group import Actors, require_agreement
-
-
-class Stored:
-    """A record in the object store; awaiting it reads it, before a deadline."""
-
-    __slots__ = ("ref", "timeout_s")
-
-    def __init__(self, ref: Any, timeout_s: float) -> None:
-        self.ref = ref
-        self.timeout_s = timeout_s
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._read().__await__()
-
-    async def _read(self) -> Any:
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                return await self.ref
-        except TimeoutError as error:
-            raise ActorLost(
-                f"a record did not arrive within {self.timeout_s:g} s", (), Loss.record
-            ) from error
-        except RayError as error:
-            raise ActorLost(f"a record was lost with its node: {error}", (), Loss.record) from error
+from r2m_ray.runtime.worker_group import require_agreement
+from r2m_ray.runtime.workers import Workers
 
 
 class RolloutRole:
     """Rollout engines; each samples its shards as one batch, or its successor does."""
 
-    def __init__(self, actors: Actors, redo: Redo) -> None:
-        self._actors = actors
+    def __init__(self, group: Workers, redo: Redo) -> None:
+        self._group = group
         self._redo = redo
 
-    async def sample(self, plans: Sequence[SamplePlan]) -> tuple[Shards[Trajectories], Shards[Hidden]]:
-        owned = _by_owner(self._actors, len(plans))
-        jobs = [self._job(i, [plans[s] for s in shard_ids]) for i, shard_ids in owned]
-        records: dict[int, Any] = {}
-        for (_, shard_ids), answer in zip(owned, await self._redo("sample", jobs), strict=True):
-            for position, s in enumerate(shard_ids):
-                records[s] = answer[2 * position : 2 * position + 2]
-        stored = [[Stored(ref, self._actors.timeout_s) for ref in records[s]] for s in range(len(plans))]
-        return [trajectories for trajectories, _ in stored], [hidden for _, hidden in stored]
+    async def sample(
+        self, plans: Sequence[SamplePlan]
+    ) -> tuple[Sequence[SampledRows], Shards[Trajectories], Shards[Hidden]]:
+        owned = _by_owner(self._group, len(plans))
+        jobs = [self._sampling(i, [plans[s] for s in shard_ids]) for i, shard_ids in owned]
+        shards: dict[int, tuple[SampledRows, Ref[Trajectories], Ref[Hidden]]] = {}
+        for (_, shard_ids), (rows, records) in zip(owned, await self._redo("sample", jobs), strict=True):
+            trajectories, hidden = records[: len(shard_ids)], records[len(shard_ids) :]
+            shards |= zip(shard_ids, zip(rows, trajectories, hidden, strict=True), strict=True)
+        found = [shards[s] for s in range(len(plans))]
+        return (
+            [rows for rows, _, _ in found],
+            [rows for _, rows, _ in found],
+            [states for *_, states in found],
+        )
 
-    def _job(self, rank: int, plans: Sequence[SamplePlan]) -> Job:
-        def submit() -> list[Any]:
-            sample = self._actors.handles[rank].sample.options(num_returns=1 + 2 * len(plans))
-            return list(sample.remote(plans))
+    async def texts(self, trajectories: Ref[Trajectories], rows: int) -> Sequence[RowText]:
+        job = Job(0, "texts", (trajectories, rows), 1, "texts of rows that were sampled")
+        ((texts, _),) = await self._redo("texts", [job])
+        found: Sequence[RowText] = texts
+        return found
 
+    def _sampling(self, rank: int, plans: Sequence[SamplePlan]) -> Job:
         indices = ", ".join(str(prompt.index) for plan in plans for prompt in plan.prompts)
-        return Job(rank, submit, f"prompts {indices} of step {plans[0].step}")
+        content = f"prompts {indices} of step {plans[0].step}"
+        return Job(rank, "sample", (plans,), 1 + 2 * len(plans), content)
 
 
 class ReferenceRole:
     """Reference policies; each shard goes to one of them, or to its successor."""
 
-    def __init__(self, actors: Actors, redo: Redo) -> None:
-        self._actors = actors
+    def __init__(self, group: Workers, redo: Redo) -> None:
+        self._group = group
         self._redo = redo
 
-    async def logprobs(self, trajectories: Shards[Trajectories]) -> Shards[ReferenceLogprobs]:
-        jobs = [self._job(self._actors.owner(s), s, shard) for s, shard in enumerate(refs(trajectories))]
+    async def logprobs(
+        self, trajectories: Shards[Trajectories]
+    ) -> tuple[Sequence[ReferenceKL], Shards[ReferenceLogprobs]]:
+        jobs = [
+            Job(self._group.owner(s), "logprobs", (shard,), 2, f"shard {s}")
+            for s, shard in enumerate(trajectories)
+        ]
         answers = await self._redo("reference log-probs", jobs)
-        return [Stored(record, self._actors.timeout_s) for (record,) in answers]
-
-    def _job(self, rank: int, shard: int, rows: Any) -> Job:
-        def submit() -> list[Any]:
-            return list(self._actors.handles[rank].logprobs.options(num_returns=2).remote(rows))
-
-        return Job(rank, submit, f"shard {shard}")
+        return [kl for kl, _ in answers], [record for _, (record,) in answers]
 
 
 class PolicyRole:
     """Learner ranks; shard s belongs to rank s mod ranks."""
 
-    def __init__(self, actors: Actors, config: Config) -> None:
-        self._actors = actors
+    def __init__(self, group: Workers, config: Config) -> None:
+        self._group = group
         self._refreshes = config.feedback.refresh is not FeedbackRefresh.none
 
     async def update(
@@ -102,70 +96,61 @@ class PolicyRole:
         reference: Shards[ReferenceLogprobs],
         hidden: Shards[Hidden],
     ) -> tuple[Stats, Shards[Hidden]]:
-        rows, base = refs(trajectories), refs(reference)
-        fresh: dict[int, Any] = dict(enumerate(refs(hidden)))
+        fresh = dict(enumerate(hidden))
         calls = []
-        for i, shard_ids in _by_owner(self._actors, len(rows), idle=True):
-            returned = len(shard_ids) if self._refreshes else 0
-            done, *records = _several(
-                self._actors.handles[i].update,
-                1 + returned,
-                shard_ids,
-                [advantage[s] for s in shard_ids],
-                *[rows[s] for s in shard_ids],
-                *[base[s] for s in shard_ids],
+        for i, shard_ids in _by_owner(self._group, len(trajectories), idle=True):
+            work = PolicyWork(
+                shard_ids=shard_ids,
+                advantage=[advantage[s] for s in shard_ids],
+                trajectories=[trajectories[s] for s in shard_ids],
+                reference=[reference[s] for s in shard_ids],
             )
-            calls.append((self._actors.names[i], done))
-            fresh.update(zip(shard_ids, records, strict=False))
-        stats = await self._actors.settle("policy update", calls)
-        return stats[0], self._stored(fresh)
+            returned = 1 + (len(shard_ids) if self._refreshes else 0)
+            call, records = self._group.submit(i, "update", work, returns=returned)
+            calls.append(call)
+            fresh |= zip(shard_ids, records, strict=False)
+        stats: list[Stats] = await self._group.settle("policy update", calls)
+        return stats[0], [fresh[s] for s in sorted(fresh)]
 
     async def hidden(self, trajectories: Shards[Trajectories]) -> Shards[Hidden]:
-        rows = refs(trajectories)
-        found: dict[int, Any] = {}
+        found: dict[int, Ref[Hidden]] = {}
         calls = []
-        for i, shard_ids in _by_owner(self._actors, len(rows), idle=True):
-            done, *records = _several(
-                self._actors.handles[i].hidden, 1 + len(shard_ids), *[rows[s] for s in shard_ids]
-            )
-            calls.append((self._actors.names[i], done))
-            found.update(zip(shard_ids, records, strict=True))
-        await self._actors.settle("policy states", calls)
-        return self._stored(found)
+        for i, shard_ids in _by_owner(self._group, len(trajectories), idle=True):
+            shards = [trajectories[s] for s in shard_ids]
+            call, records = self._group.submit(i, "hidden", shards, returns=1 + len(shard_ids))
+            calls.append(call)
+            found |= zip(shard_ids, records, strict=True)
+        await self._group.settle("policy states", calls)
+        return [found[s] for s in sorted(found)]
 
     async def save(self, directory: Path) -> None:
-        await self._actors.all("save policy", "save", directory)
+        await self._group.all("save policy", "save", directory)
 
     async def load(self, directory: Path) -> None:
-        await self._actors.all("load policy", "load", directory)
-
-    def _stored(self, found: dict[int, Any]) -> list[Stored]:
-        return [Stored(found[s], self._actors.timeout_s) for s in sorted(found)]
+        await self._group.all("load policy", "load", directory)
 
 
 class RewardRole:
     """Reward replicas; shard s is annotated, and its head gradient computed, by replica s mod replicas."""
 
-    def __init__(self, actors: Actors, *, verify_every: int) -> None:
-        self._actors = actors
+    def __init__(self, group: Workers, *, verify_every: int) -> None:
+        self._group = group
         self._verify_every = verify_every
 
     async def annotate(
         self, trajectories: Shards[Trajectories], hidden: Shards[Hidden], *, omega: float, step: int
-    ) -> Shards[Annotation]:
-        owners = [self._actors.owner(s) for s in range(len(trajectories))]
-        answers = [
-            _several(self._actors.handles[i].annotate, 2, rows, states, omega, step)
-            for i, rows, states in zip(owners, refs(trajectories), refs(hidden), strict=True)
+    ) -> tuple[Sequence[Scores], Shards[Annotation]]:
+        sent = [
+            self._group.submit(self._group.owner(s), "annotate", rows, states, omega, step, returns=2)
+            for s, (rows, states) in enumerate(zip(trajectories, hidden, strict=True))
         ]
-        calls = [(self._actors.names[i], done) for i, (done, _) in zip(owners, answers, strict=True)]
-        await self._actors.settle("annotate", calls)
-        return [Stored(record, self._actors.timeout_s) for _, record in answers]
+        scores: list[Scores] = await self._group.settle("annotate", [call for call, _ in sent])
+        return scores, [record for _, (record,) in sent]
 
     async def warm_up(self, human: LabelledPairs, *, omega: float) -> Stats:
         parts = self._parts(human.hidden, human.annotation)
-        calls = self._actors.each("warm_up", lambda i: (omega, *parts[i]))
-        stats: list[Stats] = await self._actors.settle("reward warm-up", calls)
+        calls = [self._group.submit(i, "warm_up", part, omega)[0] for i, part in enumerate(parts)]
+        stats: list[Stats] = await self._group.settle("reward warm-up", calls)
         return stats[0]
 
     async def update(
@@ -178,47 +163,38 @@ class RewardRole:
         step: int,
     ) -> Stats:
         own, pairs = self._parts(hidden, annotation), self._parts(human.hidden, human.annotation)
-        calls = self._actors.each("update", lambda i: (omega, step, len(own[i]) // 2, *own[i], *pairs[i]))
-        stats: list[Stats] = await self._actors.settle("reward update", calls)
-        if len(self._actors) > 1 and self._verify_every and step % self._verify_every == 0:
-            await require_agreement(self._actors, "reward update", "head_digests")
+        calls = [
+            self._group.submit(i, "update", own[i], pairs[i], omega, step)[0] for i in range(len(self._group))
+        ]
+        stats: list[Stats] = await self._group.settle("reward update", calls)
+        if len(self._group) > 1 and self._verify_every and step % self._verify_every == 0:
+            await require_agreement(self._group, "reward update", "head_digests")
         return stats[0]
 
-    async def attention(self, hidden: Ref[Hidden], annotation: Ref[Annotation]) -> Tensor:
-        call = self._actors.handles[0].attention.remote(*refs([hidden, annotation]))
-        weights: list[Tensor] = await self._actors.settle("attention", [(self._actors.names[0], call)])
-        return weights[0]
+    async def attention(
+        self, hidden: Ref[Hidden], annotation: Ref[Annotation], rows: int
+    ) -> Sequence[Sequence[float]]:
+        call, _ = self._group.submit(0, "attention", hidden, annotation, rows)
+        (weights,) = await self._group.settle("attention", [call])
+        found: Sequence[Sequence[float]] = weights
+        return found
 
     async def save(self, directory: Path) -> None:
-        await self._actors.all("save reward head", "save", directory)
+        await self._group.all("save reward head", "save", directory)
 
     async def load(self, directory: Path) -> None:
-        await self._actors.all("load reward head", "load", directory)
+        await self._group.all("load reward head", "load", directory)
 
-    def _parts(self, hidden: Shards[Hidden], annotation: Shards[Annotation]) -> list[list[Any]]:
-        """For each replica, the states of its shards and then their annotations; none for some."""
-        states, notes = refs(hidden), refs(annotation)
-        owned = _by_owner(self._actors, len(states), idle=True)
-        return [[*[states[s] for s in ids], *[notes[s] for s in ids]] for _, ids in owned]
-
-
-def share(timeout_s: float) -> Callable[[Any], Stored]:
-    """What puts a record into the object store."""
-    return lambda record: Stored(ray.put(record), timeout_s)
+    def _parts(self, hidden: Shards[Hidden], annotation: Shards[Annotation]) -> list[RewardWork]:
+        """The work of each replica, which may be none."""
+        owned = _by_owner(self._group, len(hidden), idle=True)
+        return [
+            RewardWork(hidden=[hidden[s] for s in ids], annotation=[annotation[s] for s in ids])
+            for _, ids in owned
+        ]
 
 
-def refs(shards: Sequence[Awaitable[Any]]) -> list[Any]:
-    """The object references behind stored records: what an actor receives as the record itself."""
-    return [shard.ref for shard in shards if isinstance(shard, Stored)]
-
-
-def _several(method: Any, count: int, *arguments: Any) -> list[Any]:
-    """Call an actor's method that returns ``count`` objects."""
-    answer = method.options(num_returns=count).remote(*arguments)
-    return list(answer) if count > 1 else [answer]
-
-
-def _by_owner(actors: Actors, shards: int, *, idle: bool = False) -> list[tuple[int, list[int]]]:
-    """Each actor with its shards; actors without any are listed only where all must take part (``idle``)."""
-    owned = [(i, [s for s in range(shards) if actors.owner(s) == i]) for i in range(len(actors))]
+def _by_owner(group: Workers, shards: int, *, idle: bool = False) -> list[tuple[int, list[int]]]:
+    """Each worker with its shards; workers without any are listed where all must take part (``idle``)."""
+    owned = [(i, [s for s in range(shards) if group.owner(s) == i]) for i in range(len(group))]
     return [(i, shard_ids) for i, shard_ids in owned if shard_ids or idle]

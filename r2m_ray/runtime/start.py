@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
 from transformers import AutoConfig
 
 from r2m_ray.config.schema import Config, FeedbackSource
-from r2m_ray.core.roles import Roles, Rollout
+from r2m_ray.core.roles import Ref, Roles, Rollout
 from r2m_ray.driver.feedback import LearnerFeedback
 from r2m_ray.runtime.actors import PolicyActor, ReferenceActor, RewardActor, RolloutActor
 from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
 from r2m_ray.runtime.recovery import InPlace, Notify, ReliableSync, replace
-from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole, share
+from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
 from r2m_ray.runtime.weight_sync import weight_sync
 from r2m_ray.runtime.worker_group import Arguments, WorkerGroup, together
 from r2m_ray.tasks.models import Models
@@ -27,7 +28,7 @@ class Crew:
         self._notify = notify
         cluster = config.cluster
         exports = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
-        width = _width(models.policy) if config.uses_feedback else 0
+        width = policy_width(models.policy) if config.uses_feedback else 0
 
         def policy(rank: int, meeting: Address) -> tuple[Any, ...]:
             return config, models.policy, rank, meeting, cluster.gpus_per_learner
@@ -90,10 +91,10 @@ class Crew:
             ),
             reward=RewardRole(self.reward.actors, verify_every=config.sync.verify_every),
             sync=sync,
-            share=share(config.cluster.phase_timeout_s),
+            share=lambda record: Ref(ray.put(record)),
         )
 
 
-def _width(model: str) -> int:
+def policy_width(model: str) -> int:
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     return int(config.get_text_config().hidden_size)

@@ -23,8 +23,9 @@ from typing import Any
 import ray
 
 from r2m_ray.config.schema import Config, SyncBackend, SyncConfig
-from r2m_ray.core.roles import Stats, WeightSync
+from r2m_ray.core.roles import Ref, Stats, WeightSync
 from r2m_ray.runtime.worker_group import Actors, require_agreement
+from r2m_ray.runtime.workers import Workers
 
 PHASE = "weight sync"
 
@@ -39,7 +40,7 @@ def weight_sync(config: Config, *, policy: Actors, rollout: Actors) -> WeightSyn
 class ObjectStoreSync:
     """Weight sync through Ray's object store; works on any device."""
 
-    def __init__(self, config: SyncConfig, *, policy: Actors, rollout: Actors) -> None:
+    def __init__(self, config: SyncConfig, *, policy: Workers, rollout: Workers) -> None:
         self._bucket_bytes = config.bucket_mb * 2**20
         self._verify_every = config.verify_every
         self._policy = policy
@@ -76,13 +77,12 @@ class ObjectStoreSync:
             "time/transfer": time.monotonic() - start,
         }
 
-    async def _next_bucket(self) -> tuple[int | None, object]:
+    async def _next_bucket(self) -> tuple[int | None, Ref[Any]]:
         """Size and reference of the next bucket; every rank takes part, rank 0 holds the data."""
-        calls = [handle.next_bucket.options(num_returns=2).remote() for handle in self._policy.handles]
-        sizes = await self._policy.settle(
-            PHASE, [(name, size) for name, (size, _) in zip(self._policy.names, calls, strict=True)]
-        )
-        return sizes[0], calls[0][1]
+        sent = [self._policy.submit(rank, "next_bucket", returns=2) for rank in range(len(self._policy))]
+        sizes = await self._policy.settle(PHASE, [call for call, _ in sent])
+        _, (bucket,) = sent[0]
+        return sizes[0], bucket
 
 
 class EngineClient:

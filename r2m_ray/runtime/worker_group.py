@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from r2m_ray.core.roles import Ref
 from r2m_ray.errors import ActorLost, DeviceLost, InputError, Loss, PeersLost, RunError
 from r2m_ray.runtime.device import Address, free_address
 from r2m_ray.runtime.placement import Placement
+from r2m_ray.runtime.workers import Call, Workers
 
 PEER_GRACE_S = 5.0
 """After a failure, how long to wait for its cause: a rank that died makes its peers fail too."""
@@ -38,7 +40,6 @@ LOG_LINES = 12
 LOG_BYTES = 2**16
 """Bytes read from the end of a log."""
 
-Call = tuple[str, Awaitable[Any]]
 Arguments = Callable[[int, Address], tuple[Any, ...]]
 Kind = TypeVar("Kind")
 
@@ -58,6 +59,14 @@ class Actors:
     def owner(self, shard: int) -> int:
         """The actor that works on a shard; the same one throughout a step."""
         return shard % len(self.handles)
+
+    def submit(
+        self, rank: int, method: str, *arguments: Any, returns: int = 1
+    ) -> tuple[Call, list[Ref[Any]]]:
+        """Send a call to the actor that has the rank now; see `Workers.submit`."""
+        answer = getattr(self.handles[rank], method).options(num_returns=returns).remote(*arguments)
+        light, *records = answer if returns > 1 else [answer]
+        return (self.names[rank], light), [Ref(record) for record in records]
 
     def each(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Call]:
         """Call a method on every actor with arguments by rank; returns the named calls, to be settled."""
@@ -251,7 +260,7 @@ def raises_peers_lost(kind: type[Kind]) -> type[Kind]:
     return kind
 
 
-async def require_agreement(actors: Actors, phase: str, method: str) -> None:
+async def require_agreement(actors: Workers, phase: str, method: str) -> None:
     """Compare the digests of every tensor, which ``method`` returns by name, between all actors.
 
     Raises: RunError, naming the first tensor that differs and who holds another than most; of two actors,

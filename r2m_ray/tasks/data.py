@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections import Counter
@@ -148,76 +147,56 @@ def packed_pairs(
     ]
 
 
-class PromptStream:
-    """Endless prompts, shuffled anew in each pass by a seed; its cursor can be saved and restored.
+class PromptOrder:
+    """Which prompts a training step samples: a function of seed and step, so there is no cursor to save.
 
-    Prompts of one ``take`` are distinct, also where a pass ends within it: samples are seeded by step and
-    prompt, so the same prompt twice in a step would give the same responses twice.
+    The order is endless: each pass holds every prompt once, shuffled by the seed. Prompts of one step are
+    distinct, also where a pass ends within it: the next pass begins with those that the step has not used.
+    (Samples are seeded by step and prompt, so a prompt twice in a step would give the same responses twice.)
+
+    per_step: prompts of each step. Raises InputError where there are fewer prompts than that.
     """
 
-    def __init__(self, prompts: Sequence[str], *, seed: int) -> None:
+    def __init__(self, prompts: Sequence[str], *, seed: int, per_step: int) -> None:
         if not prompts:
             raise InputError("no prompts to train on; check task.train_file and the task's limits")
-        self._prompts = prompts
-        self._identity: dict[str, Any] = {"prompts": _digest(prompts), "seed": seed}
-        self._turn, self._position = 0, 0
-        self._deferred: frozenset[int] = frozenset()
-        self._order: list[int] = []
-        self._begin(turn=0, deferred=())
-
-    def take(self, count: int) -> tuple[Prompt, ...]:
-        """The next prompts, all distinct; a pass that ends is followed by the next one.
-
-        Raises InputError for more prompts than there are.
-        """
-        if count > len(self._prompts):
+        if per_step > len(prompts):
             raise InputError(
-                f"algo.prompts_per_step={count} is more than the {len(self._prompts)} distinct prompts of "
+                f"algo.prompts_per_step={per_step} is more than the {len(prompts)} distinct prompts of "
                 "the task; lower it, or use more data"
             )
-        taken = self._order[self._position : self._position + count]
-        self._position += len(taken)
-        missing = count - len(taken)
-        if missing:
-            self._begin(turn=self._turn + 1, deferred=taken)
-            taken = taken + self._order[:missing]
-            self._position = missing
-        return tuple(Prompt(index=index, text=self._prompts[index]) for index in taken)
+        self._prompts = prompts
+        self._seed = seed
+        self._per_step = per_step
+        self._pass = (0, self._shuffled(0, ()))
 
-    def state(self) -> dict[str, Any]:
-        """The cursor, JSON-ready."""
-        return {
-            **self._identity,
-            "pass": self._turn,
-            "position": self._position,
-            "deferred": sorted(self._deferred),
-        }
+    def of_step(self, step: int) -> tuple[Prompt, ...]:
+        """The prompts of training step 1, 2, …"""
+        first = (step - 1) * self._per_step
+        chosen: list[int] = []
+        for position in range(first, first + self._per_step):
+            turn, place = divmod(position, len(self._prompts))
+            chosen.append(self._order(turn)[place])
+        return tuple(Prompt(index=index, text=self._prompts[index]) for index in chosen)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. Raises InputError where it was taken of other data."""
-        if any(state[key] != value for key, value in self._identity.items()):
-            raise InputError(
-                f"the checkpoint's data cursor {dict(state)} belongs to other data or another seed than "
-                f"{self._identity}; resume with the task and run.seed of the saved run"
-            )
-        self._begin(turn=state["pass"], deferred=state["deferred"])
-        self._position = state["position"]
+    def _order(self, turn: int) -> list[int]:
+        """The order of one pass; the last one that was asked for is kept."""
+        known, order = self._pass
+        if known > turn:
+            known, order = 0, self._shuffled(0, ())
+        while known < turn:
+            known += 1
+            begun = known * len(self._prompts) % self._per_step
+            order = self._shuffled(known, order[len(order) - begun :])
+        self._pass = known, order
+        return order
 
-    def _begin(self, *, turn: int, deferred: Iterable[int]) -> None:
-        """Start a pass, with the prompts that the end of the last one has just used at its end."""
+    def _shuffled(self, turn: int, used: Sequence[int]) -> list[int]:
+        """All prompts in an order of their own, those that the step at hand has used at the end."""
         order = list(range(len(self._prompts)))
-        random.Random(f"{self._identity['seed']} {turn}").shuffle(order)
-        late = frozenset(deferred)
-        self._turn, self._position, self._deferred = turn, 0, late
-        self._order = [i for i in order if i not in late] + [i for i in order if i in late]
-
-
-def _digest(prompts: Sequence[str]) -> str:
-    """sha256 of the prompts in their order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(hashlib.sha256(prompt.encode()).digest())
-    return digest.hexdigest()
+        random.Random(f"{self._seed} {turn}").shuffle(order)
+        late = frozenset(used)
+        return [i for i in order if i not in late] + [i for i in order if i in late]
 
 
 def _pair(row: Any, fields: tuple[str, str, str]) -> PreferencePair | BadRow:

@@ -15,16 +15,13 @@ from r2m_ray.tasks.note2answer import world as note2answer
 GoldScorer = Callable[[str, str, bool], Mapping[str, float]]
 """(prompt, response, truncated) → the gold score as ``total``, and the parts it is made of."""
 
-GoldTotal = Callable[[str, str, bool], float]
-"""(prompt, response, truncated) → the gold score alone."""
-
 NOTE2ANSWER_PROMPTS = 8192
 """Training prompts of note2answer: more than any run here draws."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Prompts to train on, held-out prompts and pairs, and a gold scorer where the task has one.
+    """Prompts to train on, held-out prompts and pairs.
 
     train_pairs: those that a prepared reward model was trained on, within the policy's limits of length; none
         where the config does not use them.
@@ -38,7 +35,6 @@ class Task:
     eval_prompts: tuple[str, ...]
     eval_pairs: tuple[PreferencePair, ...]
     counterfactual_pairs: Mapping[str, tuple[PreferencePair, ...]]
-    gold: GoldScorer | None
     counts: Mapping[str, Mapping[str, int]]
 
 
@@ -61,20 +57,19 @@ def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     return task
 
 
-def gold_total(config: Config) -> GoldTotal | None:
-    """The gold score of a config's task, without its prompts and parts; None where the task has none."""
+def gold_scorer(config: Config) -> GoldScorer | None:
+    """The gold score of a config's task; None where the task has none."""
     match config.task.name:
         case TaskName.note2answer:
             from r2m_ray.tasks.note2answer.gold import gold
 
-            return lambda prompt, response, truncated: gold(prompt, response, truncated).total
+            return lambda prompt, response, truncated: gold(prompt, response, truncated).parts()
         case TaskName.preferences:
             return None
 
 
 def _note2answer(config: Config) -> Task:
     from r2m_ray.tasks.note2answer.counterfactual import counterfactual_pairs
-    from r2m_ray.tasks.note2answer.gold import gold
     from r2m_ray.tasks.note2answer.samples import gold_pairs, preference_pairs
 
     seed, values = config.run.seed, config.task.values_per_attribute
@@ -85,7 +80,6 @@ def _note2answer(config: Config) -> Task:
         eval_prompts=note2answer.prompts(seed, "eval", config.evaluate.prompts, values),
         eval_pairs=gold_pairs(config, "eval", config.evaluate.pairs),
         counterfactual_pairs=counterfactual_pairs(config, config.evaluate.pairs // 2),
-        gold=lambda prompt, response, truncated: gold(prompt, response, truncated).parts(),
         counts={},
     )
 
@@ -123,6 +117,5 @@ def _preferences(config: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
         eval_prompts=prompts.prompts(),
         eval_pairs=pairs.pairs,
         counterfactual_pairs={},
-        gold=None,
         counts=counts,
     )

@@ -1,4 +1,4 @@
-"""Alarms: the levels they look at, when they go off, what they tell, and that a resumed run has the same."""
+"""Alarms: their levels, when they are on, what they say, and that a resumed run has the same ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from r2m_ray.config.schema import MonitorConfig, OnAlarm
-from r2m_ray.driver.monitor import ALARMS, Monitor, replay
+from r2m_ray.config.schema import Config, MonitorConfig, OnAlarm
+from r2m_ray.driver.monitor import ALARMS, Watch, replay
 
 BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
 KEYS = {
@@ -23,6 +23,12 @@ KEYS = {
 
 def config(steps: int = 3, on_alarm: OnAlarm = OnAlarm.warn) -> MonitorConfig:
     return MonitorConfig(steps=steps, on_alarm=on_alarm, **BOUNDS)
+
+
+def watch(rows: Sequence[dict[str, Any]] = (), on_alarm: OnAlarm = OnAlarm.warn) -> Watch:
+    settings = Config()
+    settings.monitor = config(on_alarm=on_alarm)
+    return Watch(settings, rows)
 
 
 def row(step: int, **values: float | None) -> dict[str, Any]:
@@ -53,7 +59,6 @@ def test_an_alarm_is_on_while_the_median_of_the_last_steps_is_over_its_bound(nam
     assert [name in reading.alarms for reading in readings] == [False, False, True, True, False, False, False]
     assert [reading.new for reading in readings] == [(), (), (name,), (), (), (), ()]
     assert readings[2].levels[name] == over
-    assert readings[2].metrics() == {f"alarm/{other}": float(other == name) for other in ALARMS}
 
 
 def test_single_noisy_steps_raise_no_alarm() -> None:
@@ -121,12 +126,12 @@ def test_what_is_unknown_is_no_step() -> None:
     assert replay(config(), bare)[-1].alarms == ()
 
 
-def test_evaluations_are_passed_over() -> None:
+def test_evaluations_are_skipped() -> None:
     series = rows(kl=[60.0] * 3)
     mixed = [
-        {"step": 0, "kind": "eval", "kl_sequence": 0.0},
+        {"step": 0, "kind": "eval", "kl/sequence": 0.0},
         *series,
-        {"step": 3, "kind": "eval", "gold": 1.0},
+        {"step": 3, "kind": "eval", "gold/mean": 1.0},
     ]
     assert replay(config(), mixed) == replay(config(), series)
 
@@ -138,51 +143,57 @@ def test_a_collapse_like_the_pilots_is_seen_on_its_way() -> None:
     assert 5 <= first.step <= 14
 
 
-def test_a_resumed_run_has_the_readings_of_an_uninterrupted_one() -> None:
+def test_a_resumed_run_has_the_alarms_of_an_uninterrupted_one() -> None:
     series = rows(
         scale_ratio=[1.0, 1.5, math.nan, 2.5, 2.5, 3.0, 1.0],
         frozen_gap=[0.0, 0.1, 0.3, math.inf, 2.0, 2.5, 3.1],
         flip_rate=[0.1, 0.4, 0.5, 0.6, 0.1, 0.1, 0.1],
         kl=[1 / 3, 20.0, 60.0, 70.0, 80.0, 40.0, 30.0],
     )
-    whole = Monitor(config())
-    readings = [whole.observe(step["step"], step) for step in series]
+
+    def follow(watch: Watch, steps: Sequence[dict[str, Any]]) -> list[tuple[dict[str, float], list[str]]]:
+        return [(watch.observe(step["step"], step), watch.news()) for step in steps]
+
+    uninterrupted = watch()
+    found = follow(uninterrupted, series)
+    # As the rows come back from the disk: what is not finite is null there.
+    kept = [{k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in r.items()} for r in series]
     for cut in range(len(series)):
-        # As the rows come back from the disk: what is not finite is null there.
-        kept = [
-            {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in r.items()} for r in series
-        ]
-        resumed = Monitor(config(), json.loads(json.dumps(kept[:cut])))
-        assert [resumed.observe(step["step"], step) for step in series[cut:]] == readings[cut:], cut
+        on_disk = json.loads(json.dumps(kept[:cut]))
+        assert follow(watch(on_disk), series[cut:]) == found[cut:], cut
+        uninterrupted.rewind(on_disk)
+        assert follow(uninterrupted, series[cut:]) == found[cut:], cut
 
 
-def test_each_alarm_is_told_once_with_level_bound_and_remedy() -> None:
-    monitor = Monitor(config())
-    told = []
+def test_a_step_row_gets_one_number_for_each_alarm() -> None:
+    watched = watch(rows(kl=[60.0] * 2))
+    assert watched.observe(3, row(3, kl=60.0)) == {
+        "alarm/scale_ratio": 0.0,
+        "alarm/frozen_gap": 0.0,
+        "alarm/flip_rate": 0.0,
+        "alarm/kl": 1.0,
+    }
+
+
+def test_each_alarm_is_news_once_with_level_bound_and_remedy() -> None:
+    watched, news = watch(), []
     for step in rows(scale_ratio=[2.5] * 3 + [0.5] * 3 + [2.5] * 3, kl=[1.0] * 6 + [64.0] * 3):
-        monitor.observe(step["step"], step)
-        told += monitor.news()
-    first, second = told
+        watched.observe(step["step"], step)
+        news += watched.news()
+    first, second = news
     assert first.startswith("alarm scale_ratio at step 3: the own reward spreads 2.5 times as far")
     assert "(median of 3 steps; monitor.scale_ratio=2). Lower reward.learning_rate" in first
     assert second.startswith("alarm kl at step 8: the policy is 64 nats per response away")
     assert "algo.kl_weight" in second
 
 
-def test_an_alarm_that_was_told_before_a_resume_is_not_told_again() -> None:
-    series = rows(kl=[60.0] * 4)
-    monitor = Monitor(config(), series[:3])
-    monitor.observe(4, series[3])
-    assert monitor.news() == []
-
-
 def test_an_alarm_ends_the_run_only_where_it_should() -> None:
     series = rows(flip_rate=[0.5] * 3, kl=[60.0] * 3)
-    assert not Monitor(config(), series).ends_run
-    assert not Monitor(config(on_alarm=OnAlarm.stop), series[:2]).ends_run
-    monitor = Monitor(config(on_alarm=OnAlarm.stop), series)
-    assert monitor.ends_run
-    error = monitor.error()
+    assert not watch(series).ends_run
+    assert not watch(series[:2], OnAlarm.stop).ends_run
+    watched = watch(series, OnAlarm.stop)
+    assert watched.ends_run
+    error = watched.error()
     assert error.exit_code == 4
     lines = str(error).splitlines()
     assert [line.split(" at step 3")[0] for line in lines[:2]] == ["alarm flip_rate", "alarm kl"]

@@ -17,7 +17,7 @@ from r2m_ray.config.schema import ClusterConfig
 from r2m_ray.errors import Problem, shown
 
 FIELD = "cluster.address"
-LOCAL, AUTO = "local", "auto"
+NONE, LOCAL, AUTO = "none", "local", "auto"
 MODE, TOKEN, TOKEN_PATH, ADDRESS = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 UNSAFE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
@@ -39,7 +39,7 @@ def exposure_problems(cluster: ClusterConfig, environment: Mapping[str, str] | N
     if fault:
         problems.append(Problem(FIELD, fault, warning=cluster.allow_unauthenticated))
     file = _token_file(found)
-    is_shared = cluster.address != LOCAL and TOKEN not in found
+    is_shared = cluster.address not in (NONE, LOCAL) and TOKEN not in found
     if not fault and is_shared and file.is_file() and file.stat().st_mode & OTHERS:
         problems.append(Problem(str(file), f"others may read this token; chmod 600 {file}", warning=True))
     if found.get(UNSAFE, "0") != "0":
@@ -51,6 +51,8 @@ def exposure_problems(cluster: ClusterConfig, environment: Mapping[str, str] | N
 def _unauthenticated(address: str, found: Mapping[str, str]) -> str | None:
     """Why the cluster would ask nobody for a token, or would not be given one; None where all is well."""
     mode = found.get(MODE)
+    if address == NONE:
+        return None
     if address == LOCAL:
         # Ray makes the token of a new cluster itself.
         if mode is None or mode.lower() == "token":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from r2m_ray.config.schema import Config
-from r2m_ray.core.batch import ReferenceLogprobs, Trajectories
+from r2m_ray.core.batch import ReferenceKL, ReferenceLogprobs, Trajectories
+from r2m_ray.core.policy_loss import row_kl
 from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.policy.blocks import Rows, blocks, packs_lines
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
@@ -28,6 +29,7 @@ class ReferencePolicy:
             device=device,
         )
         self._model = model.eval().requires_grad_(False)
+        self._estimator = config.algo.kl_estimator.value
         self._budget = config.reference.tokens_per_microbatch
         self._scorer = CausalScorer(
             model,
@@ -42,8 +44,10 @@ class ReferencePolicy:
         return module_digest(self._model)
 
     @torch.no_grad()
-    def logprobs(self, trajectories: Trajectories) -> ReferenceLogprobs:
-        """Log-probs of every response token under π_ref, float32 [T]; 0 for tokens of the prompt."""
+    def logprobs(self, trajectories: Trajectories) -> tuple[ReferenceKL, ReferenceLogprobs]:
+        """Log-probs of every response token under π_ref, float32 [T], 0 for tokens of the prompt; and the KL
+        of each row to it, [N], under the distribution that the row was sampled from.
+        """
         tempered_T = torch.zeros(trajectories.layout.tokens)
         unit_T = torch.zeros(trajectories.layout.tokens)
         laid = blocks(
@@ -55,4 +59,15 @@ class ReferencePolicy:
             )
             action_A = block.action_A.cpu()
             tempered_T[action_A], unit_T[action_A] = tempered_A.cpu(), unit_A.cpu()
-        return ReferenceLogprobs(tempered_T=tempered_T, unit_T=unit_T)
+        sampled_N, penalty_N = (
+            row_kl(
+                trajectories.rollout_logp_T,
+                tempered_T,
+                trajectories.action_T,
+                trajectories.layout.offsets,
+                estimator,
+            )
+            for estimator in ("k1", self._estimator)
+        )
+        kl = ReferenceKL(sampled_N=sampled_N, penalty_N=penalty_N)
+        return kl, ReferenceLogprobs(tempered_T=tempered_T, unit_T=unit_T)

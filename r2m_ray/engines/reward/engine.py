@@ -6,7 +6,7 @@ Axes: N rows, T packed tokens, P policy width, D reward width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from r2m_ray.config.schema import Config
-from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
+from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Scores, Trajectories
 from r2m_ray.core.head import R2MHead
 from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.reward.head_files import HeadInfo, load_head, save_head
@@ -35,7 +35,7 @@ class RewardEngine:
     policy_width: P, the width of h; a run without feedback (Ω = 1) takes h of width 0 whatever it is.
     rank, world_size: this replica among its peers. With several, they meet at MASTER_ADDR and MASTER_PORT of
     the environment, and start alike because every draw is seeded by ``run.seed``.
-    gold: the score of a (prompt, response, truncated) where the task knows one.
+    gold: the gold score of a (prompt, response, truncated) as ``total`` and parts, where the task knows one.
     Raises InputError where the reward model or its score layer does not fit.
     """
 
@@ -48,7 +48,7 @@ class RewardEngine:
         rank: int,
         world_size: int,
         device: torch.device,
-        gold: Callable[[str, str, bool], float] | None = None,
+        gold: Callable[[str, str, bool], Mapping[str, float]] | None = None,
     ) -> None:
         self._config = config
         self._gold = gold
@@ -90,10 +90,13 @@ class RewardEngine:
         self._warm_up: HeadTrainer | None = None
 
     @torch.no_grad()
-    def annotate(self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int) -> Annotation:
+    def annotate(
+        self, trajectories: Trajectories, hidden: Hidden, omega: float, step: int
+    ) -> tuple[Scores, Annotation]:
         """Reward r = φ((1−ω) Ĥ + ω H_last) of every row of a shard (Eqs. 3–4), and the frozen model's own.
 
-        At ω = 1 with an untrained head both are equal to the last bit. `step` seeds ``feedback.noise``.
+        Returns the numbers per row, and the record that the update needs. At ω = 1 with an untrained head
+        both rewards are equal to the last bit. `step` seeds ``feedback.noise``.
         Rewards that are not finite are passed on, to be counted by the caller.
         Raises InputError for a conversation too long to read, RunError where h is not that of these rows.
         """
@@ -101,13 +104,20 @@ class RewardEngine:
         rte_ND, frozen_reward_N = self.trunk.read(trajectories.row_prompts, trajectories.responses)
         feedback_TP = self._feedback(hidden, layout, rte_ND, f"{step} annotate")
         reward_N = self.head(rte_ND, feedback_TP, layout.offsets.to(self._device), omega)
-        return Annotation(
-            layout=layout,
+        scores = Scores(
             reward_N=reward_N.cpu(),
             frozen_reward_N=frozen_reward_N.cpu(),
-            gold_N=self._gold_scores(trajectories),
-            rte_ND=rte_ND.cpu(),
             response_id_N=_response_ids(trajectories),
+            gold=self._gold_scores(trajectories),
+        )
+        unknown_N = torch.full((layout.rows,), math.nan)
+        return scores, Annotation(
+            layout=layout,
+            reward_N=scores.reward_N,
+            frozen_reward_N=scores.frozen_reward_N,
+            gold_N=scores.gold["total"].float() if scores.gold else unknown_N,
+            rte_ND=rte_ND.cpu(),
+            response_id_N=scores.response_id_N,
         )
 
     def warm_up(self, human: Sequence[RewardBatch], omega: float) -> dict[str, float]:
@@ -207,12 +217,15 @@ class RewardEngine:
         moment = f"{self._config.run.seed} {step} pairs"
         return RewardShard(hidden_TP=feedback_TP, annotation=annotation, moment=moment)
 
-    def _gold_scores(self, trajectories: Trajectories) -> Tensor:
-        """float32 [N], NaN where the task knows no gold."""
+    def _gold_scores(self, trajectories: Trajectories) -> dict[str, Tensor]:
+        """float64 [N] by part of the gold score, none where the task knows no gold."""
         if self._gold is None:
-            return torch.full((trajectories.layout.rows,), math.nan)
+            return {}
         rows = (trajectories.row_prompts, trajectories.responses, trajectories.truncated_N.tolist())
-        return torch.tensor([self._gold(*row) for row in zip(*rows, strict=True)], dtype=torch.float32)
+        found = [self._gold(*row) for row in zip(*rows, strict=True)]
+        return {
+            part: torch.tensor([score[part] for score in found], dtype=torch.float64) for part in found[0]
+        }
 
     def _feedback(self, hidden: Hidden, layout: Layout, rte_ND: Tensor, moment: str) -> Tensor:
         """h [T, P] on the head's device, noised afresh at each moment as ``feedback.noise`` says."""

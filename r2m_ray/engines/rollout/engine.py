@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from r2m_ray.core.batch import Hidden, Prompt, SamplePlan, Trajectories, pack_rows
+from r2m_ray.core.batch import Hidden, Prompt, RowText, SamplePlan, Trajectories, pack_rows
 from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.rollout.vllm_engine import OBJECT_STORE, Request, Sampled, VLLMEngine
 from r2m_ray.engines.text import policy_prompt_ids
@@ -123,6 +124,22 @@ class RolloutEngine:
         self._totals["sample_seconds"] += time.perf_counter() - start
         self._totals["sampled_tokens"] += sum(int(t.action_T.sum()) for t, _ in shards)
         return shards
+
+    def texts(self, trajectories: Trajectories, rows: int) -> list[RowText]:
+        """The first ``rows`` rows of a shard in words, with the text of each input token."""
+        layout = trajectories.layout
+        found = zip(trajectories.row_prompts, trajectories.responses, strict=True)
+        return [
+            RowText(
+                prompt=prompt,
+                response=response,
+                tokens=tuple(
+                    self._tokenizer.decode([token])
+                    for token in trajectories.input_T[layout.slice_of(n)].tolist()
+                ),
+            )
+            for n, (prompt, response) in enumerate(islice(found, rows))
+        ]
 
     def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
         """Join the trainer's transfer group, with the ``init_info`` of the weight backend."""
