@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -17,7 +16,7 @@ from r2m_ray.errors import ActorLost, RunError
 from r2m_ray.runtime import recovery
 from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
-from r2m_ray.runtime.recovery import InPlace, Job, ReliableSync, rolled_back
+from r2m_ray.runtime.recovery import Answer, InPlace, Job, ReliableSync, rolled_back
 from r2m_ray.runtime.worker_group import WorkerGroup
 
 
@@ -31,8 +30,12 @@ class Worker:
     def whoami(self) -> tuple[int, int]:
         return self.rank, os.getpid()
 
-    def double(self, value: int, deadly: bool = False) -> tuple[str, int]:
-        if deadly:
+    def double(self, value: int, tries: Path, deadly: int) -> tuple[str, int]:
+        """Twice the value; the first ``deadly`` tries, counted in a file, end the process."""
+        count = tries / str(value)
+        with count.open("a") as stream:
+            stream.write(".")
+        if len(count.read_text()) <= deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return "done", 2 * value
 
@@ -78,20 +81,18 @@ def group(placement: Placement, model: Path) -> Iterator[WorkerGroup]:
         ray.kill(handle)
 
 
-def jobs(group: WorkerGroup, deadly: dict[int, int]) -> list[Job]:
+def jobs(group: WorkerGroup, tries: Path, deadly: dict[int, int]) -> list[Job]:
     """Jobs 0 to 3; ``deadly`` says how many tries of a job still end its actor."""
 
     def job(n: int) -> Job:
-        rank = group.actors.owner(n)
-
-        def submit() -> list[Any]:
-            deadly[n] = deadly.get(n, 0) - 1
-            method = group.actors.handles[rank].double.options(num_returns=2)
-            return list(method.remote(n, deadly[n] >= 0))
-
-        return Job(rank, submit, f"shard {n}")
+        arguments = (n, tries, deadly.get(n, 0))
+        return Job(group.actors.owner(n), "double", arguments, 2, f"shard {n}")
 
     return [job(n) for n in range(4)]
+
+
+def doubled(answers: Sequence[Answer]) -> list[int]:
+    return [ray.get(record.handle, timeout=60) for _, (record,) in answers]
 
 
 def in_place(group: WorkerGroup, messages: list[str], limit: int = 2) -> InPlace:
@@ -101,15 +102,15 @@ def in_place(group: WorkerGroup, messages: list[str], limit: int = 2) -> InPlace
     return InPlace(group, revive, limit=limit)
 
 
-def test_the_work_of_a_dead_actor_is_done_by_its_successor(group: WorkerGroup) -> None:
+def test_the_work_of_a_dead_actor_is_done_by_its_successor(group: WorkerGroup, tmp_path: Path) -> None:
     async def work(messages: list[str]) -> list[int]:
         before = await group.actors.all("ask", "whoami")
-        answers = await in_place(group, messages)("score", jobs(group, {2: 1}))
+        answers = await in_place(group, messages)("score", jobs(group, tmp_path, {2: 1}))
         after = await group.actors.all("ask", "whoami")
         assert after[1] == before[1]
         assert after[0][0] == before[0][0] == 0
         assert after[0][1] != before[0][1]
-        return [await record for (record,) in answers]
+        return doubled(answers)
 
     messages: list[str] = []
     assert asyncio.run(work(messages)) == [0, 2, 4, 6]
@@ -118,21 +119,23 @@ def test_the_work_of_a_dead_actor_is_done_by_its_successor(group: WorkerGroup) -
     assert "reference-0 replaced after " in messages[0]
 
 
-def test_work_that_ends_every_actor_is_named(group: WorkerGroup) -> None:
+def test_work_that_ends_every_actor_is_named(group: WorkerGroup, tmp_path: Path) -> None:
     messages: list[str] = []
     with pytest.raises(RunError, match=r"score: shard 1 ended 3 actors in a row.*max_recoveries=2"):
-        asyncio.run(in_place(group, messages)("score", jobs(group, {1: 99})))
+        asyncio.run(in_place(group, messages)("score", jobs(group, tmp_path, {1: 99})))
     assert len(messages) == 2
 
 
-def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(group: WorkerGroup) -> None:
+def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(
+    group: WorkerGroup, tmp_path: Path
+) -> None:
     async def work() -> list[int]:
         await group.actors.outcomes(
             "freeze", [("reference-1", group.actors.handles[1].freeze.remote())], timeout_s=1
         )
         group.actors.timeout_s = 3
-        answers = await in_place(group, messages)("score", jobs(group, {}))
-        return [await record for (record,) in answers]
+        answers = await in_place(group, messages)("score", jobs(group, tmp_path, {}))
+        return doubled(answers)
 
     messages: list[str] = []
     assert asyncio.run(work()) == [0, 2, 4, 6]

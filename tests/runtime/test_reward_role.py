@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from r2m_ray.core.batch import RewardBatch
-from r2m_ray.core.roles import LabelledPairs
+from r2m_ray.core.roles import LabelledPairs, Ref
 from r2m_ray.runtime.actors import RewardActor
-from r2m_ray.runtime.roles import RewardRole, Stored
+from r2m_ray.runtime.local import held
+from r2m_ray.runtime.roles import RewardRole
 from r2m_ray.runtime.worker_group import Actors
 
 
@@ -41,11 +42,11 @@ def called(method: Any) -> Any:
     async def remote(*arguments: Any) -> Any:
         return method(*arguments)
 
-    return SimpleNamespace(remote=remote)
+    return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote), remote=remote)
 
 
-def stored(*names: str) -> list[Any]:
-    return [Stored(name, 1.0) for name in names]
+def stored(*names: str) -> list[Ref[Any]]:
+    return [Ref(name) for name in names]
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def role(engines: list[Engine]) -> RewardRole:
     """Two replicas in this process, whose transport passes names instead of records."""
     handles = {}
     for i, engine in enumerate(engines):
-        actor: Any = RewardActor()
+        actor: Any = RewardActor(held)
         actor._engine = engine
         handles[f"reward-{i}"] = SimpleNamespace(update=called(actor.update), warm_up=called(actor.warm_up))
     return RewardRole(Actors(handles, timeout_s=60), verify_every=0)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config
+from r2m_ray.core.roles import Ref
 from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.actors import PolicyActor, RewardActor
@@ -40,7 +41,8 @@ class Receiver:
     def begin_weight_update(self, verify: bool) -> None:
         self.arrived, self.digest, self.buckets = {}, WeightDigest(), 0
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
+    def load_bucket(self, sent: Ref[WeightBucket]) -> None:
+        bucket = ray.get(sent.handle, timeout=60)
         self.digest.update(bucket)
         self.buckets += 1
         for name, tensor in bucket.tensors():
