@@ -165,7 +165,7 @@ async def _train(
             with stop.deferred():
                 await train(config, roles, prompts, human, checkpoints, evaluator, log, stop)
         except ActorLost:
-            # Who was told to stop has nothing to rebuild for.
+            # A run that is to stop has nothing to rebuild for.
             stop.check()
             raise
 
