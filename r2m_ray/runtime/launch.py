@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,8 +89,12 @@ def run_training(config: Config) -> Path:
         checkpoints = Checkpoints(
             directory / CHECKPOINTS, keep=config.checkpoint.keep, identity=run_identity(config)
         )
-        with RunLog(directory, config=config, resolved_yaml=resolved) as log, _cluster(config, stop):
-            stop.run(_train(run, log, checkpoints, stop))
+        # A run that finds no place leaves no directory, so its name stays free.
+        with (
+            _places(config, stop) as placement,
+            RunLog(directory, config=config, resolved_yaml=resolved) as log,
+        ):
+            stop.run(_train(run, placement, log, checkpoints, stop))
         write_report(directory)
     return directory
 
@@ -98,83 +102,80 @@ def run_training(config: Config) -> Path:
 def run_evaluation(config: Config, directory: Path) -> Path:
     """Measure the newest checkpoint of the run in ``directory``; returns the JSON file with the numbers."""
     run = _Run.of(config)
-    with _cluster(config):
-        step, metrics = asyncio.run(_evaluate(run, directory))
+    with _places(config) as placement:
+        step, metrics = asyncio.run(_evaluate(run, placement, directory))
     path = directory / f"evaluation-step-{step:06d}.json"
     replace_file(path, json.dumps({"step": step, **metrics}, indent=2) + "\n")
     return path
 
 
 @contextmanager
-def _cluster(config: Config, stop: StopRequest | None = None) -> Iterator[None]:
-    """The Ray cluster of a run, or none."""
+def _places(config: Config, stop: StopRequest | None = None) -> Iterator[Placement | None]:
+    """The Ray cluster of a run, with a place for each actor; neither in one process."""
     if config.cluster.address == ONE_PROCESS:
-        yield
-    else:
-        with cluster(config.cluster, stop):
-            yield
-
-
-@asynccontextmanager
-async def _engines(
-    run: _Run, notify: Notify, starting: AbstractContextManager[None]
-) -> AsyncIterator[_Engines]:
-    """The engines of a run, which start within ``starting`` and end with this context."""
-    if run.config.cluster.address == ONE_PROCESS:
-        with starting:
-            roles = local_roles(run.config, run.models)
-        yield _Engines(roles, None)
+        yield None
         return
-    placement = Placement(run.config)
-    try:
+    with cluster(config.cluster, stop):
+        placement = Placement(config)
+        try:
+            yield placement
+        finally:
+            placement.release()
+
+
+async def _engines(
+    run: _Run, placement: Placement | None, notify: Notify, starting: AbstractContextManager[None]
+) -> _Engines:
+    """The engines of a run, which start within ``starting``."""
+    with starting:
+        if placement is None:
+            return _Engines(local_roles(run.config, run.models), None)
         crew = Crew(run.config, run.models, placement, notify)
-        with starting:
-            roles = await crew.start()
-        yield _Engines(roles, crew.rebuild)
-    finally:
-        placement.release()
+        return _Engines(await crew.start(), crew.rebuild)
 
 
-async def _evaluate(run: _Run, directory: Path) -> tuple[int, dict[str, float]]:
+async def _evaluate(run: _Run, placement: Placement | None, directory: Path) -> tuple[int, dict[str, float]]:
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=run.config.checkpoint.keep)
     if checkpoints.newest() is None:
         raise InputError(f"{checkpoints.directory}: no checkpoint to evaluate; train the run first")
-    async with _engines(run, _warn, nullcontext()) as engines:
-        step = await checkpoints.restore(engines.roles)
-        await engines.roles.sync(version=step)
-        return step, await run.evaluator(engines.roles).measure()
+    roles = (await _engines(run, placement, _warn, nullcontext())).roles
+    step = await checkpoints.restore(roles)
+    await roles.sync(version=step)
+    return step, await run.evaluator(roles).measure()
 
 
 def _warn(text: str) -> None:
     print(printable(redacted(text), lines=True), file=sys.stderr)
 
 
-async def _train(run: _Run, log: RunLog, checkpoints: Checkpoints, stop: StopRequest) -> None:
+async def _train(
+    run: _Run, placement: Placement | None, log: RunLog, checkpoints: Checkpoints, stop: StopRequest
+) -> None:
     config, task = run.config, run.task
     for name, counts in task.counts.items():
         log.message(f"{name}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
     replace_file(log.directory / "data.json", json.dumps(task.counts, indent=2) + "\n")
     prompts = PromptOrder(task.train_prompts, seed=config.run.seed, per_step=config.algo.prompts_per_step)
-    async with _engines(run, log.message, log.phase("start")) as engines:
-        roles, evaluator = engines.roles, run.evaluator(engines.roles)
-        human = HumanPairs(config, roles, pairs=task.train_pairs, tokenizer=run.tokenizer, log=log)
+    engines = await _engines(run, placement, log.message, log.phase("start"))
+    roles, evaluator = engines.roles, run.evaluator(engines.roles)
+    human = HumanPairs(config, roles, pairs=task.train_pairs, tokenizer=run.tokenizer, log=log)
 
-        async def attempt() -> None:
-            try:
-                with stop.deferred():
-                    await train(config, roles, prompts, human, checkpoints, evaluator, log, stop)
-            except ActorLost:
-                # Who was told to stop has nothing to rebuild for.
-                stop.check()
-                raise
+    async def attempt() -> None:
+        try:
+            with stop.deferred():
+                await train(config, roles, prompts, human, checkpoints, evaluator, log, stop)
+        except ActorLost:
+            # A run that is to stop has nothing to rebuild for.
+            stop.check()
+            raise
 
-        if engines.rebuild is None:
-            await attempt()
-        else:
-            await rolled_back(
-                attempt,
-                engines.rebuild,
-                finished=lambda: log.finished,
-                limit=config.cluster.max_recoveries,
-                notify=log.message,
-            )
+    if engines.rebuild is None:
+        await attempt()
+    else:
+        await rolled_back(
+            attempt,
+            engines.rebuild,
+            finished=lambda: log.finished,
+            limit=config.cluster.max_recoveries,
+            notify=log.message,
+        )

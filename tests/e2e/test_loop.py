@@ -12,6 +12,7 @@ import pytest
 from finished_run import rows, same_run, steps
 
 from r2m_ray.config.compose import load_saved
+from r2m_ray.errors import RunError
 from r2m_ray.run.vocabulary import FAMILIES, REGISTRY, Source, metric
 from r2m_ray.runtime.launch import run_evaluation
 
@@ -148,3 +149,9 @@ def test_replicas_and_ranks_do_not_change_the_run(r2m: Path, train: Train) -> No
     for key in ("reward/mean", "reward/frozen_mean", "response/tokens", "rm/loss", "policy/loss"):
         # Sums are taken in another order.
         assert other[key] == pytest.approx(first[key], rel=1e-4, abs=1e-6), key
+
+
+def test_a_run_that_finds_no_place_leaves_its_name_free(train: Train) -> None:
+    with pytest.raises(RunError, match="STRICT_SPREAD puts 4 actors"):
+        train("crowded", "cluster.placement=STRICT_SPREAD")
+    train("crowded", "algo.steps=1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,9 +31,11 @@ class Worker:
         return self.rank, os.getpid()
 
     def double(self, value: int, tries: Path, deadly: int) -> tuple[str, int]:
-        with tries.open("a") as stream:
-            stream.write("x")
-        if tries.stat().st_size <= deadly:
+        """Twice the value; the first ``deadly`` tries, counted in a file, end the process."""
+        count = tries / str(value)
+        with count.open("a") as stream:
+            stream.write(".")
+        if len(count.read_text()) <= deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return "done", 2 * value
 
@@ -79,19 +81,18 @@ def group(placement: Placement, model: Path) -> Iterator[WorkerGroup]:
         ray.kill(handle)
 
 
-def jobs(group: WorkerGroup, tmp_path: Path, deadly: dict[int, int]) -> list[Job]:
-    """Jobs 0 to 3; ``deadly`` says how many tries of a job end its actor."""
+def jobs(group: WorkerGroup, tries: Path, deadly: dict[int, int]) -> list[Job]:
+    """Jobs 0 to 3; ``deadly`` says how many tries of a job still end its actor."""
 
     def job(n: int) -> Job:
-        arguments = (n, tmp_path / f"tries-{n}", deadly.get(n, 0))
+        arguments = (n, tries, deadly.get(n, 0))
         return Job(group.actors.owner(n), "double", arguments, 2, f"shard {n}")
 
     return [job(n) for n in range(4)]
 
 
-async def doubled(answers: list[Answer]) -> list[int]:
-    assert {light for light, _ in answers} == {"done"}
-    return [await record.handle for _, (record,) in answers]
+def doubled(answers: Sequence[Answer]) -> list[int]:
+    return [ray.get(record.handle, timeout=60) for _, (record,) in answers]
 
 
 def in_place(group: WorkerGroup, messages: list[str], limit: int = 2) -> InPlace:
@@ -109,7 +110,7 @@ def test_the_work_of_a_dead_actor_is_done_by_its_successor(group: WorkerGroup, t
         assert after[1] == before[1]
         assert after[0][0] == before[0][0] == 0
         assert after[0][1] != before[0][1]
-        return await doubled(answers)
+        return doubled(answers)
 
     messages: list[str] = []
     assert asyncio.run(work(messages)) == [0, 2, 4, 6]
@@ -134,7 +135,7 @@ def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(
         )
         group.actors.timeout_s = 3
         answers = await in_place(group, messages)("score", jobs(group, tmp_path, {}))
-        return await doubled(answers)
+        return doubled(answers)
 
     messages: list[str] = []
     assert asyncio.run(work()) == [0, 2, 4, 6]

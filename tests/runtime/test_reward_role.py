@@ -42,10 +42,10 @@ def called(method: Any) -> Any:
     async def remote(*arguments: Any) -> Any:
         return method(*arguments)
 
-    return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
+    return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote), remote=remote)
 
 
-def stored(*names: str) -> list[Any]:
+def stored(*names: str) -> list[Ref[Any]]:
     return [Ref(name) for name in names]
 
 

@@ -22,7 +22,7 @@ from r2m_ray.config.schema import Config
 from r2m_ray.core.roles import Ref
 from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
-from r2m_ray.runtime.actors import PolicyActor, RewardActor, read_objects
+from r2m_ray.runtime.actors import PolicyActor, RewardActor
 from r2m_ray.runtime.device import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
 from r2m_ray.runtime.worker_group import Actors, first_difference, require_agreement
@@ -41,8 +41,8 @@ class Receiver:
     def begin_weight_update(self, verify: bool) -> None:
         self.arrived, self.digest, self.buckets = {}, WeightDigest(), 0
 
-    def load_bucket(self, ref: Ref[WeightBucket]) -> None:
-        (bucket,) = read_objects([ref])
+    def load_bucket(self, sent: Ref[WeightBucket]) -> None:
+        bucket = ray.get(sent.handle, timeout=60)
         self.digest.update(bucket)
         self.buckets += 1
         for name, tensor in bucket.tensors():

@@ -130,20 +130,14 @@ def machines(count: int, state: Path) -> Iterator[list[Node]]:
 def start_ray(nodes: Sequence[Node], *, cpus: int) -> str:
     """Start Ray on nodes, the first one as the head; returns the address of the job server."""
     common = ["--num-cpus", str(cpus), "--object-store-memory", "200000000", "--disable-usage-stats"]
-    head, *others = nodes
-    ray = ("-m", "ray.scripts.scripts", "start")
-    addressed = ("--node-ip-address", head.address)
-    commands = [
-        (head, (*ray, "--head", "--port", "6379", "--dashboard-host", "0.0.0.0", *addressed, *common)),
-        *(
-            (node, (*ray, "--address", f"{head.address}:6379", "--node-ip-address", node.address, *common))
-            for node in others
-        ),
-    ]
-    for node, command in commands:
-        done = node.python(*command)
+    for i, node in enumerate(nodes):
+        joins = ("--address", f"{nodes[0].address}:6379")
+        heads = ("--head", "--port", "6379", "--dashboard-host", "0.0.0.0")
+        # Nodes on loopback share their ports.
+        own = ("--node-ip-address", node.address, "--dashboard-agent-listen-port", str(52365 + i))
+        done = node.python("-m", "ray.scripts.scripts", "start", *(joins if i else heads), *own, *common)
         assert done.returncode == 0, done.stdout
-    return f"http://{head.address}:8265"
+    return f"http://{nodes[0].address}:8265"
 
 
 def _can_isolate(prefix: str) -> bool:
