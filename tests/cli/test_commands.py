@@ -104,7 +104,7 @@ def test_documented_command_lines_compose(line: str) -> None:
         (["prepare", "task=preferences", "task.train_file=none.jsonl", FILES[1]], "none.jsonl: no such file"),
     ],
 )
-def test_a_mistake_is_told_without_a_traceback(
+def test_a_mistake_is_reported_without_a_traceback(
     arguments: list[str],
     words: str,
     tmp_path: Path,
