@@ -133,7 +133,6 @@ def path_problems(config: Config, *, trains: bool) -> Iterator[Problem]:
         "model.policy": config.model.policy,
         "model.reward": config.model.reward,
         "model.reference": config.model.reference,
-        "prepare.policy": config.prepare.policy,
     }
     paths |= {
         field: name for field, name in models.items() if name and (name[0] in "./~" or Path(name).is_dir())

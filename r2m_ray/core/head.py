@@ -21,8 +21,9 @@ from torch.autograd.function import FunctionCtx
 
 from r2m_ray.core.packing import segment_sum
 
-STATES_AT_ONCE = 2**26
-"""Numbers of hidden states that are copied at a time: 256 MiB in float32."""
+STATES_AT_ONCE, STATES_AT_ONCE_ON_CPU = 2**26, 2**20
+"""Numbers of hidden states that are copied at a time, in float32 256 MiB and 4 MiB: an accelerator needs
+large blocks to be busy, a CPU reads a block again while its caches hold it."""
 
 
 def omega(step: int, total_steps: int, floor: float) -> float:
@@ -49,7 +50,7 @@ class _Block:
 
 
 def _blocks(offsets: Tensor, width: int) -> Iterator[_Block]:
-    """All rows that have states, in blocks of at most `STATES_AT_ONCE` numbers or of one longer row.
+    """All rows that have states, in blocks of at most `STATES_AT_ONCE` numbers or of one longer row each.
 
     A row is padded to a multiple of 16, or of an eighth of its length where that is more. So its padding
     depends on its own length alone, and no sum runs over several rows: its numbers are the same whatever lies
@@ -63,9 +64,10 @@ def _blocks(offsets: Tensor, width: int) -> Iterator[_Block]:
             padded.setdefault(math.ceil(length / step) * step, []).append(row)
     order = torch.tensor([row for rows in padded.values() for row in rows], dtype=torch.int64)
     order = order.to(offsets.device)
+    limit = STATES_AT_ONCE_ON_CPU if offsets.device.type == "cpu" else STATES_AT_ONCE
     start = 0
     for length, rows in padded.items():
-        at_once = max(1, STATES_AT_ONCE // (length * max(1, width)))
+        at_once = max(1, limit // (length * max(1, width)))
         for row_B in order[start : start + len(rows)].split(at_once):
             step_L = torch.arange(length, device=offsets.device)
             last_B1 = lengths_N[row_B, None] - 1

@@ -94,8 +94,11 @@ class ModelFiles:
         """What is wrong with weights and tokenizer, whatever the model's role."""
         yield from self._weight_problems()
         yield from self._tokenizer_problems()
-        is_own = self.architecture and _is_known(self.config.get("model_type"))
-        if "auto_map" in self.config and not is_own:
+        if "auto_map" not in self.config:
+            return
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if not self.architecture or self.config.get("model_type") not in CONFIG_MAPPING_NAMES:
             message = "needs code of its own (auto_map), which is never run; use a model transformers knows"
             yield self.problem("config.json", message)
 
@@ -124,7 +127,12 @@ class ModelFiles:
         elif not (self.directory / WEIGHTS).is_file():
             yield self._no_weights()
             return
-        faults = {name: _shard_damage(self.directory, name) for name in sorted(files)}
+        faults = {
+            name: damage(self.directory / name)
+            if Path(name).name == name
+            else "lies outside the model directory"
+            for name in sorted(files)
+        }
         for name, fault in faults.items():
             if fault:
                 yield self.problem(name, f"{fault}; copy the file again")
@@ -264,13 +272,6 @@ def _scanned(file: Path, size: int, changed: int) -> str | None:
     return None
 
 
-def _shard_damage(directory: Path, name: str) -> str | None:
-    """What is wrong with a weight file that an index names; None if nothing."""
-    if Path(name).name != name:
-        return "lies outside the model directory"
-    return damage(directory / name)
-
-
 def _token_ids(file: Path) -> int | None:
     """One more than the largest id of a tokenizer.json; None where it is not one."""
     content = read_json(file)
@@ -283,10 +284,3 @@ def _token_ids(file: Path) -> int | None:
         return int(max(ids, default=-1)) + 1
     except (TypeError, ValueError, KeyError):
         return None
-
-
-def _is_known(model_type: object) -> bool:
-    """Whether transformers has a model of this type among its own."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return model_type in CONFIG_MAPPING_NAMES

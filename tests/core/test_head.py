@@ -107,7 +107,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     packed: Packed, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
     # The rows of 33 to 48 states are attended to together, in blocks of two.
-    monkeypatch.setattr("r2m_ray.core.head.STATES_AT_ONCE", 2 * 48 * width)
+    monkeypatch.setattr("r2m_ray.core.head.STATES_AT_ONCE_ON_CPU", 2 * 48 * width)
     lengths = [5, 40, 1, 33, 17, 48, 41]
     offsets, u_NP, hidden_TP = packed(lengths), random(7, width) / 8, random(185, width, seed=1)
     weight_T, context_NP = attention(u_NP, hidden_TP, offsets)

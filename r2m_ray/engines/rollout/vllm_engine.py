@@ -159,9 +159,6 @@ class VLLMEngine:
                 "this process already runs a rollout engine that exports hidden states, and vLLM holds one "
                 "connector per process; close() it first, or start this one in a process of its own"
             )
-        if current_platform.is_cpu() and engine_args.get("enforce_eager"):
-            # Even then vLLM compiles how it ranks tokens, which takes longer than it ever saves here.
-            torch.compiler.set_stance("force_eager")
         self._exports = export_hidden
         self._updating = False
         self._owns_process_group = not torch.distributed.is_initialized()

@@ -187,6 +187,13 @@ class HiddenStatesConnector(KVConnectorBase_V1):  # type: ignore[misc]
 class RolloutWorker(PlatformWorker):  # type: ignore[misc]
     """The platform's worker, with the export of hidden states and other calls of a rollout engine."""
 
+    def init_device(self) -> None:
+        """vLLM's own, with no compilation on a CPU where ``enforce_eager`` asks for none."""
+        if current_platform.is_cpu() and self.model_config.enforce_eager:
+            # Even then vLLM compiles how it ranks tokens, which takes longer than it ever saves here.
+            torch.compiler.set_stance("force_eager")
+        super().init_device()
+
     def determine_available_memory(self) -> int:
         """Bytes for keys and values: vLLM's own number without the share that the side buffer takes."""
         available: int = super().determine_available_memory()

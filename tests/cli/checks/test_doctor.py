@@ -127,17 +127,6 @@ def test_a_library_that_hangs_is_ended_with_what_it_started(shadow: Shadow) -> N
     assert no_child_is_left()
 
 
-@pytest.mark.parametrize(
-    ("version", "outcome"),
-    [("0.32.4+cpu", Outcome.ok), ("0.31.0", Outcome.failed), ("0.33.0", Outcome.failed)],
-)
-def test_only_the_vllm_that_the_adapter_knows_passes(shadow: Shadow, version: str, outcome: Outcome) -> None:
-    shadow(vllm=f"__version__ = {version!r}\nclass LLM: pass")
-    check = import_check("vllm", 60)
-    assert check.outcome is outcome
-    assert check.value.startswith(f"{version}, ")
-
-
 # The collective
 
 
