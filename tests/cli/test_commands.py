@@ -321,6 +321,21 @@ def test_all_runs_of_a_grid_are_checked_before_the_first_starts(
     assert ran == []
 
 
+def test_a_grid_in_a_file_is_checked_and_run(
+    ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    file = tmp_path / "conf" / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\nhydra: {sweeper: {params: {run.seed: '0,1'}}}\n")
+    line = ["train", "-m", f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine", *MODELS]
+    assert main(line) == 0
+    assert [config.run.name for config in ran] == ["run-run.seed-0", "run-run.seed-1"]
+    file.write_text("# @package _global_\nhydra: {sweeper: {params: {run.seed: '0,-1'}}}\n")
+    assert main(line) == 2
+    assert "run.seed: -1 is not a whole number ≥ 0" in capsys.readouterr().err
+    assert len(ran) == 2
+
+
 def test_the_configuration_is_shown_with_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--cfg", "job", "experiment=demo", "algo.steps=2"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
