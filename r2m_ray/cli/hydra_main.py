@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from r2m_ray.config.compose import (
+    SweepPlugins,
     composed_config,
     config_dir,
     for_hydra,
@@ -81,11 +82,12 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
             raise InputError(f"{name}: not taken; add options of your own by hydra.searchpath=[file:///dir]")
     overrides = [*parsed.overrides]
     flags = [word for word in arguments if word not in overrides]
-    fixed, launcher = fixed_overrides(parse_overrides(overrides)[0]), "basic"
+    fixed, plugins = fixed_overrides(parse_overrides(overrides)[0]), SweepPlugins()
     if parsed.multirun:
-        sweeper, launcher = sweep_plugins(fixed)
-        if sweeper == "basic":
-            check([job.config for job in sweep(overrides)], work.problems, work.subject)
+        plugins = sweep_plugins(fixed)
+        if plugins.sweeper == "basic":
+            jobs = sweep([*plugins.overrides, *overrides])
+            check([job.config for job in jobs], work.problems, work.subject)
         else:
             load_config(fixed)
     elif flags in ([], ["--run"], ["-r"]):
@@ -103,7 +105,7 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
             ended.append(error)
             return None
 
-    with _passing_on(launcher) if parsed.multirun else nullcontext():
+    with _passing_on(plugins.launcher) if parsed.multirun else nullcontext():
         _hydra(f"r2m-ray {command}", [*flags, *for_hydra(overrides)], job)
     if ended:
         raise ended[0]

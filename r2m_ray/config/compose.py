@@ -7,6 +7,7 @@ the schema by itself. So a typo in a file and one on the command line are report
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -112,17 +113,30 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     return lines
 
 
-def sweep_plugins(overrides: Sequence[str]) -> tuple[str, str]:
-    """The names of hydra's sweeper and launcher that files and overrides choose; ``basic`` is a grid."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlugins:
+    """hydra's sweeper and launcher, by name, and what files give the sweeper; ``basic`` is a grid."""
+
+    sweeper: str = "basic"
+    launcher: str = "basic"
+    overrides: tuple[str, ...] = ()
+
+
+def sweep_plugins(overrides: Sequence[str]) -> SweepPlugins:
+    """What files and overrides choose for a sweep."""
     choices = [_line(override) for override in parse_overrides(overrides)[0] if _is_choice(override)]
     store_defaults()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         try:
-            chosen = compose("config", overrides=choices, return_hydra_config=True).hydra.runtime.choices
+            chosen = compose("config", overrides=choices, return_hydra_config=True).hydra
         except _UNREADABLE:
             # What is wrong is found, with all other mistakes, where the configuration is read.
-            return "basic", "basic"
-    return str(chosen["hydra/sweeper"]), str(chosen["hydra/launcher"])
+            return SweepPlugins()
+    return SweepPlugins(
+        sweeper=str(chosen.runtime.choices["hydra/sweeper"]),
+        launcher=str(chosen.runtime.choices["hydra/launcher"]),
+        overrides=tuple(f"{path}={value}" for path, value in (chosen.sweeper.params or {}).items()),
+    )
 
 
 def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:

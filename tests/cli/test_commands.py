@@ -104,7 +104,7 @@ def test_documented_command_lines_compose(line: str) -> None:
         (["prepare", "task=preferences", "task.train_file=none.jsonl", FILES[1]], "none.jsonl: no such file"),
     ],
 )
-def test_a_mistake_is_told_without_a_traceback(
+def test_a_mistake_is_reported_without_a_traceback(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -319,6 +319,21 @@ def test_all_runs_of_a_grid_are_checked_before_the_first_starts(
     assert "1 problem in what the run needs" in text
     assert "runs/run-run.seed-1: holds a run" in text
     assert ran == []
+
+
+def test_a_grid_in_a_file_is_checked_and_run(
+    ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    file = tmp_path / "conf" / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\nhydra: {sweeper: {params: {run.seed: '0,1'}}}\n")
+    line = ["train", "-m", f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine", *MODELS]
+    assert main(line) == 0
+    assert [config.run.name for config in ran] == ["run-run.seed-0", "run-run.seed-1"]
+    file.write_text("# @package _global_\nhydra: {sweeper: {params: {run.seed: '0,-1'}}}\n")
+    assert main(line) == 2
+    assert "run.seed: -1 is not a whole number ≥ 0" in capsys.readouterr().err
+    assert len(ran) == 2
 
 
 def test_the_configuration_is_shown_with_every_field(capsys: pytest.CaptureFixture[str]) -> None:

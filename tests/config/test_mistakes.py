@@ -1,4 +1,4 @@
-"""Mistakes in one field of a configuration: names, types and ranges, all told at once with a remedy."""
+"""Mistakes in one field of a configuration: names, types and ranges, all reported at once with a remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     text = complaint(
         "experiment=dem",
         "reward=vanila",

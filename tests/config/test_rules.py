@@ -1,4 +1,4 @@
-"""Fields that contradict each other: each rule is told with a remedy, and what fits together passes."""
+"""Fields that contradict each other: each rule names a remedy, and what fits together passes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def commands() -> list[str]:
 
 
 def check_overrides(command: str, arguments: list[str]) -> None:
-    overrides = [argument for argument in arguments if "=" in argument]
+    # The lab's own settings are not the configuration's.
+    overrides = [word for word in arguments if "=" in word and not word.startswith("lab.")]
     if "--multirun" in arguments:
         configs = [job.config for job in sweep(overrides)]
         assert len({config.run.name for config in configs}) == len(configs) > 1

@@ -73,7 +73,7 @@ def test_another_loss_schedule_or_sampling_is_refused(
     assert "another run.name" in text
 
 
-def test_all_differences_are_told_at_once(config: Config) -> None:
+def test_all_differences_are_reported_at_once(config: Config) -> None:
     config.algo.kl_weight, config.policy.learning_rate, config.policy.ranks = 0.1, 1e-5, 2
     assert [text.partition(";")[0] for text in refusals(config)] == [
         "algo.kl_weight: 0.04 -> 0.1",
@@ -96,7 +96,7 @@ RESHARDING: list[tuple[Change, str]] = [
 ]
 
 
-def test_the_table_of_resharding_is_whole() -> None:
+def test_the_table_of_resharding_is_complete() -> None:
     named = {words.partition(":")[0].removesuffix(".stage") for _, words in RESHARDING}
     assert named == {*deciding(Resume.reshard), *RESHARD_OPTIONS}
 
@@ -196,7 +196,7 @@ def test_a_run_that_committed_never_begins_again_unseen(
         assert problems == []
 
 
-def test_a_checkpoint_without_identity_is_told(config: Config, tmp_path: Path) -> None:
+def test_a_checkpoint_without_identity_is_reported(config: Config, tmp_path: Path) -> None:
     commit(tmp_path / "runs" / "run", 3, {})
     problems = preflight(config)
     assert len(problems) == 1
@@ -210,7 +210,7 @@ def test_a_file_that_cannot_be_read_is_named(config: Config, tmp_path: Path) -> 
 
 
 def test_the_command_ends_with_two_and_loads_no_engine(config: Config, tmp_path: Path) -> None:
-    """The whole command line, in a process of its own."""
+    """The complete command line, in a process of its own."""
     code = (
         "import sys; from r2m_ray.__main__ import main; code = main(sys.argv[1:]); "
         "print(sorted({'ray', 'vllm', 'deepspeed'} & set(sys.modules))); sys.exit(code)"

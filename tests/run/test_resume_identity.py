@@ -1,4 +1,4 @@
-"""What a run is made of: models, tokenizers and data count by content, libraries are told."""
+"""What a run is made of: models, tokenizers and data count by content, libraries are reported."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def test_the_ends_of_a_large_file_decide(tmp_path: Path, monkeypatch: pytest.Mon
         file.write_bytes(content)
         return model_digests(str(tmp_path))["model.safetensors"]
 
-    whole = digest(b"h" * 10 + b"m" * 100 + b"t" * 10)
-    assert whole.startswith("120 bytes, ")
-    assert digest(b"x" + b"h" * 9 + b"m" * 100 + b"t" * 10) != whole
-    assert digest(b"h" * 10 + b"m" * 100 + b"t" * 9 + b"x") != whole
-    assert digest(b"h" * 10 + b"m" * 101 + b"t" * 10) != whole
+    plain = digest(b"h" * 10 + b"m" * 100 + b"t" * 10)
+    assert plain.startswith("120 bytes, ")
+    assert digest(b"x" + b"h" * 9 + b"m" * 100 + b"t" * 10) != plain
+    assert digest(b"h" * 10 + b"m" * 100 + b"t" * 9 + b"x") != plain
+    assert digest(b"h" * 10 + b"m" * 101 + b"t" * 10) != plain
     # Up to WHOLE_BYTES, every byte counts.
     assert digest(b"m" * 50) != digest(b"m" * 25 + b"x" + b"m" * 24)
 
