@@ -12,6 +12,7 @@ from fake_roles import PROMPTS, FakeRoles, K, Run, Verdict, World
 from r2m_ray.config.schema import Config, OmegaSchedule, OnAlarm, RewardShape
 from r2m_ray.core.batch import Prompt
 from r2m_ray.driver.loop import omega_at, sample_plans
+from r2m_ray.driver.monitor import ALARM_METRICS
 from r2m_ray.errors import Alarmed, Preempted, RunError
 
 STEP = ["sample", "annotate", "reference", "texts", "attention", "policy", "reward", "sync"]
@@ -125,6 +126,7 @@ def test_alarms_are_in_the_row_of_their_step_and_shown_once(config: Config, worl
     run = world.train(config, spread_out(from_step=2))
     assert alarm_row(run, "scale_ratio") == alarm_row(run, "flip_rate") == [0, 1, 1, 1]
     assert alarm_row(run, "kl") == [0, 0, 0, 0]
+    assert {name for name in run.rows("step")[0] if name.startswith("alarm/")} == {*ALARM_METRICS.values()}
     shown = [line.split(":")[0] for line in run.messages if line.startswith("alarm ")]
     assert [line for line in shown if "frozen_gap" not in line] == [
         "alarm scale_ratio at step 2",
