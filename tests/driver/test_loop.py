@@ -145,12 +145,9 @@ def test_an_alarm_ends_the_run_once_its_step_is_saved_and_again_on_resume(
     assert again.fake.names == ["sync"]
     config.monitor.on_alarm = OnAlarm.warn
     assert world.train(config, spread_out(from_step=3)).steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_an_alarm_in_the_last_step_ends_nothing(config: Config, world: World) -> None:
-    config.monitor.steps, config.monitor.on_alarm = 1, OnAlarm.stop
-    run = world.train(config, spread_out(from_step=3))
-    assert (run.steps, run.saved) == ([1, 2, 3], [2, 3])
+    config.run.resume, config.monitor.on_alarm = False, OnAlarm.stop
+    last = replace(world, directory=world.directory / "other").train(config, spread_out(from_step=6))
+    assert (alarm_row(last, "scale_ratio")[-1], last.saved) == (1, [4, 6]), "nothing is left to be ended"
 
 
 def test_stale_rows_end_the_run_before_anything_learns_from_them(config: Config, world: World) -> None:
