@@ -38,11 +38,8 @@ def test_each_count_stops_the_run_after_so_many_steps_in_a_row(key: str) -> None
     with pytest.raises(RunError, match=r"3 steps in a row .*\(guard\.nonfinite_steps=3\)") as caught:
         check(watched, 6, key)
     assert caught.value.exit_code == 3
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:4]] == [
-        "step 4",
-        "step 5",
-        "step 6",
-    ]
+    lines = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert lines[1:4] == ["step 4", "step 5", "step 6"]
     assert str(caught.value).count(f"2 {NONFINITE[key]}") == 3
 
 
@@ -66,13 +63,11 @@ def test_a_fault_without_a_row_is_a_models() -> None:
         check(watch(nonfinite_steps=1), 1, "policy/skipped_steps")
 
 
-def test_stale_weights_are_named_with_both_versions() -> None:
+def test_stale_weights_are_named_with_shard_and_both_versions() -> None:
     watched = watch()
     watched.versions(5, [4, 4])
     with pytest.raises(RunError, match=r"step 5: shard 1 .* version 3, and version 4 was due"):
         watched.versions(5, [4, 3])
-    with pytest.raises(RunError, match=r"step 6: shard 0 .* version 4, and version 5 was due"):
-        watched.versions(6, [4])
 
 
 def test_a_log_prob_gap_above_the_limit_stops_the_run() -> None:

@@ -11,6 +11,7 @@ from fake_roles import PROMPTS, FakeRoles, K, Run, Verdict, World
 
 from r2m_ray.config.schema import Config, OmegaSchedule, OnAlarm, RewardShape
 from r2m_ray.core.batch import Prompt
+from r2m_ray.driver.monitor import ALARM_METRICS
 from r2m_ray.driver.step import omega_at, sample_plans
 from r2m_ray.errors import Alarmed, Preempted, RunError
 
@@ -125,6 +126,7 @@ def test_alarms_are_in_the_row_of_their_step_and_shown_once(config: Config, worl
     run = world.train(config, spread_out(from_step=2))
     assert alarm_row(run, "scale_ratio") == alarm_row(run, "flip_rate") == [0, 1, 1, 1]
     assert alarm_row(run, "kl") == [0, 0, 0, 0]
+    assert {name for name in run.rows("step")[0] if name.startswith("alarm/")} == {*ALARM_METRICS.values()}
     shown = [line.split(":")[0] for line in run.messages if line.startswith("alarm ")]
     assert [line for line in shown if "frozen_gap" not in line] == [
         "alarm scale_ratio at step 2",
@@ -143,12 +145,9 @@ def test_an_alarm_ends_the_run_once_its_step_is_saved_and_again_on_resume(
     assert again.fake.names == ["sync"]
     config.monitor.on_alarm = OnAlarm.warn
     assert world.train(config, spread_out(from_step=3)).steps == [1, 2, 3, 4, 5, 6]
-
-
-def test_an_alarm_in_the_last_step_ends_nothing(config: Config, world: World) -> None:
-    config.monitor.steps, config.monitor.on_alarm = 1, OnAlarm.stop
-    run = world.train(config, spread_out(from_step=3))
-    assert (run.steps, run.saved) == ([1, 2, 3], [2, 3])
+    config.run.resume, config.monitor.on_alarm = False, OnAlarm.stop
+    last = replace(world, directory=world.directory / "other").train(config, spread_out(from_step=6))
+    assert (alarm_row(last, "scale_ratio")[-1], last.saved) == (1, [4, 6]), "nothing is left to be ended"
 
 
 def test_stale_rows_end_the_run_before_anything_learns_from_them(config: Config, world: World) -> None:

@@ -163,16 +163,6 @@ def test_a_resumed_run_has_the_alarms_of_an_uninterrupted_one() -> None:
         assert follow(watch(on_disk), series[cut:]) == found[cut:], cut
 
 
-def test_a_step_row_gets_one_number_for_each_alarm() -> None:
-    watched = watch(rows(kl=[60.0] * 2))
-    assert watched.observe(3, row(3, kl=60.0)) == {
-        "alarm/scale_ratio": 0.0,
-        "alarm/frozen_gap": 0.0,
-        "alarm/flip_rate": 0.0,
-        "alarm/kl": 1.0,
-    }
-
-
 def test_each_alarm_is_news_once_with_level_bound_and_remedy() -> None:
     watched, news = watch(), []
     for step in rows(scale_ratio=[2.5] * 3 + [0.5] * 3 + [2.5] * 3, kl=[1.0] * 6 + [64.0] * 3):

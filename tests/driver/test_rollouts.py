@@ -42,22 +42,10 @@ def test_records_have_everything_a_reader_needs() -> None:
     assert [record["row"] for record in found] == list(range(10))
     assert [record["group"] for record in found] == [0] * 4 + [1] * 4 + [2] * 2
     assert found[8] == {
-        "step": 3,
-        "group": 2,
-        "row": 8,
-        "prompt": "prompt 2",
-        "response": "response 8",
-        "role": "none",
-        "reward": 5.0,
-        "frozen_reward": 0.0,
-        "omega": 0.5,
-        "advantage": 8.0,
-        "truncated": True,
-        "tokens": 8,
-        "gold": 7.0,
-        "gold_parts": {"correct": 0.0},
-        "attention": None,
-    }
+        "step": 3, "group": 2, "row": 8, "prompt": "prompt 2", "response": "response 8", "role": "none",
+        "reward": 5.0, "frozen_reward": 0.0, "omega": 0.5, "advantage": 8.0, "truncated": True, "tokens": 8,
+        "gold": 7.0, "gold_parts": {"correct": 0.0}, "attention": None,
+    }  # fmt: skip
     assert found[9]["attention"] == [["fox", 0.75], ["red", 0.25]]
     assert json.loads(json.dumps(found)) == found
     unknown = records(rows_of(OWN, group_size=4), [None])

@@ -31,7 +31,6 @@ def local(settings: Sequence[str], tmp_path: Path) -> Local:
         command = [sys.executable, "-m", "r2m_ray", "train", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
         assert done.returncode == 0, done.stderr
-        assert "ray::" not in done.stderr
         return tmp_path / name
 
     return run

@@ -80,10 +80,6 @@ def by_number(response: str) -> Verdict:
     return Verdict(own=float(response[1:]))
 
 
-async def undisturbed(step: int) -> None:
-    """Nothing happens."""
-
-
 @dataclass
 class FakeRoles:
     """Four roles and the list of what they were asked, in order.
@@ -97,7 +93,7 @@ class FakeRoles:
     respond: Callable[[int, Prompt, int], str] = numbered
     judge: Callable[[str], Verdict] = by_number
     reports: Callable[[int], Mapping[str, float]] = lambda step: {}
-    during: Callable[[int], Awaitable[None]] = undisturbed
+    during: Callable[[int], Awaitable[None]] | None = None
     lag: int = 0
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     given: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +108,7 @@ class FakeRoles:
 
     @property
     def names(self) -> list[str]:
+        """The methods called."""
         return [call[0] for call in self.calls]
 
     async def sample(self, plans: Sequence[SamplePlan]) -> Any:
@@ -159,7 +156,7 @@ class FakeRoles:
         return [self._scores(shard) for shard in shards], notes
 
     def _judged(self, shard: Trajectories) -> list[Verdict]:
-        return [self.judge((text.split() or [""])[-1]) for text in shard.responses]
+        return [self.judge(text.split(" ")[-1]) for text in shard.responses]
 
     def _scores(self, shard: Trajectories) -> Scores:
         found = self._judged(shard)
@@ -189,7 +186,8 @@ class FakeRoles:
         self.calls.append(("policy", [a.tolist() for a in advantage]))
         self.given |= {"policy rows": trajectories, "policy reference": reference, "policy h": hidden}
         step = self.version + 1
-        await self.during(step)
+        if self.during is not None:
+            await self.during(step)
         self.updates += 1
         fresh = [Sealed(f"h after {self.updates} updates") for _ in trajectories]
         self.given["fresh h"] = fresh
