@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import pytest
+from fake_roles import rows_of
 
 from r2m_ray.config.schema import Config, GuardConfig
-from r2m_ray.driver.guards import NONFINITE, row_label
-from r2m_ray.driver.monitor import Watch
+from r2m_ray.core.batch import Prompt, SamplePlan
+from r2m_ray.driver.monitor import NONFINITE, Watch
 from r2m_ray.errors import RunError
 
 CLEAN = dict.fromkeys(NONFINITE, 0.0) | {"policy/mismatch_mean": 0.01}
@@ -44,18 +45,14 @@ def test_each_count_stops_the_run_after_so_many_steps_in_a_row(key: str) -> None
 
 
 def test_at_most_eight_rows_are_named_each_with_its_prompt() -> None:
-    rows = [row_label(n, f"prompt {n}\x1b[31m") for n in range(9)]
-    with pytest.raises(RunError) as caught:
-        check(watch(nonfinite_steps=1), 7, "reward/nonfinite", 2.0, rows[:2])
-    named = r"(row 0, prompt 'prompt 0\x1b[31m'; row 1, prompt 'prompt 1\x1b[31m')"
-    assert f"step 7: 2 rewards {named}" in str(caught.value)
-    with pytest.raises(RunError, match=r"row 7, prompt 'prompt 7\\x1b\[31m'; …\)") as caught:
-        check(watch(nonfinite_steps=1), 1, "reward/nonfinite", 9.0, rows)
-    assert "row 8" not in str(caught.value)
-
-
-def test_a_long_prompt_is_cut() -> None:
-    assert row_label(3, "x" * 99) == f"row 3, prompt '{'x' * 60}'"
+    prompts = tuple(Prompt(index=n, text=f"{n}\x1b[31m {'x' * 99}") for n in range(9))
+    plan = SamplePlan(prompts=prompts, group_size=1, step=1, seed=0, temperature=1.0, max_new_tokens=2)
+    rows = rows_of([math.nan] * 8 + [0.0], group_size=1).broken([plan])
+    assert rows == [rf"row {n}, prompt '{n}\x1b[31m {'x' * 53}'" for n in range(8)]
+    for more, end in (([], ")"), (["row 8"], "; …)")):
+        with pytest.raises(RunError) as caught:
+            check(watch(nonfinite_steps=1), 7, "reward/nonfinite", 9.0, [*rows, *more])
+        assert f"step 7: 9 rewards ({'; '.join(rows)}{end}" in str(caught.value)
 
 
 def test_a_fault_without_a_row_is_a_models() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from r2m_ray.config.schema import Config, MonitorConfig, OnAlarm
-from r2m_ray.driver.monitor import ALARMS, Watch, replay
+from r2m_ray.driver.monitor import ALARMS, Monitor, Reading, Watch
 from r2m_ray.errors import Alarmed
 
 BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
@@ -45,6 +45,11 @@ def row(step: int, **values: float | None) -> dict[str, Any]:
 def rows(**values: Sequence[float | None]) -> list[dict[str, Any]]:
     (length,) = {len(series) for series in values.values()}
     return [row(t + 1, **{name: series[t] for name, series in values.items()}) for t in range(length)]
+
+
+def replay(config: MonitorConfig, steps: Sequence[dict[str, Any]]) -> list[Reading]:
+    monitor = Monitor(config)
+    return [monitor.observe(step["step"], step) for step in steps]
 
 
 def test_every_bound_has_an_alarm_and_every_alarm_a_bound() -> None:
@@ -125,16 +130,6 @@ def test_what_is_unknown_is_no_step() -> None:
     assert [reading.alarms for reading in found] == [()] * 5 + [("scale_ratio",)] * 2
     bare = [{"step": t, "kind": "step"} for t in range(1, 6)]
     assert replay(config(), bare)[-1].alarms == ()
-
-
-def test_evaluations_are_skipped() -> None:
-    series = rows(kl=[60.0] * 3)
-    mixed = [
-        {"step": 0, "kind": "eval", "kl/sequence": 0.0},
-        *series,
-        {"step": 3, "kind": "eval", "gold/mean": 1.0},
-    ]
-    assert replay(config(), mixed) == replay(config(), series)
 
 
 def test_a_collapse_like_the_pilots_is_seen_on_its_way() -> None:
