@@ -113,9 +113,9 @@ def png(figure: Figure) -> bytes:
 
 
 def mean_line(values: Sequence[Series | NDArray[np.int64]]) -> Series:
-    """Mean over runs, entry by entry, of what is finite; NaN where nothing is."""
+    """Mean over runs, entry by entry, of what is known; NaN where nothing is."""
     stacked = np.stack(list(values))
-    total, count = np.nansum(stacked, axis=0), np.isfinite(stacked).sum(axis=0)
+    total, count = np.nansum(stacked, axis=0), (~np.isnan(stacked)).sum(axis=0)
     mean: Series = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return mean
 
