@@ -1,4 +1,5 @@
-"""Alarms: their levels, when they are on, what they say, and that a resumed run has the same ones."""
+"""Alarms: their levels, when they are on, what they say, and that a resumed run has the same ones. Guards:
+what stops a run, after how many steps, and what the error says."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from fake_roles import rows_of
 
-from r2m_ray.config.schema import Config, MonitorConfig, OnAlarm
-from r2m_ray.driver.monitor import ALARMS, Monitor, Reading, Watch
-from r2m_ray.errors import Alarmed
+from r2m_ray.config.schema import Config, GuardConfig, MonitorConfig, OnAlarm
+from r2m_ray.core.batch import Prompt, SamplePlan
+from r2m_ray.driver.monitor import ALARMS, NONFINITE, Monitor, Reading, Watch
+from r2m_ray.errors import Alarmed, RunError
 
 BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
 KEYS = {
@@ -162,3 +165,66 @@ def test_an_alarm_ends_the_run_only_where_it_should() -> None:
     assert [line.split(" at step 3")[0] for line in lines[:2]] == ["alarm flip_rate", "alarm kl"]
     assert "50% of the pairs" in lines[0]
     assert "monitor.on_alarm=warn" in lines[2]
+
+
+CLEAN = dict.fromkeys(NONFINITE, 0.0) | {"policy/mismatch_mean": 0.01}
+
+
+def guarded(*, nonfinite_steps: int = 3, logprob_gap: float = 0.5) -> Watch:
+    config = Config()
+    config.guard = GuardConfig(nonfinite_steps=nonfinite_steps, logprob_gap=logprob_gap)
+    return Watch(config)
+
+
+def check(
+    watched: Watch, step: int, key: str | None = None, value: float = 2.0, rows: Sequence[str] = ()
+) -> None:
+    watched.guard(step, CLEAN | ({key: value} if key else {}), rows)
+
+
+@pytest.mark.parametrize("key", list(NONFINITE))
+def test_each_count_stops_the_run_after_so_many_steps_in_a_row(key: str) -> None:
+    watched = guarded(nonfinite_steps=3)
+    check(watched, 1, key)
+    check(watched, 2, key)
+    check(watched, 3)
+    check(watched, 4, key)
+    check(watched, 5, key)
+    with pytest.raises(RunError, match=r"3 steps in a row .*\(guard\.nonfinite_steps=3\)") as caught:
+        check(watched, 6, key)
+    assert caught.value.exit_code == 3
+    lines = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert lines[1:4] == ["step 4", "step 5", "step 6"]
+    assert str(caught.value).count(f"2 {NONFINITE[key]}") == 3
+
+
+def test_at_most_eight_rows_are_named_each_with_its_prompt() -> None:
+    prompts = tuple(Prompt(index=n, text=f"{n}\x1b[31m {'x' * 99}") for n in range(9))
+    plan = SamplePlan(prompts=prompts, group_size=1, step=1, seed=0, temperature=1.0, max_new_tokens=2)
+    rows = rows_of([math.nan] * 8 + [0.0], group_size=1).broken([plan])
+    assert rows == [rf"row {n}, prompt '{n}\x1b[31m {'x' * 53}'" for n in range(8)]
+    for more, end in (([], ")"), (["row 8"], "; …)")):
+        with pytest.raises(RunError) as caught:
+            check(guarded(nonfinite_steps=1), 7, "reward/nonfinite", 9.0, [*rows, *more])
+        assert f"step 7: 9 rewards ({'; '.join(rows)}{end}" in str(caught.value)
+
+
+def test_a_fault_without_a_row_is_a_models() -> None:
+    with pytest.raises(RunError, match="no single row is at fault"):
+        check(guarded(nonfinite_steps=1), 1, "policy/skipped_steps")
+
+
+def test_stale_weights_are_named_with_shard_and_both_versions() -> None:
+    watched = guarded()
+    watched.versions(5, [4, 4])
+    with pytest.raises(RunError, match=r"step 5: shard 1 .* version 3, and version 4 was due"):
+        watched.versions(5, [4, 3])
+
+
+def test_a_log_prob_gap_above_the_limit_stops_the_run() -> None:
+    watched = guarded(logprob_gap=0.5)
+    check(watched, 5, "policy/mismatch_mean", 0.5)
+    # Nothing to compare: every row was broken, which the other guard handles.
+    check(watched, 5, "policy/mismatch_mean", math.nan)
+    with pytest.raises(RunError, match=r"step 5: .* 0\.75 nats .* version 4; guard\.logprob_gap is 0\.5"):
+        check(watched, 5, "policy/mismatch_mean", 0.75)

@@ -47,13 +47,6 @@ def test_the_first_passage_counts_where_a_path_goes_back() -> None:
     assert area(curve, 6) == pytest.approx(8 + (-6 - 10) / 2 * 2, abs=1e-12)
 
 
-def test_other_series_are_read_at_the_same_place() -> None:
-    curve = make_curve([0, 4, 8], [0, 1, 0], frozen=[0, 10, 30])
-    passage = first_passage(curve, 6)
-    assert passage is not None
-    assert (passage.of(curve.frozen), passage.of(curve.steps.astype(float))) == (20, 7.5)
-
-
 def test_a_path_that_does_not_get_there_is_censored() -> None:
     curve = make_curve([0, 4, 2], [0, 4, 1])
     assert gold_at(curve, 4.0) == 4
