@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from types import ModuleType
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
+from scripts import load_script
 
 from r2m_ray.config.schema import Config, WandbMode
 from r2m_ray.errors import HIDDEN, redacted, redacted_command
@@ -76,12 +76,7 @@ def test_actors_are_given_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def submit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("submit_for_secrets", SUBMIT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SUBMIT)
 
 
 def test_a_submission_carries_nothing_of_the_environment(
