@@ -208,13 +208,19 @@ def test_the_initial_reward_that_shapes_is_the_first_evaluations_and_survives_a_
 ) -> None:
     config.reward.shape, config.checkpoint.every = RewardShape.par, 1
     world = replace(world, eval_prompts=PROMPTS[:3])
-    # Step 0's evaluation responds w1, later ones w9.
-    fake = FakeRoles(respond=lambda step, _, j: f"w{j}" if step else "w1")
-    first = world.train(config, fake, ends=Preempted, stop_in=1)
-    later = world.train(resumed(config), FakeRoles(respond=lambda step, _, j: f"w{j}" if step else "w9"))
+
+    def shaped() -> FakeRoles:
+        """Evaluations respond w1 before the first update, and w9 after it."""
+        fake = FakeRoles()
+        fake.respond = lambda step, _, j: f"w{j}" if step else "w9" if fake.updates else "w1"
+        return fake
+
+    first = world.train(config, shaped(), ends=Preempted, stop_in=2)
+    assert first.evaluated == [0, 2]
+    later = world.train(resumed(config), shaped())
     low, high = 1 / (1 + math.exp(1)), 0.5
-    for shaped in (first.fake.of("policy")[0], later.fake.of("policy")[0], later.fake.of("policy")[1]):
-        assert shaped[0][0][:K] == pytest.approx([low - high, high - low], rel=1e-5)
+    for (advantage,) in (*first.fake.of("policy"), *later.fake.of("policy")):
+        assert advantage[0][:K] == pytest.approx([low - high, high - low], rel=1e-5)
 
 
 def test_a_shape_without_an_initial_reward_is_refused(config: Config, world: World) -> None:
