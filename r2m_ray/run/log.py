@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -66,8 +66,8 @@ class RunLog:
         config = self._config
         run_id = self._write_headers()
         with ExitStack() as stack:
-            self._metrics = stack.enter_context(StepLines(self.directory / METRICS_FILE))
-            self._rollouts = stack.enter_context(StepLines(self.directory / ROLLOUTS_FILE))
+            self._metrics = stack.enter_context(closing(StepLines(self.directory / METRICS_FILE)))
+            self._rollouts = stack.enter_context(closing(StepLines(self.directory / ROLLOUTS_FILE)))
             self._progress = RunProgress(
                 self._console, name=config.run.name, steps=config.algo.steps, clock=self._clock
             )

@@ -41,7 +41,7 @@ class Placement:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._demands = demands(config)
-        strategy = config.cluster.placement
+        strategy = str(config.cluster.placement)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         lacking = shortage(self._demands, [node["Resources"] for node in nodes], strategy)
         if lacking:

@@ -143,9 +143,9 @@ class ReliableSync:
 
 
 async def replace(group: WorkerGroup, lost: ActorLost, notify: Notify) -> None:
-    """Start successors of lost actors in their places, and tell how long it took."""
+    """Start successors of lost actors in their places, and report how long that took."""
     start = time.monotonic()
-    await group.replace(group.ranks_of(lost.actors))
+    await group.replace([group.actors.names.index(name) for name in lost.actors])
     seconds = time.monotonic() - start
     notify(f"{lost}\n{', '.join(lost.actors)} replaced after {seconds:.1f} s; the work is done again")
 

@@ -8,11 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from told import complaint, lines_about
+from complaints import complaint, lines_about
 
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.fields import fields
-from r2m_ray.config.rules import CPU_HEAD_SIZES, LEAST_TEMPERATURE, RULES, validate
+from r2m_ray.config.rules import CPU_HEAD_SIZES, RULES, validate
+from r2m_ray.config.schema import LEAST_TEMPERATURE
 from r2m_ray.errors import Problem
 
 ONE_GPU_EACH = "cluster.gpus_per_learner=1 cluster.gpus_per_rollout=1"
@@ -39,7 +40,7 @@ REFUSED = [
     ("cluster.gpus_per_rollout=1.5", "cluster.gpus_per_rollout", "use 1 or 2"),
     ("cluster.cpus_per_actor=0.6", "cluster.cpus_per_actor", "use 0.5"),
     ("cluster.object_store_gb=0.01", "cluster.object_store_gb", "use 0.08 or more"),
-    ("cluster.placement=spread", "cluster.placement", "Did you mean SPREAD?"),
+    ("cluster.placement=SPRED", "cluster.placement", "Did you mean SPREAD?"),
     ("task=preferences task.eval_file=org/pairs", "task.train_file", "give task.train_file=…"),
     ("task=preferences task.train_file=org/pairs", "task.eval_file", "give task.eval_file=…"),
     ("task.train_file=org/pairs", "task.train_file", "task=preferences alone"),
@@ -48,7 +49,7 @@ REFUSED = [
     ("rollout.engine_args.trust_remote_code=true", "rollout.engine_args.trust_remote_code", "never run"),
     ("run.name=.x", "run.name", "no dot first"),
     ("prepare.policy_width=48", "prepare.policy_width", "use 96"),
-    ("algo.temperature=0.009", "algo.temperature", "use 0.01 or more"),
+    ("algo.temperature=0.009", "algo.temperature", "is not a number ≥ 0.01"),
     (f"{PREFERENCES} reward=r2m_oracle", "reward.pair_source", "no gold score; use task.name=note2answer"),
     (f"{PREFERENCES} reward=gold", "reward.gold_weight", "knows no gold score"),
     ("reward=r2m_random_labels reward.pair_min_margin=0.1", "reward.pair_min_margin", "have no margin"),

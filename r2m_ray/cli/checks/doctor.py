@@ -228,17 +228,16 @@ def cgroup_number(*names: str, root: Path = Path("/sys/fs/cgroup")) -> list[floa
     period.
     """
     groups = Path("/proc/self/cgroup")
-    paths = [line.split(":", 2) for line in groups.read_text().splitlines()] if groups.is_file() else []
     found = []
-    for _, controllers, path in paths:
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
         top = root / controllers.removeprefix("name=")
         directory = top / path.lstrip("/")
-        for place in (directory, *directory.parents):
-            if not place.is_relative_to(top):
-                break
-            texts = [(place / name).read_text().split() for name in names if (place / name).is_file()]
-            limited = [words for words in texts if words and words[0] not in ("max", "-1")]
-            found += [float(words[0]) / float(words[1] if len(words) > 1 else 1) for words in limited]
+        places = [place for place in (directory, *directory.parents) if place.is_relative_to(top)]
+        for file in (place / name for place in places for name in names):
+            words = file.read_text().split() if file.is_file() else []
+            if words and words[0] not in ("max", "-1"):
+                found.append(float(words[0]) / float(words[1] if len(words) > 1 else 1))
     return found
 
 

@@ -352,7 +352,7 @@ def _batch_table(batch: BatchPlan, config: Config) -> Table:
 
 def _memory_table(actors: Sequence[ActorMemory]) -> Table:
     """Peak memory of one actor of each role, by what it is for."""
-    parts = {
+    parts: dict[str, list[int | None]] = {
         "process": [a.process for a in actors],
         "weights": [a.weights for a in actors],
         "gradients": [a.gradients for a in actors],
