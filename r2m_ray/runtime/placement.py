@@ -1,12 +1,11 @@
-"""How many actors a run needs, whether the cluster can hold them, and where each one goes."""
+"""Where each actor of a run goes on the cluster."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,63 +20,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.faults import ACTOR, fault_environment
 from r2m_ray.errors import RunError
+from r2m_ray.runtime.demand import Demand, demands, shortage
 from r2m_ray.runtime.device import actor_environment
 
-ROUNDING = 1e-9
 CONNECT_S = 2.0
 """Until a node must have accepted a connection."""
 POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What one role asks of the cluster: ``count`` actors of ``cpus`` and ``gpus`` each.
-
-    An actor lies on one node, so the tensor-parallel ranks of an engine share a node.
-    """
-
-    role: str
-    count: int
-    cpus: float
-    gpus: float
-
-    def of(self, resource: str) -> float:
-        """What one actor asks of ``CPU`` or ``GPU``."""
-        return self.cpus if resource == "CPU" else self.gpus
-
-
-def demands(config: Config) -> list[Demand]:
-    """The demand of every role, in the order in which bundles are laid out."""
-    cluster = config.cluster
-    counts = {
-        "policy": (config.policy.ranks, cluster.gpus_per_learner),
-        "rollout": (config.rollout.replicas, cluster.gpus_per_rollout),
-        "reward": (config.reward.replicas, cluster.gpus_per_reward),
-        "reference": (config.reference.replicas, cluster.gpus_per_reference),
-    }
-    return [
-        Demand(role=role, count=count, cpus=cluster.cpus_per_actor, gpus=gpus)
-        for role, (count, gpus) in counts.items()
-    ]
-
-
-def shortage(wanted: Sequence[Demand], nodes: Sequence[Mapping[str, float]], strategy: str) -> str | None:
-    """What a cluster of ``nodes``, by their resources, can never give to the demands; None if nothing."""
-    lines = []
-    for resource in ("CPU", "GPU"):
-        offers = [node.get(resource, 0.0) for node in nodes]
-        total, largest = sum(d.count * d.of(resource) for d in wanted), max(offers, default=0.0)
-        parts = ", ".join(f"{d.role} {d.count}×{d.of(resource):g}" for d in wanted)
-        if total > sum(offers) + ROUNDING:
-            lines.append(f"{resource}: {total:g} needed ({parts}), {sum(offers):g} in the cluster")
-        elif strategy == "STRICT_PACK" and total > largest + ROUNDING:
-            lines.append(f"{resource}: {total:g} needed on one node ({parts}), the largest has {largest:g}")
-        elif largest + ROUNDING < max(d.of(resource) for d in wanted):
-            lines.append(f"{resource}: an actor lies on one node, the largest has {largest:g} ({parts})")
-    actors = sum(demand.count for demand in wanted)
-    if strategy == "STRICT_SPREAD" and actors > len(nodes):
-        lines.append(f"STRICT_SPREAD puts {actors} actors on as many nodes, {len(nodes)} in the cluster")
-    return "; ".join(lines) or None
 
 
 class Placement:
@@ -93,7 +41,7 @@ class Placement:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._demands = demands(config)
-        strategy = config.cluster.placement
+        strategy = str(config.cluster.placement)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         lacking = shortage(self._demands, [node["Resources"] for node in nodes], strategy)
         if lacking:

@@ -18,7 +18,6 @@ from jobs import record_job
 from r2m_ray import __version__
 from r2m_ray.__main__ import main
 from r2m_ray.cli import commands
-from r2m_ray.cli.checks.preflight import preflight
 from r2m_ray.cli.commands import COMMANDS, Command, objective
 from r2m_ray.config.compose import groups
 from r2m_ray.config.schema import Config
@@ -369,13 +368,3 @@ def test_the_objective_is_gold_where_it_is_known(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join([*rows, ""]))
     assert objective(file) == 0.5
-
-
-def test_the_checks_of_a_plain_configuration_write_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = Config()
-    config.model.policy, config.model.reward = "org/policy", "org/reward"
-    assert preflight(config) == []
-    assert list(tmp_path.iterdir()) == []
