@@ -25,7 +25,7 @@ from torch.optim import AdamW
 from r2m_ray.config.schema import RewardConfig
 from r2m_ray.core.batch import Annotation
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import GrebtSums, HumanSums, anchored, grebt_mix, grebt_sums, human_sums
+from r2m_ray.core.reward_loss import GrebtSums, HumanSums, grebt_sums, human_sums, mixed_means
 from r2m_ray.engines.reward.head_files import read_json, read_tensors
 from r2m_ray.engines.reward.pairs import pair_rewards
 from r2m_ray.engines.weights import require_finite
@@ -215,23 +215,13 @@ class HeadTrainer:
     def _mixed(self, losses: Sequence[Tensor], total: Mapping[str, float]) -> Tensor:
         """Eq. 7 over the valid pairs and groups of all replicas; losses as in L, or their gradients."""
         bradley_terry, entropy, *human = losses
-        pairs = torch.tensor(total["pairs"])
+        pairs = total["pairs"]
         if human:
-            bradley_terry = anchored(
-                bradley_terry,
-                human[0],
-                pairs=pairs,
-                human_pairs=torch.tensor(total["human_pairs"]),
-                anchor_fraction=self._anchor,
-            )
-            pairs = torch.ones(())
-        return grebt_mix(
-            bradley_terry,
-            entropy,
-            pairs=pairs,
-            groups=torch.tensor(total["groups"]),
-            entropy_weight=self._config.entropy_weight,
-        )
+            counts = (pairs, total["human_pairs"])
+            bradley_terry = mixed_means(bradley_terry, human[0], counts=counts, weight=self._anchor)
+            pairs = 1.0
+        weight = self._config.entropy_weight
+        return mixed_means(bradley_terry, entropy, counts=(pairs, total["groups"]), weight=weight)
 
     def _statistics(self, total: Mapping[str, float]) -> dict[str, float]:
         names = ("bradley_terry", "entropy", "human_bradley_terry")
