@@ -64,8 +64,9 @@ def group_reward_entropy(reward_GK: Tensor, *, detach_stats: bool = False) -> tu
 
     std has ddof 0. Returns loss_G and valid_G (bool). The loss depends on z only, so its gradient does not
     change a group's spread, unless `detach_stats` takes mean and std as constants. A group with std below
-    1e-6 has loss 0, gradient 0 and valid false. Not-a-number passes through as valid, so that it is seen. Raises
-    ValueError for K < 2.
+    1e-6 has loss 0, gradient 0 and valid false. NaN passes through as valid, so that it is seen.
+
+    Raises ValueError for K < 2.
     """
     if reward_GK.ndim != 2 or reward_GK.shape[1] < 2:
         raise ValueError(f"reward_GK must be [G, K] with K >= 2, got {list(reward_GK.shape)}")

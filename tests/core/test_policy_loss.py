@@ -50,7 +50,7 @@ def counts(result: Surrogate) -> tuple[float, ...]:
 
 
 def test_sequence_ratio_by_hand() -> None:
-    result, slope = surrogate(packed, "sequence")
+    result, slope = surrogate("sequence")
     # ρ = 1.65, 0.5, 1.5 against advantages 2, −1, −1: only the last is outside the clip on its cheap side.
     assert result.objective_N.tolist() == pytest.approx([2.4, -0.8, -1.5])
     assert slope == pytest.approx([0, 0, 0, 0, 0, 0, -1.5])
@@ -60,14 +60,14 @@ def test_sequence_ratio_by_hand() -> None:
 
 
 def test_geometric_ratio_by_hand() -> None:
-    result, slope = surrogate(packed, "geometric")
+    result, slope = surrogate("geometric")
     assert result.ratio.item() == pytest.approx(math.sqrt(1.65) + 0.5 + 1.5)
     assert result.objective_N.tolist() == pytest.approx([2.4, -0.8, -1.5])
     assert slope == pytest.approx([0, 0, 0, 0, 0, 0, -1.5])
 
 
 def test_token_ratio_by_hand() -> None:
-    result, slope = surrogate(packed, "token")
+    result, slope = surrogate("token")
     assert result.objective_N.tolist() == pytest.approx([(2.4 + 2.2) / 2, -0.8, -1.5])
     assert slope == pytest.approx([0, 0, 2.2 / 2, 0, 0, 0, -1.5])
     assert counts(result) == (4, 1, 1, 4)
@@ -76,7 +76,7 @@ def test_token_ratio_by_hand() -> None:
 
 
 def test_constant_token_scale_by_hand() -> None:
-    result, slope = surrogate(packed, "token", token_scale_N=torch.full((3,), 1 / 8, dtype=torch.float64))
+    result, slope = surrogate("token", token_scale_N=torch.full((3,), 1 / 8, dtype=torch.float64))
     assert result.objective_N.tolist() == pytest.approx([(2.4 + 2.2) / 8, -0.8 / 8, -1.5 / 8])
     assert slope[2] == pytest.approx(2.2 / 8)
 
@@ -84,7 +84,7 @@ def test_constant_token_scale_by_hand() -> None:
 @pytest.mark.parametrize("ratio", ["sequence", "token", "geometric"])
 def test_approximate_kl_by_hand(ratio: str) -> None:
     expected = sum(rho - 1 - math.log(rho) for rho in (1.5, 1.1, 0.5, 1.5))
-    assert surrogate(packed, ratio)[0].approx_kl.item() == pytest.approx(expected)
+    assert surrogate(ratio)[0].approx_kl.item() == pytest.approx(expected)
 
 
 def test_clip_bounds_are_separate() -> None:
@@ -118,7 +118,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(ratio: str) -> None:
 @pytest.mark.parametrize("ratio", ["sequence", "token", "geometric"])
 @pytest.mark.parametrize("garbage", [math.nan, -math.inf, 1e30])
 def test_prompt_tokens_are_never_read(ratio: str, garbage: float) -> None:
-    clean, clean_slope = surrogate(packed, ratio)
+    clean, clean_slope = surrogate(ratio)
     logp_T = torch.where(ACTION_T, OLD_T + DELTA_T, garbage).requires_grad_()
     dirty = clipped_surrogate(
         logp_T, OLD_T, ADVANTAGE_N, ACTION_T, packed(LENGTHS), ratio=ratio, clip_low=0.2, clip_high=0.2
@@ -229,9 +229,9 @@ def test_importance_ratios_by_hand(ratio: str, expected: list[float]) -> None:
 
 @pytest.mark.parametrize("ratio", ["sequence", "token", "geometric"])
 def test_weights_scale_each_unit_and_its_gradient(ratio: str) -> None:
-    plain, plain_slope = surrogate(packed, ratio)
+    plain, plain_slope = surrogate(ratio)
     units = 7 if ratio == "token" else 3
-    weighted, slope = surrogate(packed, ratio, weight=torch.full((units,), 0.5, dtype=torch.float64))
+    weighted, slope = surrogate(ratio, weight=torch.full((units,), 0.5, dtype=torch.float64))
     assert weighted.objective_N.tolist() == pytest.approx((plain.objective_N / 2).tolist())
     assert slope == pytest.approx([value / 2 for value in plain_slope])
     assert counts(weighted) == counts(plain)

@@ -1,37 +1,18 @@
-"""Rows for the learner and the reference: random tokens, with log-probs and advantages to train on."""
+"""A process group for learners, and a policy of another architecture."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import learner_config, policy_batch, trajectories
+from learner_rows import free_port
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-from r2m_ray.config.schema import Config
-from r2m_ray.core.batch import PolicyBatch, Trajectories
-
-
-@pytest.fixture(scope="session")
-def make_trajectories() -> Callable[[int], Trajectories]:
-    return trajectories
-
-
-@pytest.fixture(scope="session")
-def make_policy_batch() -> Callable[[int], PolicyBatch]:
-    return policy_batch
-
-
-@pytest.fixture(scope="session")
-def make_learner_config() -> Callable[..., Config]:
-    return learner_config
 
 
 @pytest.fixture(scope="module")
-def one_rank(free_port: Callable[[], int]) -> Iterator[None]:
+def one_rank() -> Iterator[None]:
     """A learner process group of this process alone, ended with the module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -44,16 +25,6 @@ def one_rank(free_port: Callable[[], int]) -> Iterator[None]:
         from deepspeed import comm
 
         comm.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    def port() -> int:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            return int(listener.getsockname()[1])
-
-    return port
 
 
 @pytest.fixture(scope="session")

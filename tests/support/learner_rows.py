@@ -1,11 +1,16 @@
-"""Rows for the learner and the reference: random tokens, with log-probs and advantages to train on."""
+"""Learners, and rows for them: random tokens, with log-probs and advantages to train on."""
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from r2m_ray.config.schema import AlgoConfig, Config, PolicyConfig, RewardConfig, TaskConfig
 from r2m_ray.core.batch import PolicyBatch, ReferenceLogprobs, Trajectories, pack_rows
+from r2m_ray.engines.policy.learner import PolicyLearner
 
 K = 4
 PROMPTS_PER_SHARD = 2
@@ -67,3 +72,28 @@ def learner_config(stage: int = 2) -> Config:
         reward=RewardConfig(omega_floor=0.6),
         task=TaskConfig(max_new_tokens=8),
     )
+
+
+def make_learner(config: Config, model_dir: Path, rank: int = 0, world_size: int = 1) -> PolicyLearner:
+    device = torch.device("cpu")
+    return PolicyLearner(
+        config=config, model_dir=str(model_dir), rank=rank, world_size=world_size, device=device
+    )
+
+
+def weights_of(policy: PolicyLearner) -> dict[str, Tensor]:
+    return {
+        name: tensor.clone() for bucket in policy.weight_buckets(4096) for name, tensor in bucket.tensors()
+    }
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from r2m_ray.engines.policy.blocks import Block, Rows, blocks
+from r2m_ray.engines.pretrained import load_pretrained
 from r2m_ray.errors import InputError
 
 LOGITS_AT_ONCE = 2**26
@@ -103,39 +103,31 @@ def load_causal(
     its head's logits.
     """
     name = f"{field}={model_dir}"
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        _refuse_transformed_logits(config, name)
+
+    def prepare(config: PretrainedConfig) -> None:
+        fields = config.get_text_config().to_dict()
+        for key in TRANSFORMED_LOGITS:
+            if fields.get(key) not in (None, 1, 1.0):
+                raise InputError(
+                    f"{name}: {key}={fields[key]} in config.json transforms the final logits, which the "
+                    "learner does not reproduce; choose a model without it"
+                )
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{name} cannot be loaded as a causal language model: {error}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:4])
-        raise InputError(f"{name}: its weight files lack {missing}; they are not a causal language model's")
+
+    model = load_pretrained(
+        AutoModelForCausalLM,
+        model_dir,
+        field=field,
+        kind="causal language model",
+        dtype=dtype,
+        attention=attention,
+        prepare=prepare,
+    )
     model.to(device)
     _check_logits(model, name)
     return model
-
-
-def _refuse_transformed_logits(config: PretrainedConfig, name: str) -> None:
-    fields = config.get_text_config().to_dict()
-    for field in TRANSFORMED_LOGITS:
-        if fields.get(field) not in (None, 1, 1.0):
-            raise InputError(
-                f"{name}: {field}={fields[field]} in config.json transforms the final logits, which the "
-                "learner does not reproduce; choose a model without it"
-            )
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from learner_rows import trajectories
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -57,6 +58,10 @@ def load(directory: Path) -> PreTrainedModel:
     )
 
 
+def scorer_of(directory: Path, temperature: float) -> CausalScorer:
+    return CausalScorer(load(directory), attention="sdpa", temperature=temperature, token_budget=64)
+
+
 def score(
     scorer: CausalScorer, records: list[Trajectories], *, budget: int, packed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,18 +97,10 @@ def row_by_row(model: PreTrainedModel, records: list[Trajectories]) -> tuple[Ten
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
 @pytest.mark.parametrize("model_dir", ["tiny_policy_dir", "tied_policy_dir", "neox_dir"])
 def test_packed_rows_equal_rows_alone(
-    model_dir: str,
-    budget: int,
-    packed: bool,
-    request: pytest.FixtureRequest,
-    make_trajectories: Callable[[int], Trajectories],
+    model_dir: str, budget: int, packed: bool, request: pytest.FixtureRequest
 ) -> None:
-    records = [make_trajectories(0), make_trajectories(1)]
-    scorer = CausalScorer(
-        load(request.getfixturevalue(model_dir)),
-        temperature=TEMPERATURE,
-        token_budget=64,
-    )
+    records = [trajectories(0), trajectories(1)]
+    scorer = scorer_of(request.getfixturevalue(model_dir), TEMPERATURE)
     weight_T = torch.randn(records[0].layout.tokens + records[1].layout.tokens)
 
     expected_hidden, expected, expected_unit = row_by_row(scorer.model, records)
@@ -121,12 +118,10 @@ def test_packed_rows_equal_rows_alone(
         assert error < 1e-5, name
 
 
-def test_rows_on_a_line_leak_with_a_cache_and_not_without(
-    tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
-) -> None:
+def test_rows_on_a_line_leak_with_a_cache_and_not_without(tiny_policy_dir: Path) -> None:
     """Why `use_cache=False` stands in the forward pass: transformers' default lets rows read each other."""
-    scorer = CausalScorer(load(tiny_policy_dir), temperature=1.0, token_budget=64)
-    records = [make_trajectories(0)]
+    scorer = scorer_of(tiny_policy_dir, 1.0)
+    records = [trajectories(0)]
     (block,) = blocks(Rows.of(records), token_budget=10_000, packed=True, device=CPU)
     with torch.no_grad():
         alone, _, _ = row_by_row(scorer.model, records)
@@ -138,16 +133,12 @@ def test_rows_on_a_line_leak_with_a_cache_and_not_without(
     assert (cached - alone).abs().max() > 0.1
 
 
-def test_scoring_in_chunks_changes_nothing(
-    tiny_policy_dir: Path,
-    make_trajectories: Callable[[int], Trajectories],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    records = [make_trajectories(0)]
+def test_scoring_in_chunks_changes_nothing(tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [trajectories(0)]
     found = []
     for chunks in (1, 50):
         monkeypatch.setattr(causal, "LOGITS_AT_ONCE", 64 * 160 // chunks)
-        scorer = CausalScorer(load(tiny_policy_dir), temperature=TEMPERATURE, token_budget=64)
+        scorer = scorer_of(tiny_policy_dir, TEMPERATURE)
         _, logp_T, unit_T = score(scorer, records, budget=10_000, packed=False)
         logp_T.sum().backward()
         found.append((logp_T.detach(), unit_T, scorer.model.lm_head.weight.grad.clone()))
@@ -177,7 +168,7 @@ def test_dropout_is_off_in_training(tmp_path: Path, tiny_policy_dir: Path) -> No
 
 
 def test_an_idle_block_reaches_every_parameter(tied_policy_dir: Path) -> None:
-    scorer = CausalScorer(load(tied_policy_dir), temperature=1.0, token_budget=64)
+    scorer = scorer_of(tied_policy_dir, 1.0)
     block = idle_block(CPU)
     hidden_SP, logp_A, _ = scorer(block.input_BL, block.position_BL, block.pick_A, block.label_A)
     (0 * logp_A.sum()).backward()

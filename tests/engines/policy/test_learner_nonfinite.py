@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from learner_rows import assert_equal, learner_config, make_learner, weights_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from r2m_ray.config.schema import (
-    Config,
-    KLEstimator,
-)
+from r2m_ray.config.schema import Config, KLEstimator
 from r2m_ray.core.batch import PolicyBatch, ReferenceLogprobs
-from r2m_ray.engines.policy.learner import PolicyLearner
 from r2m_ray.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 Weights = dict[str, Tensor]
-MakeLearner = Callable[[Config, Path], PolicyLearner]
 IDS = (0, 1, 2)  # Two mini-batches: shards 0 and 1, then shard 2 alone.
 
 
@@ -38,16 +33,9 @@ def broken(batch: PolicyBatch, estimator: KLEstimator) -> PolicyBatch:
 @pytest.mark.parametrize("estimator", [KLEstimator.k3, KLEstimator.k1])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_non_finite_steps_are_skipped(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    stage: int,
-    estimator: KLEstimator,
-    batches: list[PolicyBatch],
-    tiny_policy_dir: Path,
-    make_learner_config: Callable[..., Config],
+    stage: int, estimator: KLEstimator, batches: list[PolicyBatch], tiny_policy_dir: Path
 ) -> None:
-    config = make_learner_config(stage)
+    config = learner_config(stage)
     config.algo.kl_estimator = estimator
     policy = make_learner(config, tiny_policy_dir)
     before = weights_of(policy)
@@ -85,15 +73,7 @@ def with_value(batch: PolicyBatch, what: str, value: float) -> PolicyBatch:
 @pytest.mark.parametrize("what", ["advantage", "rollout", "reference"])
 @pytest.mark.parametrize("weight", [0.04, 0.0])
 def test_one_broken_number_skips_its_steps_and_spoils_no_statistic(
-    weight: float,
-    what: str,
-    value: float,
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    batches: list[PolicyBatch],
-    config: Config,
-    tiny_policy_dir: Path,
+    weight: float, what: str, value: float, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     """Also where the loss does not read it: the rollout's log-probs, and the reference's at β = 0."""
     config.algo.kl_weight = weight
@@ -110,7 +90,7 @@ def test_one_broken_number_skips_its_steps_and_spoils_no_statistic(
 
 
 def test_averages_leave_out_the_rows_that_nobody_could_score(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     stats, _ = make_learner(config, tiny_policy_dir).update(
         [with_value(batches[0], "rollout", math.nan)], IDS[:1]
@@ -131,14 +111,9 @@ def test_averages_leave_out_the_rows_that_nobody_could_score(
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_weights_that_are_not_finite_learn_nothing_and_are_neither_saved_nor_sent(
-    stage: int,
-    make_learner: MakeLearner,
-    batches: list[PolicyBatch],
-    tiny_policy_dir: Path,
-    make_learner_config: Callable[..., Config],
-    tmp_path: Path,
+    stage: int, batches: list[PolicyBatch], tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
-    policy = make_learner(make_learner_config(stage), tiny_policy_dir)
+    policy = make_learner(learner_config(stage), tiny_policy_dir)
     name = "model.layers.1.mlp.up_proj.weight"
     parameter = policy._engine.parameters[name]
     with policy._engine.gathered(parameter, modify=True):
@@ -155,12 +130,7 @@ def test_weights_that_are_not_finite_learn_nothing_and_are_neither_saved_nor_sen
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_finite_weight_of_any_size_is_sent(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    config: Config,
-    tiny_policy_dir: Path,
-) -> None:
+def test_a_finite_weight_of_any_size_is_sent(config: Config, tiny_policy_dir: Path) -> None:
     policy = make_learner(config, tiny_policy_dir)
     largest = torch.finfo(torch.float32).max
     with torch.no_grad():
@@ -170,7 +140,7 @@ def test_a_finite_weight_of_any_size_is_sent(
 
 
 def test_moments_that_are_not_finite_are_not_saved(
-    make_learner: MakeLearner, config: Config, tiny_policy_dir: Path, tmp_path: Path
+    config: Config, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     policy = make_learner(config, tiny_policy_dir)
     moment = policy._engine.read_state("model.norm.weight", "exp_avg_sq")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from learner_rows import assert_equal, learner_config, make_learner, weights_of
 from torch import Tensor
 
-from r2m_ray.config.schema import Config, Ratio
+from r2m_ray.config.schema import Ratio
 from r2m_ray.core.advantages import ADVANTAGES
 from r2m_ray.core.batch import PolicyBatch, ReferenceLogprobs, pack_rows
-from r2m_ray.engines.policy.learner import PolicyLearner
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 Weights = dict[str, Tensor]
-MakeLearner = Callable[[Config, Path], PolicyLearner]
 END = 2
 # The end token alone, one word cut off, a whole answer, and eight words without an end.
 RESPONSES = ([END], [40], [41, 42, END], list(range(50, 58)))
@@ -58,14 +56,9 @@ def test_the_mask_holds_every_response_token_and_no_prompt_token() -> None:
 @pytest.mark.parametrize("ratio", list(Ratio))
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr_grpo", "reinforce_pp"])
 def test_odd_rows_and_a_reward_spike_give_one_finite_bounded_update(
-    advantage: str,
-    ratio: Ratio,
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    make_learner_config: Callable[..., Config],
-    tiny_policy_dir: Path,
+    advantage: str, ratio: Ratio, tiny_policy_dir: Path
 ) -> None:
-    config = make_learner_config(0)
+    config = learner_config(0)
     config.algo.epochs, config.algo.ratio = 1, ratio
     reward_N = torch.tensor([0.0, 1.0, -1.0, 0.5, 1e12, 0.0, 1.0, 0.0])
     policy = make_learner(config, tiny_policy_dir)
@@ -81,15 +74,8 @@ def test_odd_rows_and_a_reward_spike_give_one_finite_bounded_update(
 
 
 @pytest.mark.parametrize("advantage", list(ADVANTAGES))
-def test_equal_rewards_move_nothing(
-    advantage: str,
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    make_learner_config: Callable[..., Config],
-    tiny_policy_dir: Path,
-) -> None:
-    config = make_learner_config(0)
+def test_equal_rewards_move_nothing(advantage: str, tiny_policy_dir: Path) -> None:
+    config = learner_config(0)
     config.algo.kl_weight = 0.0
     policy = make_learner(config, tiny_policy_dir)
     before = weights_of(policy)

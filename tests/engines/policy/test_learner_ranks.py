@@ -9,13 +9,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import learner_config, policy_batch
+from learner_rows import free_port, learner_config, make_learner, policy_batch, weights_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from r2m_ray.config.schema import Config, Dtype
 from r2m_ray.core.batch import PolicyBatch
 from r2m_ray.engines.policy import causal
-from r2m_ray.engines.policy.learner import PolicyLearner
 
 Stats = dict[str, float]
 
@@ -41,41 +39,30 @@ SHARDS = {0: (0, 2), 1: (1,)}
 STATES = "states.safetensors"
 
 
-def learner(config: Config, model_dir: str, rank: int, world_size: int) -> PolicyLearner:
-    device = torch.device("cpu")
-    return PolicyLearner(config=config, model_dir=model_dir, rank=rank, world_size=world_size, device=device)
-
-
-def weights(policy: PolicyLearner) -> dict[str, Tensor]:
-    return {
-        name: tensor.clone() for bucket in policy.weight_buckets(4096) for name, tensor in bucket.tensors()
-    }
-
-
 def run_variant(
-    config: Config, model_dir: str, rank: int, batches: dict[int, PolicyBatch], directory: Path
+    config: Config, model_dir: Path, rank: int, batches: dict[int, PolicyBatch], directory: Path
 ) -> dict[str, Stats]:
     """Update, save, update twice; resume and update twice; then an update that is broken on rank 1."""
     ids = SHARDS[rank]
     mine = [batches[i] for i in ids]
-    policy = learner(config, model_dir, rank, 2)
+    policy = make_learner(config, model_dir, rank, 2)
     report = {}
     report["first"], states = policy.update(mine, ids)
     found = {f"shard{i}": shard.hidden_TP for i, shard in zip(ids, states, strict=True)}
     for shard in policy.hidden([mine[0].trajectories] if rank == 0 else []):
         found["after"] = shard.hidden_TP
     save_file(found, directory / f"rank{rank}-{STATES}")
-    first = weights(policy)
+    first = weights_of(policy)
     policy.save(directory)
     policy.update(mine, ids)
     report["third"], _ = policy.update(mine, ids)
-    third = weights(policy)
+    third = weights_of(policy)
 
-    resumed = learner(config, model_dir, rank, 2)
+    resumed = make_learner(config, model_dir, rank, 2)
     resumed.load(directory)
     resumed.update(mine, ids)
     report["resumed"], _ = resumed.update(mine, ids)
-    left = {"first": first, "third": third, "resumed": weights(resumed)}
+    left = {"first": first, "third": third, "resumed": weights_of(resumed)}
 
     if rank == 1:
         mine = [replace(mine[0], advantage_N=mine[0].advantage_N * torch.nan)]
@@ -97,16 +84,12 @@ def rank_program(root: Path, rank: int) -> None:
         causal.LOGITS_AT_ONCE = 64 * 160 // (4 if name.endswith("recomputed") else 1)
         directory = root / name
         directory.mkdir(exist_ok=True)
-        report = run_variant(config, str(root / "model"), rank, batches, directory)
+        report = run_variant(config, root / "model", rank, batches, directory)
         (directory / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def root(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    free_port: Callable[[], int],
-) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A directory with the model and what both ranks left of each variant."""
     directory = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(7)
@@ -160,19 +143,14 @@ def test_ranks_agree_and_resume_exactly(root: Path, variant: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(
-    root: Path,
-    one_rank: None,
-    make_learner_config: Callable[..., Config],
-    make_policy_batch: Callable[[int], PolicyBatch],
-) -> tuple[Stats, dict[str, Tensor], dict[str, Tensor]]:
+def alone(root: Path, one_rank: None) -> tuple[Stats, dict[str, Tensor], dict[str, Tensor]]:
     """Statistics, weights and states of one rank that holds all shards."""
-    policy = learner(make_learner_config(0), str(root / "model"), 0, 1)
-    batches = [make_policy_batch(seed) for seed in range(3)]
+    policy = make_learner(learner_config(0), root / "model")
+    batches = [policy_batch(seed) for seed in range(3)]
     stats, states = policy.update(batches, (0, 1, 2))
     found = {f"shard{i}": shard.hidden_TP for i, shard in enumerate(states)}
     found["after"] = policy.hidden([batches[0].trajectories])[0].hidden_TP
-    return stats, weights(policy), found
+    return stats, weights_of(policy), found
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.endswith("bfloat16")])
@@ -194,23 +172,17 @@ def test_two_ranks_equal_one(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_state_moves_to_another_stage_and_number_of_ranks(
-    stage: int,
-    root: Path,
-    one_rank: None,
-    make_learner_config: Callable[..., Config],
-    make_policy_batch: Callable[[int], PolicyBatch],
-) -> None:
+def test_state_moves_to_another_stage_and_number_of_ranks(stage: int, root: Path, one_rank: None) -> None:
     saved = root / "3-float32"
-    policy = learner(make_learner_config(stage), str(root / "model"), 0, 1)
+    policy = make_learner(learner_config(stage), root / "model")
     policy.load(saved)
     for name, tensor in load_file(saved / "first.safetensors").items():
-        assert torch.equal(weights(policy)[name], tensor), name
-    batches = [make_policy_batch(seed) for seed in range(3)]
+        assert torch.equal(weights_of(policy)[name], tensor), name
+    batches = [policy_batch(seed) for seed in range(3)]
     policy.update(batches, (0, 1, 2))
     policy.update(batches, (0, 1, 2))
     for name, tensor in load_file(saved / "third.safetensors").items():
-        torch.testing.assert_close(weights(policy)[name], tensor, atol=1e-5, rtol=0)
+        torch.testing.assert_close(weights_of(policy)[name], tensor, atol=1e-5, rtol=0)
 
 
 if __name__ == "__main__":

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from learner_rows import assert_equal, learner_config, make_learner, weights_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r2m_ray.config.schema import (
-    Config,
-)
+from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import PolicyBatch
-from r2m_ray.engines.policy.learner import PolicyLearner
 from r2m_ray.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 Weights = dict[str, Tensor]
-MakeLearner = Callable[[Config, Path], PolicyLearner]
 IDS = (0, 1, 2)  # Two mini-batches: shards 0 and 1, then shard 2 alone.
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("model_dir", ["tiny_policy_dir", "tied_policy_dir"])
 def test_buckets_and_saved_policy_hold_every_weight_once(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    model_dir: str,
-    stage: int,
-    batches: list[PolicyBatch],
-    make_learner_config: Callable[..., Config],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
+    model_dir: str, stage: int, batches: list[PolicyBatch], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     directory = request.getfixturevalue(model_dir)
-    policy = make_learner(make_learner_config(stage), directory)
+    policy = make_learner(learner_config(stage), directory)
     original = load_file(directory / "model.safetensors")
     assert_equal(weights_of(policy), original)
     listed = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in policy.weights()]
@@ -59,16 +47,9 @@ def test_buckets_and_saved_policy_hold_every_weight_once(
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_resume_is_exact(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    stage: int,
-    batches: list[PolicyBatch],
-    tiny_policy_dir: Path,
-    make_learner_config: Callable[..., Config],
-    tmp_path: Path,
+    stage: int, batches: list[PolicyBatch], tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
-    config = make_learner_config(stage)
+    config = learner_config(stage)
     config.policy.warmup_steps = 10
     policy = make_learner(config, tiny_policy_dir)
     policy.update(batches, IDS)
@@ -91,13 +72,7 @@ def test_resume_is_exact(
 
 
 def test_state_can_be_saved_before_the_first_step(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    batches: list[PolicyBatch],
-    config: Config,
-    tiny_policy_dir: Path,
-    tmp_path: Path,
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     policy = make_learner(config, tiny_policy_dir)
     policy.save(tmp_path)
@@ -110,7 +85,7 @@ def test_state_can_be_saved_before_the_first_step(
 
 
 def test_foreign_or_incomplete_state_is_refused(
-    make_learner: MakeLearner, config: Config, tiny_policy_dir: Path, tied_policy_dir: Path, tmp_path: Path
+    config: Config, tiny_policy_dir: Path, tied_policy_dir: Path, tmp_path: Path
 ) -> None:
     make_learner(config, tied_policy_dir).save(tmp_path)
     policy = make_learner(config, tiny_policy_dir)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from learner_rows import assert_equal, learner_config, make_learner, weights_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,12 +19,10 @@ from r2m_ray.config.schema import (
     Ratio,
 )
 from r2m_ray.core.batch import PolicyBatch
-from r2m_ray.engines.policy.learner import PolicyLearner
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 Weights = dict[str, Tensor]
-MakeLearner = Callable[[Config, Path], PolicyLearner]
 IDS = (0, 1, 2)  # Two mini-batches: shards 0 and 1, then shard 2 alone.
 
 
@@ -73,15 +71,8 @@ class PlainLoop:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_update_equals_a_plain_loop(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    stage: int,
-    batches: list[PolicyBatch],
-    tiny_policy_dir: Path,
-    make_learner_config: Callable[..., Config],
-) -> None:
-    config = make_learner_config(stage)
+def test_update_equals_a_plain_loop(stage: int, batches: list[PolicyBatch], tiny_policy_dir: Path) -> None:
+    config = learner_config(stage)
     policy = make_learner(config, tiny_policy_dir)
     stats, hidden = policy.update(batches, IDS)
 
@@ -109,7 +100,7 @@ def test_update_equals_a_plain_loop(
 
 
 def test_statistics_of_the_sampling_policy(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     """KL, entropy and mismatch are π_old's: those of the weights before the update."""
     stats, _ = make_learner(config, tiny_policy_dir).update(batches, IDS)
@@ -138,11 +129,7 @@ def test_statistics_of_the_sampling_policy(
 
 
 def test_token_budget_and_checkpointing_do_not_matter(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    batches: list[PolicyBatch],
-    config: Config,
-    tiny_policy_dir: Path,
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     found = []
     for budget, checkpointing in ((1, False), (10_000, False), (64, True)):
@@ -158,12 +145,7 @@ def test_token_budget_and_checkpointing_do_not_matter(
 
 
 def test_order_of_shards_does_not_matter(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    assert_equal: Callable[[Weights, Weights], None],
-    batches: list[PolicyBatch],
-    config: Config,
-    tiny_policy_dir: Path,
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     first, second = make_learner(config, tiny_policy_dir), make_learner(config, tiny_policy_dir)
     _, hidden = first.update(batches, IDS)
@@ -174,11 +156,7 @@ def test_order_of_shards_does_not_matter(
 
 
 def test_old_log_probs_of_an_equal_engine_change_nothing(
-    make_learner: MakeLearner,
-    weights_of: Callable[[PolicyLearner], Weights],
-    batches: list[PolicyBatch],
-    config: Config,
-    tiny_policy_dir: Path,
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     """With one mini-batch and no mismatch the two sources of π_old are one."""
     plain = PlainLoop(config, tiny_policy_dir)
@@ -201,7 +179,7 @@ def test_old_log_probs_of_an_equal_engine_change_nothing(
 
 
 def test_a_mismatched_engine_is_weighted_and_bounded(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     """Rows that the engine found e^100 times likelier than the learner does get no weight at all."""
     config.algo.old_logp, config.algo.kl_weight = OldLogprobs.rollout, 0.0
@@ -222,7 +200,7 @@ def test_a_mismatched_engine_is_weighted_and_bounded(
 
 
 def test_the_mismatch_is_the_engines_and_not_the_policys_own_movement(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     """With old_logp=rollout the second mini-batch is first scored after a step, and is left out."""
     config.algo.old_logp = OldLogprobs.rollout
@@ -233,18 +211,14 @@ def test_the_mismatch_is_the_engines_and_not_the_policys_own_movement(
     assert stats["tokens"] > first["tokens"]
 
 
-def test_warm_up_is_linear(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_warm_up_is_linear(batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path) -> None:
     config.policy.warmup_steps = 8
     policy = make_learner(config, tiny_policy_dir)
     rates = [policy.update(batches, IDS)[0]["learning_rate"] for _ in range(3)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
-def test_refreshed_states(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_refreshed_states(batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path) -> None:
     config.algo.epochs = 1
     records = [batch.trajectories for batch in batches]
     found = {}
@@ -266,7 +240,7 @@ def test_refreshed_states(
 
 
 def test_a_run_without_feedback_exports_no_states(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     config.reward.omega_floor = 1.0
     policy = make_learner(config, tiny_policy_dir)
@@ -277,7 +251,7 @@ def test_a_run_without_feedback_exports_no_states(
 
 
 def test_greedy_baselines_are_no_samples(
-    make_learner: MakeLearner, batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
 ) -> None:
     """Row 0 of each group is ReMax's baseline: its log-probs are not at the sampling temperature."""
     config.algo.advantage, config.algo.ratio = Advantage.remax, Ratio.token

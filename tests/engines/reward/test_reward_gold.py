@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reward_rows import make_batch
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource
 from r2m_ray.core.batch import Annotation, Hidden, RewardBatch, Trajectories
 from r2m_ray.core.reward_loss import group_pairs
 from r2m_ray.engines.reward.engine import RewardEngine
-from r2m_ray.engines.reward.pairs import content_seed, random_ranks
+from r2m_ray.engines.reward.trainer import content_seed, random_ranks
 
 EngineFactory = Callable[..., RewardEngine]
-BatchFactory = Callable[..., RewardBatch]
 K = 4
 
 
@@ -63,7 +63,7 @@ def test_gold_as_reward_leaves_the_models_own_reading_as_it_is(
     assert not torch.allclose(beside.gold_N, plain.reward_N, atol=0.1)
 
 
-def test_gold_picks_the_pairs_that_it_orders(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
+def test_gold_picks_the_pairs_that_it_orders(make_engine: EngineFactory) -> None:
     batch = make_batch(1)
     by_gold, by_reward = make_engine(pair_source=PairSource.gold), make_engine()
     stats = by_gold.update([batch], 0.6, 1)
@@ -74,16 +74,14 @@ def test_gold_picks_the_pairs_that_it_orders(make_batch: BatchFactory, make_engi
     assert own.digests() != by_gold.digests()
 
 
-def test_without_gold_there_is_no_pair(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
+def test_without_gold_there_is_no_pair(make_engine: EngineFactory) -> None:
     batch = make_batch(1)
     unknown = replace(batch.annotation, gold_N=torch.full_like(batch.annotation.gold_N, math.nan))
     stats = make_engine(pair_source=PairSource.gold).update([replace(batch, annotation=unknown)], 0.6, 1)
     assert (stats["valid_pairs"], stats["valid_groups"], stats["nonfinite_steps"]) == (0, 1, 0)
 
 
-def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(make_engine: EngineFactory) -> None:
     def margins(step: int, seed: int, groups: int = 16, content: int = 3) -> float:
         engine = make_engine(pair_source=PairSource.random, learning_rate=0.0, seed=seed, update_steps=2)
         return engine.update([make_batch(content, groups=groups)], 1.0, step)["margin"]
@@ -94,7 +92,7 @@ def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(
 
 
 def test_random_pairs_are_the_same_in_every_optimizer_step_of_a_training_step(
-    make_batch: BatchFactory, make_engine: EngineFactory
+    make_engine: EngineFactory,
 ) -> None:
     batch = make_batch(1)
     ranks_N = random_ranks(batch.annotation, content_seed("0 7 pairs", batch.annotation.rte_ND))
@@ -103,7 +101,7 @@ def test_random_pairs_are_the_same_in_every_optimizer_step_of_a_training_step(
     assert drawn.digests() == given.digests()
 
 
-def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often(make_batch: BatchFactory) -> None:
+def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often() -> None:
     annotation: Annotation = make_batch(1, groups=6000).annotation
     ranks_GK = random_ranks(annotation, 5).view(-1, K)
     assert torch.equal(ranks_GK.sort(1).values, torch.arange(4.0).expand(6000, K))
@@ -116,9 +114,7 @@ def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often(make_batch: Batch
     assert (counts[~torch.eye(K, dtype=torch.bool)] - 500).abs().max() < 5 * deviation
 
 
-def test_pairs_below_the_margin_are_not_learned_from(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_pairs_below_the_margin_are_not_learned_from(make_engine: EngineFactory) -> None:
     batch = make_batch(1, groups=3)
     reward_N = torch.tensor([0, 1, 2, 3, 0, 0.5, 0.2, 0, 0, 0, 0, 2.0])
     wide = with_pairs(batch, reward_N)

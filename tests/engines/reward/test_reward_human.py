@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from heads import grebt
+from reward_rows import make_batch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -17,7 +18,6 @@ from r2m_ray.core.head import R2MHead
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
-BatchFactory = Callable[..., RewardBatch]
 K = 4
 
 
@@ -35,12 +35,12 @@ def human_loss(head: R2MHead, batches: list[RewardBatch], omega: float = 0.6) ->
 
 
 @pytest.fixture
-def groups(make_batch: BatchFactory) -> list[RewardBatch]:
+def groups() -> list[RewardBatch]:
     return [make_batch(1), make_batch(2, groups=3)]
 
 
 @pytest.fixture
-def human(make_batch: BatchFactory) -> list[RewardBatch]:
+def human() -> list[RewardBatch]:
     """Four and two pairs."""
     return [make_batch(11, groups=4, size=2), make_batch(12, groups=2, size=2)]
 
@@ -92,7 +92,7 @@ def test_without_an_anchor_human_pairs_are_not_even_read(
 
 
 def test_human_pairs_alone_leave_the_order_of_the_groups_unheard(
-    groups: list[RewardBatch], human: list[RewardBatch], make_batch: BatchFactory, make_engine: EngineFactory
+    groups: list[RewardBatch], human: list[RewardBatch], make_engine: EngineFactory
 ) -> None:
     engines = [make_engine(anchor_fraction=1.0, entropy_weight=0.0) for _ in range(2)]
     stats = engines[0].update(groups, 0.6, 1, human)
@@ -167,9 +167,7 @@ def test_the_first_update_after_a_warm_up_starts_without_moments(
     assert warmed.digests() == fresh.digests()
 
 
-def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(make_engine: EngineFactory) -> None:
     def informative(seed: int) -> RewardBatch:
         """Random embeddings; the states of chosen rows lie 2 higher in one direction than the others."""
         batch = make_batch(seed, groups=16, size=2)
@@ -192,9 +190,7 @@ def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(
     assert abs(refitted - 0.5) < 0.12
 
 
-def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(make_engine: EngineFactory) -> None:
     engine = make_engine(omega_floor=1.0)
     human = [make_batch(11, groups=4, size=2, width=0)]
     before = {name: value.detach().clone() for name, value in engine.head.named_parameters()}

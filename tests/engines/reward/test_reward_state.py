@@ -8,26 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from reward_rows import make_batch
 
-from r2m_ray.core.batch import Hidden, RewardBatch, Trajectories
+from r2m_ray.core.batch import Hidden, Trajectories
 from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.engines.reward.head_files import load_head
 from r2m_ray.errors import InputError
 
 EngineFactory = Callable[..., RewardEngine]
-StatesFactory = Callable[..., Hidden]
-BatchFactory = Callable[..., RewardBatch]
-LiteralRewards = Callable[..., Tensor]
 K = 4
 
 
 def test_saved_head_loads_in_three_lines(
-    make_batch: BatchFactory,
-    make_engine: EngineFactory,
-    trajectories: Trajectories,
-    hidden: Hidden,
-    tmp_path: Path,
+    make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden, tmp_path: Path
 ) -> None:
     engine = make_engine()
     engine.update([make_batch(1)], 0.7, 1)
@@ -41,7 +34,7 @@ def test_saved_head_loads_in_three_lines(
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_resumed_updates_are_bit_identical(
-    make_batch: BatchFactory, steps_before: int, make_engine: EngineFactory, tmp_path: Path
+    steps_before: int, make_engine: EngineFactory, tmp_path: Path
 ) -> None:
     engine = make_engine()
     for step in range(steps_before):
@@ -64,9 +57,7 @@ def test_resumed_updates_are_bit_identical(
             assert (tmp_path / f"resumed{i}" / "reward_head" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_optimizer_state_matters_to_resume(
-    make_batch: BatchFactory, make_engine: EngineFactory, tmp_path: Path
-) -> None:
+def test_optimizer_state_matters_to_resume(make_engine: EngineFactory, tmp_path: Path) -> None:
     engine, forgetful = make_engine(), make_engine()
     engine.update([make_batch(1)], 0.7, 1)
     forgetful.head.load_state_dict(engine.head.state_dict())
@@ -86,7 +77,7 @@ def test_nothing_is_saved_but_safetensors_and_json(make_engine: EngineFactory, t
 @pytest.mark.parametrize("name", ["head.json", "head.safetensors", "optimizer.json", "optimizer.safetensors"])
 @pytest.mark.parametrize("damage", ["absent", "truncated"])
 def test_damaged_files_are_refused_by_name(
-    make_batch: BatchFactory, name: str, damage: str, make_engine: EngineFactory, tmp_path: Path
+    name: str, damage: str, make_engine: EngineFactory, tmp_path: Path
 ) -> None:
     engine = make_engine()
     engine.update([make_batch(1)], 0.7, 1)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rollout_rows import make_plan, read_rows
 from transformers import PreTrainedModel
 
-from r2m_ray.core.batch import SamplePlan, Trajectories
+from r2m_ray.core.batch import Trajectories
 from r2m_ray.errors import InputError
-
-Readings = Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, torch.Tensor, torch.Tensor]]]
 
 ENGINES = {
     "prefix cache": {},
@@ -26,9 +25,7 @@ ENGINES = {
 
 
 @pytest.fixture(scope="module")
-def without_export(
-    start_engine: Callable[..., Any], policy_dir: Path, make_plan: Callable[..., SamplePlan]
-) -> Trajectories:
+def without_export(start_engine: Callable[..., Any], policy_dir: Path) -> Trajectories:
     """The plan's rows from an engine that exports nothing."""
     with start_engine(policy_dir, export_hidden=False) as engine:
         ((rows, hidden),) = engine.sample([make_plan(greedy_first=True)])
@@ -41,8 +38,6 @@ def test_every_row_equals_transformers_and_no_token_changes(
     start_engine: Callable[..., Any],
     policy_dir: Path,
     policy: PreTrainedModel,
-    make_plan: Callable[..., SamplePlan],
-    read_rows: Readings,
     without_export: Trajectories,
     scheduling: str,
     name: str,

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rollout_rows import step_randomly, update_weights
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.core.batch import Prompt, SamplePlan
 from r2m_ray.engines.rollout.engine import RolloutEngine
-from r2m_ray.engines.weights import WeightDigest, pack_buckets
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_gpt_neox_exports_and_updates(tmp_path: Path, tiny_tokenizer: PreTrained
     tiny_tokenizer.save_pretrained(tmp_path)
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -88,16 +88,8 @@ def measured(model_dir: str) -> dict[str, float]:
         return rows.layout.rows, float(max(hidden_errors)), float(max(logp_errors)), float(min(greedy))
 
     rows, hidden_error, logp_error, _ = sample(0.7)
-    torch.manual_seed(1)
-    digest = WeightDigest()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    engine.begin_weight_update()
-    for bucket in pack_buckets(model.named_parameters(), 50_000):
-        digest.update(bucket)
-        engine.load_bucket(bucket)
-    engine.finish_weight_update(version=1, digest=digest.hexdigest())
+    step_randomly(model, 1)
+    update_weights(engine, model, 1)
     _, updated_error, _, agreement = sample(0.0)
     engine.close()
     return {

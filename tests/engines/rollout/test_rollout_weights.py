@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_rows import BUCKET_BYTES, make_plan, read_rows, step_randomly, update_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 from transformers import Qwen3ForCausalLM as TiedForCausalLM
 
-from r2m_ray.core.batch import SamplePlan, Trajectories
+from r2m_ray.core.batch import SamplePlan
 from r2m_ray.engines.rollout.engine import RolloutEngine
 from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
-
-Readings = Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, torch.Tensor, torch.Tensor]]]
 
 
 @pytest.fixture(scope="module")
@@ -58,34 +57,18 @@ def engine(start_engine: Callable[..., Any], model_dir: Path) -> Iterator[Rollou
 
 
 def changed(model_dir: Path, seed: int) -> PreTrainedModel:
-    """The policy of the directory after a large step in a random direction."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    step_randomly(model, seed)
     return model
 
 
 def buckets(model: PreTrainedModel) -> list[WeightBucket]:
-    """Several, some of which end in the middle of a layer."""
-    packed = list(pack_buckets(model.named_parameters(), 50_000))
+    packed = list(pack_buckets(model.named_parameters(), BUCKET_BYTES))
     assert len(packed) > 3
     return packed
 
 
-def update(engine: RolloutEngine, sent: list[WeightBucket], version: int) -> None:
-    digest = WeightDigest()
-    engine.begin_weight_update()
-    for bucket in sent:
-        digest.update(bucket)
-        engine.load_bucket(bucket)
-    engine.finish_weight_update(version=version, digest=digest.hexdigest())
-
-
-def assert_is(
-    engine: RolloutEngine, model: PreTrainedModel, plan: SamplePlan, version: int, read_rows: Readings
-) -> None:
+def assert_is(engine: RolloutEngine, model: PreTrainedModel, plan: SamplePlan, version: int) -> None:
     """Greedy tokens, log-probs and hidden states are the model's, and the version is stamped."""
     ((rows, hidden),) = engine.sample([plan])
     assert rows.version == engine.version == version
@@ -96,26 +79,25 @@ def assert_is(
 
 
 @pytest.fixture(scope="module")
-def greedy(make_plan: Callable[..., SamplePlan]) -> SamplePlan:
+def greedy() -> SamplePlan:
     return make_plan(temperature=0.0, group_size=1)
 
 
 def test_after_an_update_the_engine_is_the_new_policy(
-    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan, read_rows: Readings
+    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan
 ) -> None:
     # The first sample leaves the old policy's prefixes in the cache.
     engine.sample([greedy])
     for version in (1, 2):
         model = changed(model_dir, version)
-        sent = buckets(model)
         before = engine.stats()["sync_bytes"]
-        update(engine, sent, version)
-        assert engine.stats()["sync_bytes"] - before == sum(bucket.data.numel() for bucket in sent)
-        assert_is(engine, model, greedy, version, read_rows)
+        update_weights(engine, model, version)
+        assert engine.stats()["sync_bytes"] - before == sum(bucket.data.numel() for bucket in buckets(model))
+        assert_is(engine, model, greedy, version)
 
 
 def test_a_corrupted_tensor_is_caught_and_the_engine_quarantined(
-    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan, read_rows: Readings
+    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan
 ) -> None:
     model = changed(model_dir, 3)
     sent = buckets(model)
@@ -133,12 +115,12 @@ def test_a_corrupted_tensor_is_caught_and_the_engine_quarantined(
     assert engine.version == version
     with pytest.raises(RunError, match="complete update"):
         engine.sample([greedy])
-    update(engine, sent, 3)
-    assert_is(engine, model, greedy, 3, read_rows)
+    update_weights(engine, model, 3)
+    assert_is(engine, model, greedy, 3)
 
 
 def test_an_incomplete_update_is_refused_and_leaves_nothing_behind(
-    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan, read_rows: Readings
+    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan
 ) -> None:
     other, model = changed(model_dir, 4), changed(model_dir, 5)
     engine.begin_weight_update()
@@ -158,8 +140,8 @@ def test_an_incomplete_update_is_refused_and_leaves_nothing_behind(
                 engine.receive_weights({"bucket": None})
     with pytest.raises(RunError, match="complete update"):
         engine.sample([greedy])
-    update(engine, buckets(model), 5)
-    assert_is(engine, model, greedy, 5, read_rows)
+    update_weights(engine, model, 5)
+    assert_is(engine, model, greedy, 5)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +155,6 @@ def test_weights_that_do_not_belong_are_refused(
     engine: RolloutEngine,
     model_dir: Path,
     greedy: SamplePlan,
-    read_rows: Readings,
     change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]],
     message: str,
 ) -> None:
@@ -185,8 +166,8 @@ def test_weights_that_do_not_belong_are_refused(
         engine.load_bucket(bucket)
     with pytest.raises(RunError, match="no weight update is open"):
         engine.finish_weight_update(version=6, digest=None)
-    update(engine, buckets(model), 6)
-    assert_is(engine, model, greedy, 6, read_rows)
+    update_weights(engine, model, 6)
+    assert_is(engine, model, greedy, 6)
 
 
 def test_a_parameter_sent_twice_is_refused(engine: RolloutEngine, model_dir: Path) -> None:
@@ -195,7 +176,7 @@ def test_a_parameter_sent_twice_is_refused(engine: RolloutEngine, model_dir: Pat
     engine.load_bucket(buckets(model)[0])
     with pytest.raises(RunError, match="sent twice"):
         engine.load_bucket(buckets(model)[0])
-    update(engine, buckets(model), 7)
+    update_weights(engine, model, 7)
     assert engine.version == 7
 
 
