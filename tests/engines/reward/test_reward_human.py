@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heads import grebt
 from reward_rows import K, random_batch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from r2m_ray.core.batch import RewardBatch
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import grebt
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heads import grebt
 from reward_rows import K, literal_rewards, random_batch, states
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource, WoInit
 from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
-from r2m_ray.core.reward_loss import grebt
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
