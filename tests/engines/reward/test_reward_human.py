@@ -60,7 +60,7 @@ def test_an_anchored_update_is_one_adamw_step_on_the_mix(
 
     reward_GK = rewards(oracle, groups, K)
     pairs_GK = torch.cat([b.annotation.reward_N for b in groups]).view(-1, K)
-    _, sums = grebt(reward_GK, pairs_GK, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    _, sums = grebt(reward_GK, pairs_GK, entropy_weight=entropy_weight)
     own, entropy = sums.bradley_terry / 5, sums.entropy / 5
     people = human_loss(oracle, human)
     loss = (1 - entropy_weight) * ((1 - fraction) * own + fraction * people) + entropy_weight * entropy

@@ -44,7 +44,7 @@ def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
         PairSource.recomputed: reward_GK.detach().flatten(),
         PairSource.gold: torch.cat([note.gold_N for note in notes]),
     }[pair_source].view(-1, K)
-    loss, _ = grebt(reward_GK, pairs, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    loss, _ = grebt(reward_GK, pairs, entropy_weight=entropy_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
     optimizer.step()
