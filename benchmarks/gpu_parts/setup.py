@@ -40,8 +40,8 @@ class Absent(Exception):
 class Sizes:
     """One scale of the proof: the policy's shape, a step's batch, and how often a thing is measured.
 
-    The reward model has the policy's shape. syncs: with a digest, and as many without. kv_cache_bytes: of each
-    rollout engine, so that several share a GPU. head_widths, head_rows, head_tokens: of the hidden states that
+    The reward model has the policy's shape. syncs: with a digest, and as many without. kv_cache_bytes: of
+    each rollout engine, so that several share a GPU. head_widths, head_rows, head_tokens: of the states that
     the head reads alone. copy_bytes: of the copy that measures the memory.
     """
 
