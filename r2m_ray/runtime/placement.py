@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.faults import ACTOR, fault_environment
 from r2m_ray.errors import RunError
-from r2m_ray.runtime.demand import Demand, demands, shortage
+from r2m_ray.runtime.demand import demands, shortage
 from r2m_ray.runtime.device import actor_environment
 
 CONNECT_S = 2.0
@@ -40,20 +40,26 @@ class Placement:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._demands = demands(config)
+        wanted = demands(config)
+        self._demands = {demand.role: demand for demand in wanted}
         strategy = str(config.cluster.placement)
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        lacking = shortage(self._demands, [node["Resources"] for node in nodes], strategy)
+        lacking = shortage(wanted, [node["Resources"] for node in nodes], strategy)
         if lacking:
             raise RunError(
                 f"The cluster is too small for this run: {lacking}. "
                 "Lower the role's replicas or cluster.gpus_per_*/cpus_per_actor, add nodes, or use "
                 "cluster.placement=PACK."
             )
-        apart = [[d] for d in self._demands[:1]] if strategy == "PACK" else []
-        self._parts = [*apart, self._demands[len(apart) :]]
-        bundles = [[{"CPU": d.cpus, "GPU": d.gpus} for d in p for _ in range(d.count)] for p in self._parts]
+        parts = [wanted[:1], wanted[1:]] if strategy == "PACK" else [wanted]
+        bundles = [[{"CPU": d.cpus, "GPU": d.gpus} for d in p for _ in range(d.count)] for p in parts]
         self._groups: list[PlacementGroup] = [placement_group(b, strategy=strategy) for b in bundles]
+        actors = [[(d.role, rank) for d in p for rank in range(d.count)] for p in parts]
+        self._places = {
+            actor: (group, bundle)
+            for group, part in zip(self._groups, actors, strict=True)
+            for bundle, actor in enumerate(part)
+        }
         deadline = time.monotonic() + config.cluster.start_timeout_s
         if not all(group.wait(max(deadline - time.monotonic(), 0.0)) for group in self._groups):
             self.release()
@@ -65,11 +71,11 @@ class Placement:
 
     def count(self, role: str) -> int:
         """How many actors the role has."""
-        return self._demand(role).count
+        return self._demands[role].count
 
     def spawn(self, actor_class: type, role: str, rank: int) -> Any:
         """Start one actor of a role in its bundle, which whoever had it before must have left."""
-        demand, (group, bundle) = self._demand(role), self._place(role, rank)
+        demand, (group, bundle) = self._demands[role], self._places[role, rank]
         environment = actor_environment(self._config, demand.gpus)
         return (
             ray.remote(actor_class)
@@ -86,7 +92,7 @@ class Placement:
 
     def node(self, role: str, rank: int) -> str:
         """The id of the node where an actor's bundle lies; empty while Ray is moving it."""
-        group, bundle = self._place(role, rank)
+        group, bundle = self._places[role, rank]
         return str(placement_group_table(group)["bundles_to_node_id"].get(bundle, ""))
 
     async def settled(self, role: str, ranks: Sequence[int]) -> None:
@@ -109,16 +115,6 @@ class Placement:
         """End every actor of the run and give its place back."""
         for group in self._groups:
             remove_placement_group(group)
-
-    def _demand(self, role: str) -> Demand:
-        return next(demand for demand in self._demands if demand.role == role)
-
-    def _place(self, role: str, rank: int) -> tuple[PlacementGroup, int]:
-        for group, part in zip(self._groups, self._parts, strict=True):
-            roles = [demand.role for demand in part for _ in range(demand.count)]
-            if role in roles:
-                return group, roles.index(role) + rank
-        raise AssertionError(f"{role} has a place")
 
 
 async def _reachable(address: str, port: int) -> bool:
