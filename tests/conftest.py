@@ -1,4 +1,4 @@
-"""Tiny real models that every test may use."""
+"""Which tests start an engine, and tiny real models that every test may use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ import pytest
 from models import save_model, word_tokenizer
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+TESTS = Path(__file__).resolve().parent
+ENGINE_ROOMS = {"cluster", "e2e", "faults", "runtime"}
+ENGINE_FIXTURES = {"local_cluster", "make_engine", "one_rank", "prepared", "start_engine"}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)  # Before the selection by -m reads the markers.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``engine`` what starts Ray, vLLM or DeepSpeed or trains models, by its room or its fixtures."""
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0]
+        fixtures = ENGINE_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if room in ENGINE_ROOMS or fixtures or item.get_closest_marker("e2e"):
+            item.add_marker("engine")
 
 
 @pytest.fixture(scope="session")

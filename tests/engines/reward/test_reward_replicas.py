@@ -21,6 +21,9 @@ from r2m_ray.core.batch import RewardBatch
 from r2m_ray.engines.reward.engine import RewardEngine
 
 
+pytestmark = pytest.mark.engine
+
+
 def pairs(seed: int, count: int) -> RewardBatch:
     """Human pairs."""
     return random_batch(seed, groups=count, size=2)

@@ -19,6 +19,8 @@ from r2m_ray.errors import InputError
 from r2m_ray.tasks.prepare import measurement
 from r2m_ray.tasks.prepare.store import Prepared, locate, prepare
 
+pytestmark = pytest.mark.engine  # Models are trained.
+
 WORDS = ["apple", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey"]
 
 
