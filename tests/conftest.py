@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads=4,
         num_labels=1,
     )
+
+
+@pytest.fixture(scope="module")
+def few_measures() -> Iterator[None]:
+    """No test asks whether a tiny prepared model is good, and asking takes most of its preparation."""
+    from r2m_ray.tasks.prepare import materials, measurement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "GOLD_PROMPTS", 64)
+        patch.setattr(materials, "HELD_OUT_PAIRS", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError
-from r2m_ray.tasks.prepare import materials, measurement
 from r2m_ray.tasks.prepare.store import Prepared, locate, prepare
 
-pytestmark = pytest.mark.engine  # Models are trained.
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("few_measures")]
 
 WORDS = ["apple", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey"]
 
@@ -35,17 +33,8 @@ def note2answer(root: Path, *overrides: str) -> Config:
     return load_config(["experiment=demo", f"prepare.root={root}", *small, *overrides])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_prompts() -> Iterator[None]:
-    """Whether a policy is good is not asked here, and asking takes most of a small preparation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurement, "GOLD_PROMPTS", 64)
-        patch.setattr(materials, "HELD_OUT_PAIRS", 64)
-        yield
-
-
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory, few_measures: None) -> Prepared:
     return prepare(note2answer(tmp_path_factory.mktemp("prepared")))
 
 
