@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_ray.errors import InputError, RunError
+from r2m_ray.run.commit import flush
 from r2m_ray.run.vocabulary import current_row
 
 CONFIG_FILE = "config.yaml"
@@ -105,10 +106,8 @@ def replace_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, which holds either its old or its new content at every moment."""
     building = path.with_name(f".tmp-{path.name}")
     try:
-        with building.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        building.write_text(text, encoding="utf-8", newline="")
+        flush(building)
         building.replace(path)
     except OSError as error:
         raise RunError(
