@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from r2m_ray.__main__ import COMMANDS, main
+from r2m_ray.cli.commands import Command
 from r2m_ray.config.schema import TaskConfig
 from r2m_ray.errors import InputError
 from r2m_ray.tasks import reader as rows
@@ -114,7 +115,7 @@ def test_what_a_file_says_is_escaped_and_cut_where_it_is_shown(
 ) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"error: \\u001b[31mfaked\\nline' + b"k" * 100_000 + b'": 1}\n')
-    monkeypatch.setitem(COMMANDS, "load", ("", lambda _: len(load(file).pairs)))
+    monkeypatch.setitem(COMMANDS, "load", Command("", "", lambda _: len(load(file).pairs)))
     assert main(["load"]) == 2
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == 1
