@@ -6,24 +6,20 @@ The module starts this file twice as a program, one process per rank; each goes 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import learner_config, policy_batch
+from learner_rows import BATCHES, IDS, learner, learner_config, weights
+from models import save_model
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config, Dtype
-from r2m_ray.core.batch import PolicyBatch
 from r2m_ray.engines.policy import causal
-from r2m_ray.engines.policy.learner import PolicyLearner
 
 Stats = dict[str, float]
 
@@ -41,23 +37,10 @@ SHARDS = {0: (0, 2), 1: (1,)}
 STATES = "states.safetensors"
 
 
-def learner(config: Config, model_dir: str, rank: int, world_size: int) -> PolicyLearner:
-    device = torch.device("cpu")
-    return PolicyLearner(config=config, model_dir=model_dir, rank=rank, world_size=world_size, device=device)
-
-
-def weights(policy: PolicyLearner) -> dict[str, Tensor]:
-    return {
-        name: tensor.clone() for bucket in policy.weight_buckets(4096) for name, tensor in bucket.tensors()
-    }
-
-
-def run_variant(
-    config: Config, model_dir: str, rank: int, batches: dict[int, PolicyBatch], directory: Path
-) -> dict[str, Stats]:
+def run_variant(config: Config, model_dir: Path, rank: int, directory: Path) -> dict[str, Stats]:
     """Update, save, update twice; resume and update twice; then an update that is broken on rank 1."""
     ids = SHARDS[rank]
-    mine = [batches[i] for i in ids]
+    mine = [BATCHES[i] for i in ids]
     policy = learner(config, model_dir, rank, 2)
     report = {}
     report["first"], states = policy.update(mine, ids)
@@ -89,7 +72,6 @@ def run_variant(
 
 
 def rank_program(root: Path, rank: int) -> None:
-    batches = {seed: policy_batch(seed) for seed in range(3)}
     for name, (stage, dtype) in VARIANTS.items():
         config = learner_config(stage)
         config.model.dtype = dtype
@@ -97,46 +79,24 @@ def rank_program(root: Path, rank: int) -> None:
         causal.LOGITS_AT_ONCE = 64 * 160 // (4 if name.endswith("recomputed") else 1)
         directory = root / name
         directory.mkdir(exist_ok=True)
-        report = run_variant(config, str(root / "model"), rank, batches, directory)
+        report = run_variant(config, root / "model", rank, directory)
         (directory / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def root(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    free_port: Callable[[], int],
-) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the model and what both ranks left of each variant."""
     directory = tmp_path_factory.mktemp("ranks")
-    torch.manual_seed(7)
     # An odd width: two ranks cannot halve its norms, so ZeRO-3 pads the last partition.
-    model = LlamaConfig(
-        vocab_size=160, hidden_size=21, head_dim=8, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(model).save_pretrained(directory / "model")
-    tiny_tokenizer.save_pretrained(directory / "model")
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(directory), str(rank)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in SHARDS
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-6000:]
+    save_model(
+        directory / "model",
+        seed=7,
+        width=21,
+        heads=3,
+        head_dim=8,
+        num_key_value_heads=1,
+    )
+    run_ranks(__file__, directory)
     return directory
 
 
@@ -160,18 +120,12 @@ def test_ranks_agree_and_resume_exactly(root: Path, variant: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(
-    root: Path,
-    one_rank: None,
-    make_learner_config: Callable[..., Config],
-    make_policy_batch: Callable[[int], PolicyBatch],
-) -> tuple[Stats, dict[str, Tensor], dict[str, Tensor]]:
+def alone(root: Path, one_rank: None) -> tuple[Stats, dict[str, Tensor], dict[str, Tensor]]:
     """Statistics, weights and states of one rank that holds all shards."""
-    policy = learner(make_learner_config(0), str(root / "model"), 0, 1)
-    batches = [make_policy_batch(seed) for seed in range(3)]
-    stats, states = policy.update(batches, (0, 1, 2))
+    policy = learner(learner_config(0), root / "model")
+    stats, states = policy.update(BATCHES, IDS)
     found = {f"shard{i}": shard.hidden_TP for i, shard in enumerate(states)}
-    found["after"] = policy.hidden([batches[0].trajectories])[0].hidden_TP
+    found["after"] = policy.hidden([BATCHES[0].trajectories])[0].hidden_TP
     return stats, weights(policy), found
 
 
@@ -194,21 +148,14 @@ def test_two_ranks_equal_one(
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_state_moves_to_another_stage_and_number_of_ranks(
-    stage: int,
-    root: Path,
-    one_rank: None,
-    make_learner_config: Callable[..., Config],
-    make_policy_batch: Callable[[int], PolicyBatch],
-) -> None:
+def test_state_moves_to_another_stage_and_number_of_ranks(stage: int, root: Path, one_rank: None) -> None:
     saved = root / "3-float32"
-    policy = learner(make_learner_config(stage), str(root / "model"), 0, 1)
+    policy = learner(learner_config(stage), root / "model")
     policy.load(saved)
     for name, tensor in load_file(saved / "first.safetensors").items():
         assert torch.equal(weights(policy)[name], tensor), name
-    batches = [make_policy_batch(seed) for seed in range(3)]
-    policy.update(batches, (0, 1, 2))
-    policy.update(batches, (0, 1, 2))
+    policy.update(BATCHES, IDS)
+    policy.update(BATCHES, IDS)
     for name, tensor in load_file(saved / "third.safetensors").items():
         torch.testing.assert_close(weights(policy)[name], tensor, atol=1e-5, rtol=0)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from learner_rows import trajectories
 from transformers import LlamaForCausalLM
 
 from r2m_ray.config.schema import AlgoConfig, Config, Dtype, KLEstimator, ModelConfig, ReferenceConfig
-from r2m_ray.core.batch import Trajectories
 from r2m_ray.core.policy_loss import kl_penalty
 from r2m_ray.engines.policy.reference import ReferencePolicy
 from r2m_ray.errors import InputError
@@ -24,10 +23,8 @@ def config(budget: int) -> Config:
 
 @pytest.mark.parametrize("budget", [1, 50, 10_000])
 @torch.no_grad()
-def test_equals_transformers_row_by_row(
-    budget: int, tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
-) -> None:
-    rows = make_trajectories(2)
+def test_equals_transformers_row_by_row(budget: int, tiny_policy_dir: Path) -> None:
+    rows = trajectories(2)
     reference = ReferencePolicy(config=config(budget), model_dir=str(tiny_policy_dir), device=CPU)
     _, found = reference.logprobs(rows)
     model = LlamaForCausalLM.from_pretrained(tiny_policy_dir)
@@ -43,9 +40,9 @@ def test_equals_transformers_row_by_row(
 
 @pytest.mark.parametrize("estimator", list(KLEstimator))
 def test_kl_of_each_row_is_summed_over_its_response_as_sampled(
-    estimator: KLEstimator, tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
+    estimator: KLEstimator, tiny_policy_dir: Path
 ) -> None:
-    rows, settings = make_trajectories(5), config(50)
+    rows, settings = trajectories(5), config(50)
     settings.algo.kl_estimator = estimator
     kl, logp = ReferencePolicy(config=settings, model_dir=str(tiny_policy_dir), device=CPU).logprobs(rows)
     found = {"k1": kl.sampled_N, estimator.value: kl.penalty_N}
@@ -57,17 +54,15 @@ def test_kl_of_each_row_is_summed_over_its_response_as_sampled(
             assert float(row_N[n]) == pytest.approx(expected, rel=1e-5, abs=1e-5), name
 
 
-def test_never_changes(tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]) -> None:
+def test_never_changes(tiny_policy_dir: Path) -> None:
     reference = ReferencePolicy(config=config(50), model_dir=str(tiny_policy_dir), device=CPU)
-    first, again = (reference.logprobs(make_trajectories(3))[1] for _ in range(2))
+    first, again = (reference.logprobs(trajectories(3))[1] for _ in range(2))
     assert torch.equal(first.tempered_T, again.tempered_T)
     assert not first.tempered_T.requires_grad
 
 
-def test_bfloat16_agrees_to_its_precision(
-    tiny_policy_dir: Path, make_trajectories: Callable[[int], Trajectories]
-) -> None:
-    rows = make_trajectories(4)
+def test_bfloat16_agrees_to_its_precision(tiny_policy_dir: Path) -> None:
+    rows = trajectories(4)
     half = config(50)
     half.model = ModelConfig(dtype=Dtype.bfloat16)
     exact, found = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from reward_rows import K, literal_rewards, states
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_ray.config.schema import PairSource
@@ -17,14 +17,10 @@ from r2m_ray.engines.reward.engine import RewardEngine, gaussian_feedback
 from r2m_ray.errors import RunError
 
 EngineFactory = Callable[..., RewardEngine]
-StatesFactory = Callable[..., Hidden]
-BatchFactory = Callable[..., RewardBatch]
-LiteralRewards = Callable[..., Tensor]
-K = 4
 
 
 def test_reward_is_equations_3_and_4(
-    literal_rewards: LiteralRewards, make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
+    make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine()
     scores, annotation = engine.annotate(trajectories, hidden, 0.6, 1)
@@ -57,11 +53,9 @@ def test_omega_one_is_the_frozen_reward_exactly(
     assert torch.equal(annotation.reward_N, annotation.frozen_reward_N)
 
 
-def test_vanilla_takes_no_hidden_states(
-    make_states: StatesFactory, make_engine: EngineFactory, trajectories: Trajectories
-) -> None:
+def test_vanilla_takes_no_hidden_states(make_engine: EngineFactory, trajectories: Trajectories) -> None:
     engine = make_engine(omega_floor=1.0, update_steps=0)
-    empty = make_states(trajectories.layout, seed=0, width=0)
+    empty = states(trajectories.layout, seed=0, width=0)
     _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
     assert torch.equal(annotation.reward_N, annotation.frozen_reward_N)
     assert engine.head.w_k.shape == (0, 16)
@@ -102,18 +96,18 @@ def test_reward_model_reads_text_with_its_own_vocabulary(
 
 @pytest.mark.parametrize("width", [63, 0])
 def test_hidden_states_of_another_policy_are_refused(
-    make_states: StatesFactory, width: int, make_engine: EngineFactory, trajectories: Trajectories
+    width: int, make_engine: EngineFactory, trajectories: Trajectories
 ) -> None:
     with pytest.raises(RunError, match=rf"h is \[\d+, {width}\] in 8 rows, but the shard needs \[\d+, 64\]"):
-        make_engine().annotate(trajectories, make_states(trajectories.layout, seed=0, width=width), 0.6, 1)
+        make_engine().annotate(trajectories, states(trajectories.layout, seed=0, width=width), 0.6, 1)
 
 
 def test_hidden_states_of_other_rows_are_refused(
-    make_states: StatesFactory, make_engine: EngineFactory, trajectories: Trajectories
+    make_engine: EngineFactory, trajectories: Trajectories
 ) -> None:
     lengths = trajectories.layout.lengths.flip(0).tolist()
     with pytest.raises(RunError, match="exported for other rows"):
-        make_engine().annotate(trajectories, make_states(Layout.from_lengths(lengths, K), seed=0), 0.6, 1)
+        make_engine().annotate(trajectories, states(Layout.from_lengths(lengths, K), seed=0), 0.6, 1)
 
 
 def test_attention_is_the_softmax_of_equation_3(

@@ -8,17 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reward_rows import K, random_batch
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource
 from r2m_ray.core.batch import Annotation, Hidden, RewardBatch, Trajectories
 from r2m_ray.core.reward_loss import group_pairs
 from r2m_ray.engines.reward.engine import RewardEngine
-from r2m_ray.engines.reward.pairs import content_seed, random_ranks
+from r2m_ray.engines.reward.trainer import content_seed, random_ranks
 
 EngineFactory = Callable[..., RewardEngine]
-BatchFactory = Callable[..., RewardBatch]
-K = 4
 
 
 def words(prompt: str, response: str, truncated: bool) -> dict[str, float]:
@@ -63,8 +62,8 @@ def test_gold_as_reward_leaves_the_models_own_reading_as_it_is(
     assert not torch.allclose(beside.gold_N, plain.reward_N, atol=0.1)
 
 
-def test_gold_picks_the_pairs_that_it_orders(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
-    batch = make_batch(1)
+def test_gold_picks_the_pairs_that_it_orders(make_engine: EngineFactory) -> None:
+    batch = random_batch(1)
     by_gold, by_reward = make_engine(pair_source=PairSource.gold), make_engine()
     stats = by_gold.update([batch], 0.6, 1)
     assert stats == by_reward.update([with_pairs(batch, batch.annotation.gold_N)], 0.6, 1)
@@ -74,19 +73,17 @@ def test_gold_picks_the_pairs_that_it_orders(make_batch: BatchFactory, make_engi
     assert own.digests() != by_gold.digests()
 
 
-def test_without_gold_there_is_no_pair(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
-    batch = make_batch(1)
+def test_without_gold_there_is_no_pair(make_engine: EngineFactory) -> None:
+    batch = random_batch(1)
     unknown = replace(batch.annotation, gold_N=torch.full_like(batch.annotation.gold_N, math.nan))
     stats = make_engine(pair_source=PairSource.gold).update([replace(batch, annotation=unknown)], 0.6, 1)
     assert (stats["valid_pairs"], stats["valid_groups"], stats["nonfinite_steps"]) == (0, 1, 0)
 
 
-def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(make_engine: EngineFactory) -> None:
     def margins(step: int, seed: int, groups: int = 16, content: int = 3) -> float:
         engine = make_engine(pair_source=PairSource.random, learning_rate=0.0, seed=seed, update_steps=2)
-        return engine.update([make_batch(content, groups=groups)], 1.0, step)["margin"]
+        return engine.update([random_batch(content, groups=groups)], 1.0, step)["margin"]
 
     assert margins(1, 0) == margins(1, 0)
     # At ω = 1 an unseeded head is the frozen model: seed, step and content change the pairs and nothing else.
@@ -94,17 +91,17 @@ def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(
 
 
 def test_random_pairs_are_the_same_in_every_optimizer_step_of_a_training_step(
-    make_batch: BatchFactory, make_engine: EngineFactory
+    make_engine: EngineFactory,
 ) -> None:
-    batch = make_batch(1)
+    batch = random_batch(1)
     ranks_N = random_ranks(batch.annotation, content_seed("0 7 pairs", batch.annotation.rte_ND))
     drawn, given = make_engine(pair_source=PairSource.random, update_steps=3), make_engine(update_steps=3)
     assert drawn.update([batch], 0.6, 7) == given.update([with_pairs(batch, ranks_N)], 0.6, 7)
     assert drawn.digests() == given.digests()
 
 
-def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often(make_batch: BatchFactory) -> None:
-    annotation: Annotation = make_batch(1, groups=6000).annotation
+def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often() -> None:
+    annotation: Annotation = random_batch(1, groups=6000).annotation
     ranks_GK = random_ranks(annotation, 5).view(-1, K)
     assert torch.equal(ranks_GK.sort(1).values, torch.arange(4.0).expand(6000, K))
     winner_G, loser_G, valid_G = group_pairs(ranks_GK, annotation.response_id_N.view(-1, K))
@@ -116,10 +113,8 @@ def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often(make_batch: Batch
     assert (counts[~torch.eye(K, dtype=torch.bool)] - 500).abs().max() < 5 * deviation
 
 
-def test_pairs_below_the_margin_are_not_learned_from(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
-    batch = make_batch(1, groups=3)
+def test_pairs_below_the_margin_are_not_learned_from(make_engine: EngineFactory) -> None:
+    batch = random_batch(1, groups=3)
     reward_N = torch.tensor([0, 1, 2, 3, 0, 0.5, 0.2, 0, 0, 0, 0, 2.0])
     wide = with_pairs(batch, reward_N)
     found = make_engine(pair_min_margin=2.0).update([wide], 0.6, 1)

@@ -8,17 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heads import grebt
+from reward_rows import K, random_batch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from r2m_ray.core.batch import RewardBatch
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import grebt
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
-BatchFactory = Callable[..., RewardBatch]
-K = 4
 
 
 def rewards(head: R2MHead, batches: list[RewardBatch], size: int, omega: float = 0.6) -> Tensor:
@@ -35,14 +34,14 @@ def human_loss(head: R2MHead, batches: list[RewardBatch], omega: float = 0.6) ->
 
 
 @pytest.fixture
-def groups(make_batch: BatchFactory) -> list[RewardBatch]:
-    return [make_batch(1), make_batch(2, groups=3)]
+def groups() -> list[RewardBatch]:
+    return [random_batch(1), random_batch(2, groups=3)]
 
 
 @pytest.fixture
-def human(make_batch: BatchFactory) -> list[RewardBatch]:
+def human() -> list[RewardBatch]:
     """Four and two pairs."""
-    return [make_batch(11, groups=4, size=2), make_batch(12, groups=2, size=2)]
+    return [random_batch(11, groups=4, size=2), random_batch(12, groups=2, size=2)]
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
@@ -61,7 +60,7 @@ def test_an_anchored_update_is_one_adamw_step_on_the_mix(
 
     reward_GK = rewards(oracle, groups, K)
     pairs_GK = torch.cat([b.annotation.reward_N for b in groups]).view(-1, K)
-    _, sums = grebt(reward_GK, pairs_GK, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    _, sums = grebt(reward_GK, pairs_GK, entropy_weight=entropy_weight)
     own, entropy = sums.bradley_terry / 5, sums.entropy / 5
     people = human_loss(oracle, human)
     loss = (1 - entropy_weight) * ((1 - fraction) * own + fraction * people) + entropy_weight * entropy
@@ -92,11 +91,11 @@ def test_without_an_anchor_human_pairs_are_not_even_read(
 
 
 def test_human_pairs_alone_leave_the_order_of_the_groups_unheard(
-    groups: list[RewardBatch], human: list[RewardBatch], make_batch: BatchFactory, make_engine: EngineFactory
+    groups: list[RewardBatch], human: list[RewardBatch], make_engine: EngineFactory
 ) -> None:
     engines = [make_engine(anchor_fraction=1.0, entropy_weight=0.0) for _ in range(2)]
     stats = engines[0].update(groups, 0.6, 1, human)
-    engines[1].update([make_batch(7)], 0.6, 1, human)
+    engines[1].update([random_batch(7)], 0.6, 1, human)
     assert engines[0].digests() == engines[1].digests()
     assert stats["loss"] == pytest.approx(stats["bradley_terry_human"])
 
@@ -167,12 +166,10 @@ def test_the_first_update_after_a_warm_up_starts_without_moments(
     assert warmed.digests() == fresh.digests()
 
 
-def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(make_engine: EngineFactory) -> None:
     def informative(seed: int) -> RewardBatch:
         """Random embeddings; the states of chosen rows lie 2 higher in one direction than the others."""
-        batch = make_batch(seed, groups=16, size=2)
+        batch = random_batch(seed, groups=16, size=2)
         hidden_TP = batch.hidden.hidden_TP.clone()
         hidden_TP[:, 0] += 2.0 * (batch.hidden.layout.row_T % 2 == 0)
         return replace(batch, hidden=replace(batch.hidden, hidden_TP=hidden_TP))
@@ -192,11 +189,9 @@ def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(
     assert abs(refitted - 0.5) < 0.12
 
 
-def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(make_engine: EngineFactory) -> None:
     engine = make_engine(omega_floor=1.0)
-    human = [make_batch(11, groups=4, size=2, width=0)]
+    human = [random_batch(11, groups=4, size=2, width=0)]
     before = {name: value.detach().clone() for name, value in engine.head.named_parameters()}
     losses = [engine.warm_up(human, 1.0)["bradley_terry_human"] for _ in range(20)]
     moved = {name for name, value in engine.head.named_parameters() if not torch.equal(value, before[name])}

@@ -8,29 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from reward_rows import random_batch
 
-from r2m_ray.core.batch import Hidden, RewardBatch, Trajectories
+from r2m_ray.core.batch import Hidden, Trajectories
 from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.engines.reward.head_files import load_head
 from r2m_ray.errors import InputError
 
 EngineFactory = Callable[..., RewardEngine]
-StatesFactory = Callable[..., Hidden]
-BatchFactory = Callable[..., RewardBatch]
-LiteralRewards = Callable[..., Tensor]
-K = 4
 
 
 def test_saved_head_loads_in_three_lines(
-    make_batch: BatchFactory,
-    make_engine: EngineFactory,
-    trajectories: Trajectories,
-    hidden: Hidden,
-    tmp_path: Path,
+    make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden, tmp_path: Path
 ) -> None:
     engine = make_engine()
-    engine.update([make_batch(1)], 0.7, 1)
+    engine.update([random_batch(1)], 0.7, 1)
     _, annotation = engine.annotate(trajectories, hidden, 0.7, 2)
     engine.save(tmp_path)
     head, info = load_head(tmp_path / "reward_head")
@@ -41,22 +33,22 @@ def test_saved_head_loads_in_three_lines(
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_resumed_updates_are_bit_identical(
-    make_batch: BatchFactory, steps_before: int, make_engine: EngineFactory, tmp_path: Path
+    steps_before: int, make_engine: EngineFactory, tmp_path: Path
 ) -> None:
     engine = make_engine()
     for step in range(steps_before):
-        engine.update([make_batch(step)], 0.7, step)
+        engine.update([random_batch(step)], 0.7, step)
     engine.save(tmp_path / "now")
     # One fresh engine, one that has to forget what it did since.
     astray = make_engine()
-    astray.update([make_batch(9)], 0.7, 9)
+    astray.update([random_batch(9)], 0.7, 9)
     resumed = [make_engine(), astray]
     for other in resumed:
         other.load(tmp_path / "now")
         assert other.digests() == engine.digests()
     for step in (5, 6):
         for each in (engine, *resumed):
-            each.update([make_batch(step)], 0.6, step)
+            each.update([random_batch(step)], 0.6, step)
     engine.save(tmp_path / "later")
     for i, other in enumerate(resumed):
         other.save(tmp_path / f"resumed{i}")
@@ -64,14 +56,12 @@ def test_resumed_updates_are_bit_identical(
             assert (tmp_path / f"resumed{i}" / "reward_head" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_optimizer_state_matters_to_resume(
-    make_batch: BatchFactory, make_engine: EngineFactory, tmp_path: Path
-) -> None:
+def test_optimizer_state_matters_to_resume(make_engine: EngineFactory, tmp_path: Path) -> None:
     engine, forgetful = make_engine(), make_engine()
-    engine.update([make_batch(1)], 0.7, 1)
+    engine.update([random_batch(1)], 0.7, 1)
     forgetful.head.load_state_dict(engine.head.state_dict())
     for each in (engine, forgetful):
-        each.update([make_batch(2)], 0.7, 2)
+        each.update([random_batch(2)], 0.7, 2)
     assert engine.digests() != forgetful.digests()
 
 
@@ -86,10 +76,10 @@ def test_nothing_is_saved_but_safetensors_and_json(make_engine: EngineFactory, t
 @pytest.mark.parametrize("name", ["head.json", "head.safetensors", "optimizer.json", "optimizer.safetensors"])
 @pytest.mark.parametrize("damage", ["absent", "truncated"])
 def test_damaged_files_are_refused_by_name(
-    make_batch: BatchFactory, name: str, damage: str, make_engine: EngineFactory, tmp_path: Path
+    name: str, damage: str, make_engine: EngineFactory, tmp_path: Path
 ) -> None:
     engine = make_engine()
-    engine.update([make_batch(1)], 0.7, 1)
+    engine.update([random_batch(1)], 0.7, 1)
     engine.save(tmp_path)
     path = tmp_path / "reward_head" / name
     content = path.read_bytes()

@@ -9,19 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import save_model, word_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
-    GPTNeoXConfig,
     GPTNeoXForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForSequenceClassification,
 )
 
@@ -34,27 +31,18 @@ TEMPLATE = (
     "{% for m in messages %}{{ 'w100 ' if m.role == 'user' else 'w101 ' }}{{ m.content }} w102 {% endfor %}"
 )
 RESPONSE_ONLY = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
-SIZES = {"vocab_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+FAMILIES: dict[str, tuple[type[PreTrainedModel], dict[str, int]]] = {
+    "llama": (LlamaForSequenceClassification, {"width": 32, "num_key_value_heads": 2}),
+    "qwen2": (Qwen2ForSequenceClassification, {"width": 48, "num_key_value_heads": 4}),
+    "gpt_neox": (GPTNeoXForSequenceClassification, {"width": 64}),
+    "bert": (BertForSequenceClassification, {"width": 32}),
+}
 
 
-def llama() -> PreTrainedModel:
-    config = LlamaConfig(**SIZES, hidden_size=32, intermediate_size=64, num_key_value_heads=2, num_labels=1)
-    return LlamaForSequenceClassification(config)
-
-
-def qwen2() -> PreTrainedModel:
-    config = Qwen2Config(**SIZES, hidden_size=48, intermediate_size=64, num_key_value_heads=4, num_labels=1)
-    return Qwen2ForSequenceClassification(config)
-
-
-def gpt_neox() -> PreTrainedModel:
-    config = GPTNeoXConfig(**SIZES, hidden_size=64, intermediate_size=64, num_labels=1)
-    return GPTNeoXForSequenceClassification(config)
-
-
-def bert() -> PreTrainedModel:
-    config = BertConfig(**SIZES, hidden_size=32, intermediate_size=64, num_labels=1)
-    return BertForSequenceClassification(config)
+def reward_model(directory: Path, kind: type[PreTrainedModel], **fields: object) -> Path:
+    """A model of one label whose configuration names no padding token."""
+    options = {"heads": 4, "num_labels": 1, "pad_token_id": None} | fields
+    return save_model(directory, kind, tokenizer=word_tokenizer(128), **options)  # type: ignore[arg-type]
 
 
 def trunk_of(directory: Path, **changes: object) -> RewardTrunk:
@@ -94,15 +82,11 @@ def with_config(source: Path, target: Path, **fields: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory, tiny_reward_dir: Path) -> dict[str, Path]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
-    directories = {}
-    for seed, build in enumerate((llama, qwen2, gpt_neox, bert)):
-        torch.manual_seed(seed)
-        directories[build.__name__] = tmp_path_factory.mktemp(build.__name__)
-        build().save_pretrained(directories[build.__name__])
-        tokenizer.save_pretrained(directories[build.__name__])
-    return directories
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: reward_model(tmp_path_factory.mktemp(name), kind, seed=seed, **fields)
+        for seed, (name, (kind, fields)) in enumerate(FAMILIES.items())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +94,7 @@ def scores(tiny_reward_dir: Path) -> Tensor:
     return trunk_of(tiny_reward_dir).read(PROMPTS, RESPONSES)[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_transformers_own(family: str, directories: dict[str, Path]) -> None:
     directory = directories[family]
     trunk = trunk_of(directory, score_layer="classifier" if family == "bert" else "score")
@@ -217,19 +201,15 @@ def test_missing_score_layer_lists_candidates(directories: dict[str, Path]) -> N
         trunk_of(directories["bert"])
 
 
-def test_layer_that_does_not_make_the_score_is_refused(tmp_path: Path, tiny_reward_dir: Path) -> None:
-    config = LlamaConfig(**SIZES, hidden_size=32, intermediate_size=1, num_labels=1)
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path)
+def test_layer_that_does_not_make_the_score_is_refused(tmp_path: Path) -> None:
+    reward_model(tmp_path, LlamaForSequenceClassification, width=32, intermediate_size=1)
     trunk_of(tmp_path)
     with pytest.raises(InputError, match=r"model.score_layer at the last token gives .* own logit is"):
         trunk_of(tmp_path, score_layer="model.layers.1.mlp.up_proj")
 
 
-def test_causal_language_model_is_refused(tmp_path: Path, tiny_reward_dir: Path) -> None:
-    config = LlamaConfig(**SIZES, hidden_size=32, intermediate_size=64, num_labels=1)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path)
+def test_causal_language_model_is_refused(tmp_path: Path) -> None:
+    reward_model(tmp_path, LlamaForCausalLM, width=32)
     with pytest.raises(InputError, match=r"lack score.weight"):
         trunk_of(tmp_path)
 

@@ -8,18 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heads import grebt
+from reward_rows import K, literal_rewards, random_batch, states
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource, WoInit
 from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
-from r2m_ray.core.reward_loss import grebt
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
-StatesFactory = Callable[..., Hidden]
-BatchFactory = Callable[..., RewardBatch]
-LiteralRewards = Callable[..., Tensor]
-K = 4
 
 
 def parameters(engine: RewardEngine) -> dict[str, Tensor]:
@@ -29,10 +26,10 @@ def parameters(engine: RewardEngine) -> dict[str, Tensor]:
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("pair_source", [source for source in PairSource if source is not PairSource.random])
 def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
-    make_batch: BatchFactory, pair_source: PairSource, entropy_weight: float, make_engine: EngineFactory
+    pair_source: PairSource, entropy_weight: float, make_engine: EngineFactory
 ) -> None:
     engine = make_engine(pair_source=pair_source, entropy_weight=entropy_weight)
-    batches = [make_batch(1), make_batch(2, groups=3)]
+    batches = [random_batch(1), random_batch(2, groups=3)]
     oracle = make_engine().head
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
 
@@ -47,7 +44,7 @@ def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
         PairSource.recomputed: reward_GK.detach().flatten(),
         PairSource.gold: torch.cat([note.gold_N for note in notes]),
     }[pair_source].view(-1, K)
-    loss, _ = grebt(reward_GK, pairs, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    loss, _ = grebt(reward_GK, pairs, entropy_weight=entropy_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
     optimizer.step()
@@ -59,11 +56,9 @@ def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
         torch.testing.assert_close(engine.head.get_parameter(name), value, atol=1e-6, rtol=0)
 
 
-def test_update_statistics_are_those_of_its_rewards(
-    make_batch: BatchFactory, literal_rewards: LiteralRewards, make_engine: EngineFactory
-) -> None:
+def test_update_statistics_are_those_of_its_rewards(make_engine: EngineFactory) -> None:
     engine = make_engine(learning_rate=0.0, pair_source=PairSource.frozen_rm)
-    batches = [make_batch(1), make_batch(2, groups=3)]
+    batches = [random_batch(1), random_batch(2, groups=3)]
     reward_GK = torch.cat(
         [literal_rewards(engine.head, b.annotation.rte_ND, b.hidden, 0.6) for b in batches]
     ).view(-1, K)
@@ -80,10 +75,8 @@ def test_update_statistics_are_those_of_its_rewards(
     assert stats["valid_pairs"] == stats["valid_groups"] == 1.0
 
 
-def test_gradient_norms_are_those_of_the_single_losses(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
-    batch = [make_batch(1)]
+def test_gradient_norms_are_those_of_the_single_losses(make_engine: EngineFactory) -> None:
+    batch = [random_batch(1)]
     both = make_engine().update(batch, 0.6, 1)
     only_bt = make_engine(entropy_weight=0.0).update(batch, 0.6, 1)
     only_gre = make_engine(entropy_weight=1.0).update(batch, 0.6, 1)
@@ -91,8 +84,8 @@ def test_gradient_norms_are_those_of_the_single_losses(
     assert both["gradient_norm_entropy"] == pytest.approx(only_gre["gradient_norm"], rel=1e-6)
 
 
-def test_attention_statistics_of_known_cases(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
-    batch = make_batch(1)
+def test_attention_statistics_of_known_cases(make_engine: EngineFactory) -> None:
+    batch = random_batch(1)
     equal = replace(batch, hidden=replace(batch.hidden, hidden_TP=torch.ones_like(batch.hidden.hidden_TP)))
     lengths = batch.hidden.layout.lengths
     stats = make_engine(wo_init=WoInit.zero).update([equal], 0.6, 1)
@@ -102,8 +95,8 @@ def test_attention_statistics_of_known_cases(make_batch: BatchFactory, make_engi
     assert make_engine().update([batch], 0.6, 1)["feedback_ratio"] > 0.1
 
 
-def test_recomputed_pairs_never_flip(make_batch: BatchFactory, make_engine: EngineFactory) -> None:
-    batches = [make_batch(seed) for seed in range(4)]
+def test_recomputed_pairs_never_flip(make_engine: EngineFactory) -> None:
+    batches = [random_batch(seed) for seed in range(4)]
     stats = make_engine(pair_source=PairSource.recomputed).update(batches, 0.6, 1)
     assert stats["flip_rate"] == 0.0
     assert stats["margin"] > 0
@@ -133,26 +126,22 @@ def test_update_never_runs_the_trunk_and_moves_the_head_alone(
     assert not torch.equal(again.reward_N, again.frozen_reward_N)
 
 
-def test_paper_learning_rate_moves_nearly_all_weights(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_paper_learning_rate_moves_nearly_all_weights(make_engine: EngineFactory) -> None:
     # At the paper's 0.02, where a float32 step of 1e-6 is not lost.
     engine = make_engine(learning_rate=1e-6, init_std=0.02)
     before = parameters(engine)
-    engine.update([make_batch(1)], 0.6, 1)
+    engine.update([random_batch(1)], 0.6, 1)
     after = parameters(engine)
     moved = torch.cat([(after[name] != before[name]).flatten() for name in before])
     assert moved.double().mean() > 0.99
 
 
-def test_frozen_head_is_measured_and_not_changed(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_frozen_head_is_measured_and_not_changed(make_engine: EngineFactory) -> None:
     frozen = make_engine(update_steps=0)
     before = frozen.digests()
-    stats = frozen.update([make_batch(1)], 0.6, 1)
+    stats = frozen.update([random_batch(1)], 0.6, 1)
     assert frozen.digests() == before
-    expected = make_engine().update([make_batch(1)], 0.6, 1)
+    expected = make_engine().update([random_batch(1)], 0.6, 1)
     assert stats.items() <= expected.items()
     assert expected.keys() - stats.keys() == {
         "gradient_norm",
@@ -163,17 +152,15 @@ def test_frozen_head_is_measured_and_not_changed(
     }
 
 
-def test_a_head_that_reads_nothing_and_learns_nothing_has_no_statistics(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
-    assert make_engine(update_steps=0, omega_floor=1.0).update([make_batch(1)], 1.0, 1) == {}
+def test_a_head_that_reads_nothing_and_learns_nothing_has_no_statistics(make_engine: EngineFactory) -> None:
+    assert make_engine(update_steps=0, omega_floor=1.0).update([random_batch(1)], 1.0, 1) == {}
 
 
 def test_without_feedback_only_the_scoring_head_moves(
-    make_states: StatesFactory, make_engine: EngineFactory, trajectories: Trajectories
+    make_engine: EngineFactory, trajectories: Trajectories
 ) -> None:
     engine = make_engine(omega_floor=1.0)
-    empty = make_states(trajectories.layout, seed=0, width=0)
+    empty = states(trajectories.layout, seed=0, width=0)
     _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
     before = parameters(engine)
     stats = engine.update([RewardBatch(hidden=empty, annotation=annotation)], 1.0, 1)
@@ -182,21 +169,17 @@ def test_without_feedback_only_the_scoring_head_moves(
     assert stats["feedback_ratio"] == 0.0
 
 
-def test_several_update_steps_are_repeated_single_ones(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
+def test_several_update_steps_are_repeated_single_ones(make_engine: EngineFactory) -> None:
     twice, once = make_engine(update_steps=2), make_engine()
-    stats = twice.update([make_batch(1)], 0.6, 1)
-    first = once.update([make_batch(1)], 0.6, 1)
-    once.update([make_batch(1)], 0.6, 1)
+    stats = twice.update([random_batch(1)], 0.6, 1)
+    first = once.update([random_batch(1)], 0.6, 1)
+    once.update([random_batch(1)], 0.6, 1)
     assert twice.digests() == once.digests()
     assert stats == first
 
 
-def test_update_does_not_depend_on_the_cut_into_shards(
-    make_batch: BatchFactory, make_engine: EngineFactory
-) -> None:
-    one, other = make_batch(1), make_batch(2)
+def test_update_does_not_depend_on_the_cut_into_shards(make_engine: EngineFactory) -> None:
+    one, other = random_batch(1), random_batch(2)
     notes = (one.annotation, other.annotation)
     layout = Layout.from_lengths([*one.hidden.layout.lengths, *other.hidden.layout.lengths], K)
     joined = RewardBatch(
@@ -217,16 +200,14 @@ def test_update_does_not_depend_on_the_cut_into_shards(
         torch.testing.assert_close(parameters(whole)[name], value, atol=1e-6, rtol=0)
 
 
-def test_groups_that_teach_nothing_move_nothing_even_by_momentum(
-    make_batch: BatchFactory, make_states: StatesFactory, make_engine: EngineFactory
-) -> None:
+def test_groups_that_teach_nothing_move_nothing_even_by_momentum(make_engine: EngineFactory) -> None:
     engine = make_engine()
-    engine.update([make_batch(1)], 0.6, 1)
+    engine.update([random_batch(1)], 0.6, 1)
     before = engine.digests()
-    batch = make_batch(2)
+    batch = random_batch(2)
     layout = Layout.from_lengths([5] * 2 * K, K)
     tied = RewardBatch(
-        hidden=Hidden(layout=layout, hidden_TP=make_states(layout, seed=0).hidden_TP[:5].repeat(2 * K, 1)),
+        hidden=Hidden(layout=layout, hidden_TP=states(layout, seed=0).hidden_TP[:5].repeat(2 * K, 1)),
         annotation=replace(
             batch.annotation,
             layout=layout,

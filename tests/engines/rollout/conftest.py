@@ -1,4 +1,4 @@
-"""Rollout engines for the tests of this folder, and transformers' own reading of what they sampled."""
+"""Rollout engines for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from rollout_rows import STOP_TOKENS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from r2m_ray.core.batch import Prompt, SamplePlan, Trajectories
 from r2m_ray.engines.rollout.engine import RolloutEngine
 from r2m_ray.engines.rollout.vllm_engine import prepare_environment
 
 # Small blocks, so that longer prompts fill some and the prefix cache has something to share.
 ENGINE_ARGS = {"enforce_eager": True, "block_size": 32, "max_num_seqs": 64}
-STOP_TOKENS = [2, 9]
 
 
 @contextmanager
@@ -40,31 +38,6 @@ def running(model_dir: Path, **arguments: Any) -> Iterator[RolloutEngine]:
         yield engine
     finally:
         engine.close()
-
-
-def plan(**changes: Any) -> SamplePlan:
-    """6 prompts of 3 to 63 words in 4 rows each, at temperature 0.7."""
-    prompts = tuple(
-        Prompt(index=i, text=" ".join(f"w{(7 * i + j) % 150}" for j in range(3 + 12 * i))) for i in range(6)
-    )
-    settings = {
-        "prompts": prompts,
-        "group_size": 4,
-        "step": 1,
-        "seed": 3,
-        "temperature": 0.7,
-        "max_new_tokens": 20,
-    }
-    return SamplePlan(**(settings | changes))
-
-
-def readings(model: PreTrainedModel, rows: Trajectories) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Where each row lies, its last hidden states [S−1, P] and its logits [S−1, V], row by row."""
-    for n in range(rows.layout.rows):
-        where = rows.layout.slice_of(n)
-        with torch.no_grad():
-            hidden = model.get_decoder()(rows.input_T[where][None]).last_hidden_state[0]
-            yield where, hidden, model.get_output_embeddings()(hidden)
 
 
 @pytest.fixture(scope="module", params=["synchronous", "asynchronous"])
@@ -99,21 +72,6 @@ def start_engine(scheduling: str) -> Callable[..., AbstractContextManager[Rollou
             yield engine
 
     return started
-
-
-@pytest.fixture(scope="session")
-def make_plan() -> Callable[..., SamplePlan]:
-    return plan
-
-
-@pytest.fixture(scope="session")
-def read_rows() -> Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, Tensor, Tensor]]]:
-    return readings
-
-
-@pytest.fixture(scope="session")
-def stop_tokens() -> list[int]:
-    return STOP_TOKENS
 
 
 @pytest.fixture(scope="session")

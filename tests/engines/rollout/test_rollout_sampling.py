@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_rows import STOP_TOKENS, readings, sample_plan
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from r2m_ray.core.batch import Prompt, SamplePlan, Trajectories
+from r2m_ray.core.batch import Prompt, Trajectories
 from r2m_ray.engines.rollout.engine import RolloutEngine, row_seed
 from r2m_ray.engines.rollout.vllm_engine import Export, prepare_environment, refuse_unknown_version
 from r2m_ray.errors import InputError, RunError
-
-Readings = Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, torch.Tensor, torch.Tensor]]]
-MakePlan = Callable[..., SamplePlan]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +31,9 @@ def assert_same(one: Trajectories, other: Trajectories) -> None:
     assert torch.equal(one.rollout_logp_T, other.rollout_logp_T)
 
 
-def test_logprobs_are_those_of_the_tempered_logits(
-    engine: RolloutEngine, policy: PreTrainedModel, make_plan: MakePlan, read_rows: Readings
-) -> None:
-    ((rows, _),) = engine.sample([make_plan(greedy_first=True)])
-    for n, (where, _, logits) in enumerate(read_rows(policy, rows)):
+def test_logprobs_are_those_of_the_tempered_logits(engine: RolloutEngine, policy: PreTrainedModel) -> None:
+    ((rows, _),) = engine.sample([sample_plan(greedy_first=True)])
+    for n, (where, _, logits) in enumerate(readings(policy, rows)):
         greedy = n % 4 == 0
         logp = (logits if greedy else logits / 0.7).log_softmax(-1)
         logp = logp.gather(1, rows.label_T[where, None])[:, 0]
@@ -48,29 +44,31 @@ def test_logprobs_are_those_of_the_tempered_logits(
             assert torch.equal(logits.argmax(-1)[action], rows.label_T[where][action])
 
 
-def test_temperature_zero_is_greedy_in_every_row(engine: RolloutEngine, make_plan: MakePlan) -> None:
-    ((greedy, _),) = engine.sample([make_plan(temperature=0.0, group_size=2)])
-    ((mixed, _),) = engine.sample([make_plan(greedy_first=True)])
+def test_temperature_zero_is_greedy_in_every_row(engine: RolloutEngine) -> None:
+    ((greedy, _),) = engine.sample([sample_plan(temperature=0.0, group_size=2)])
+    ((mixed, _),) = engine.sample([sample_plan(greedy_first=True)])
     for group in range(6):
         first = greedy.label_T[greedy.layout.slice_of(2 * group)]
         assert torch.equal(first, greedy.label_T[greedy.layout.slice_of(2 * group + 1)])
         assert torch.equal(first, mixed.label_T[mixed.layout.slice_of(4 * group)])
 
 
-def test_a_plan_gives_the_same_rows_in_any_batch(engine: RolloutEngine, make_plan: MakePlan) -> None:
-    plan = make_plan()
+def test_a_plan_gives_the_same_rows_in_any_batch(engine: RolloutEngine) -> None:
+    plan = sample_plan()
     ((alone, alone_hidden),) = engine.sample([plan])
-    shards = engine.sample([make_plan(seed=9, temperature=1.3), plan, make_plan(step=2, greedy_first=True)])
+    shards = engine.sample(
+        [sample_plan(seed=9, temperature=1.3), plan, sample_plan(step=2, greedy_first=True)]
+    )
     assert_same(alone, shards[1][0])
     # Hidden states pass through kernels that block by batch size: equal values, not equal bits.
     torch.testing.assert_close(alone_hidden.hidden_TP, shards[1][1].hidden_TP, atol=1e-5, rtol=1e-5)
 
 
-def test_seed_step_and_row_each_change_the_sample(engine: RolloutEngine, make_plan: MakePlan) -> None:
-    plans = [make_plan(), make_plan(seed=4), make_plan(step=2)]
+def test_seed_step_and_row_each_change_the_sample(engine: RolloutEngine) -> None:
+    plans = [sample_plan(), sample_plan(seed=4), sample_plan(step=2)]
     labels = [tuple(rows.label_T.tolist()) for rows, _ in engine.sample(plans)]
     assert len(set(labels)) == 3
-    ((rows, _),) = engine.sample([make_plan(temperature=1.5)])
+    ((rows, _),) = engine.sample([sample_plan(temperature=1.5)])
     assert len({rows.responses[n] for n in range(4)}) == 4
 
 
@@ -96,42 +94,37 @@ def test_row_seeds_are_pinned_and_distinct() -> None:
 
 
 def test_responses_end_with_any_end_token_or_are_truncated(
-    engine: RolloutEngine,
-    make_plan: MakePlan,
-    stop_tokens: list[int],
-    tiny_tokenizer: PreTrainedTokenizerFast,
+    engine: RolloutEngine, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    ((rows, _),) = engine.sample([make_plan(group_size=32, temperature=1.5, max_new_tokens=60)])
+    ((rows, _),) = engine.sample([sample_plan(group_size=32, temperature=1.5, max_new_tokens=60)])
     last = set()
     for n in range(rows.layout.rows):
         where = rows.layout.slice_of(n)
         response = rows.label_T[where][rows.action_T[where]].tolist()
-        ended = response[-1] in stop_tokens
-        assert not set(response[:-1]) & set(stop_tokens)
+        ended = response[-1] in STOP_TOKENS
+        assert not set(response[:-1]) & set(STOP_TOKENS)
         assert rows.truncated_N[n] == (not ended)
         assert ended or len(response) == 60
         words = [f"w{i - 4}" for i in response if i >= 4]
         assert rows.responses[n].split() == words
         last.add(response[-1] if ended else None)
-    assert last == {*stop_tokens, None}
-    assert tiny_tokenizer.eos_token_id == stop_tokens[0]
+    assert last == {*STOP_TOKENS, None}
+    assert tiny_tokenizer.eos_token_id == STOP_TOKENS[0]
 
 
-def test_an_end_token_alone_is_a_response(
-    engine: RolloutEngine, make_plan: MakePlan, stop_tokens: list[int]
-) -> None:
-    ((rows, hidden),) = engine.sample([make_plan(group_size=128, temperature=2.0, max_new_tokens=2)])
+def test_an_end_token_alone_is_a_response(engine: RolloutEngine) -> None:
+    ((rows, hidden),) = engine.sample([sample_plan(group_size=128, temperature=2.0, max_new_tokens=2)])
     empty = [n for n in range(rows.layout.rows) if rows.response_lengths[n] == 1]
     assert empty
     for n in empty:
         where = rows.layout.slice_of(n)
-        assert int(rows.label_T[where][-1]) in stop_tokens
+        assert int(rows.label_T[where][-1]) in STOP_TOKENS
         assert not rows.truncated_N[n]
     assert len(hidden.hidden_TP) == rows.layout.tokens
 
 
-def test_records_carry_prompts_layout_and_version(engine: RolloutEngine, make_plan: MakePlan) -> None:
-    plan = make_plan(group_size=2)
+def test_records_carry_prompts_layout_and_version(engine: RolloutEngine) -> None:
+    plan = sample_plan(group_size=2)
     ((rows, hidden),) = engine.sample([plan])
     assert rows.prompts == tuple(prompt.text for prompt in plan.prompts)
     assert rows.version == engine.version == 0
@@ -143,12 +136,12 @@ def test_records_carry_prompts_layout_and_version(engine: RolloutEngine, make_pl
     assert not hidden.hidden_TP.is_inference()
 
 
-def test_torn_rows_are_sampled_again(engine: RolloutEngine, make_plan: MakePlan) -> None:
-    ((before, before_hidden),) = engine.sample([make_plan()])
+def test_torn_rows_are_sampled_again(engine: RolloutEngine) -> None:
+    ((before, before_hidden),) = engine.sample([sample_plan()])
     count = engine.stats()["regenerated_rows"]
     # Now the prefix cache holds the long prompts, but their hidden states are invalid.
     engine._vllm._llm.collective_rpc("forget_hidden")
-    ((after, after_hidden),) = engine.sample([make_plan()])
+    ((after, after_hidden),) = engine.sample([sample_plan()])
     # Prompts of 39, 51 and 63 tokens fill a block of 32.
     assert engine.stats()["regenerated_rows"] - count == 3 * 4
     assert_same(before, after)
@@ -178,7 +171,6 @@ def test_torn_rows_are_sampled_again(engine: RolloutEngine, make_plan: MakePlan)
 )
 def test_hidden_states_torn_twice_are_an_error(
     engine: RolloutEngine,
-    make_plan: MakePlan,
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[[dict[str, Export]], dict[str, Export]],
     message: str,
@@ -188,7 +180,7 @@ def test_hidden_states_torn_twice_are_an_error(
     take = HiddenStatesConnector.take_exports
     monkeypatch.setattr(HiddenStatesConnector, "take_exports", lambda self: fault(take(self)))
     with pytest.raises(RunError, match=message):
-        engine.sample([make_plan(group_size=1)])
+        engine.sample([sample_plan(group_size=1)])
 
 
 def test_the_export_shares_the_memory_of_keys_and_values(
@@ -201,12 +193,12 @@ def test_the_export_shares_the_memory_of_keys_and_values(
     assert 0.99 < used / cache.kv_cache_memory_bytes <= 1
 
 
-def test_prompts_that_are_empty_or_too_long_are_refused(engine: RolloutEngine, make_plan: MakePlan) -> None:
+def test_prompts_that_are_empty_or_too_long_are_refused(engine: RolloutEngine) -> None:
     with pytest.raises(InputError, match="prompt 7 has 0 tokens"):
-        engine.sample([make_plan(prompts=(Prompt(index=7, text=""),))])
+        engine.sample([sample_plan(prompts=(Prompt(index=7, text=""),))])
     long = Prompt(index=8, text=" ".join(["w1"] * 109))
     with pytest.raises(InputError, match="prompt 8 has 109 tokens, where 1 to 108"):
-        engine.sample([make_plan(prompts=(long,))])
+        engine.sample([sample_plan(prompts=(long,))])
 
 
 def test_a_second_exporting_engine_in_this_process_is_refused(

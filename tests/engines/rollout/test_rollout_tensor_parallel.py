@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_rows import moved, readings, sample_plan
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from r2m_ray.core.batch import SamplePlan, Trajectories
+from r2m_ray.core.batch import Trajectories
 from r2m_ray.engines.rollout.engine import RolloutEngine
 from r2m_ray.engines.weights import WeightDigest, pack_buckets
 from r2m_ray.errors import DeviceLost, RunError
 
-Readings = Callable[[PreTrainedModel, Trajectories], Iterator[tuple[slice, torch.Tensor, torch.Tensor]]]
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -31,34 +31,27 @@ def one_thread_a_rank() -> Iterator[None]:
         yield
 
 
-def assert_states(policy: PreTrainedModel, rows: Trajectories, hidden: torch.Tensor, read: Readings) -> None:
-    for where, expected, _ in read(policy, rows):
+def assert_states(policy: PreTrainedModel, rows: Trajectories, hidden: torch.Tensor) -> None:
+    for where, expected, _ in readings(policy, rows):
         torch.testing.assert_close(hidden[where], expected, atol=1e-4, rtol=0)
 
 
 def test_hidden_states_and_weights(
-    start_engine: Callable[..., Any],
-    policy_dir: Path,
-    policy: PreTrainedModel,
-    make_plan: Callable[..., SamplePlan],
-    read_rows: Readings,
+    start_engine: Callable[..., Any], policy_dir: Path, policy: PreTrainedModel
 ) -> None:
     with start_engine(policy_dir, engine_args=TWO_RANKS) as engine:
         for _ in range(2):
-            ((rows, hidden),) = engine.sample([make_plan(greedy_first=True)])
-            assert_states(policy, rows, hidden.hidden_TP, read_rows)
+            ((rows, hidden),) = engine.sample([sample_plan(greedy_first=True)])
+            assert_states(policy, rows, hidden.hidden_TP)
         assert engine.stats()["regenerated_rows"] == 0
         shapes = engine._vllm._llm.collective_rpc(_buffer_shape)
         assert [width for _, width in shapes] == [32, 32]
-        model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model = moved(AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).eval(), seed=1)
         update(engine, model, 1)
-        ((rows, hidden),) = engine.sample([make_plan(temperature=0.0)])
+        ((rows, hidden),) = engine.sample([sample_plan(temperature=0.0)])
         assert rows.version == 1
-        assert_states(model, rows, hidden.hidden_TP, read_rows)
-        for where, _, logits in read_rows(model, rows):
+        assert_states(model, rows, hidden.hidden_TP)
+        for where, _, logits in readings(model, rows):
             action = rows.action_T[where]
             assert torch.equal(logits.argmax(-1)[action], rows.label_T[where][action])
         with pytest.raises(RunError, match="sha256"):
@@ -76,27 +69,23 @@ def test_hidden_states_however_they_come(
     scheduling: str,
     policy_dir: Path,
     policy: PreTrainedModel,
-    make_plan: Callable[..., SamplePlan],
-    read_rows: Readings,
     engine_args: dict[str, Any],
 ) -> None:
     if scheduling == "asynchronous" and "num_gpu_blocks_override" in engine_args:
         pytest.skip("refused; see test_rollout_hidden")
     with start_engine(policy_dir, engine_args=TWO_RANKS | engine_args) as engine:
         for _ in range(2):
-            ((rows, hidden),) = engine.sample([make_plan()])
-            assert_states(policy, rows, hidden.hidden_TP, read_rows)
+            ((rows, hidden),) = engine.sample([sample_plan()])
+            assert_states(policy, rows, hidden.hidden_TP)
         assert engine.stats()["regenerated_rows"] == 0
 
 
 @pytest.mark.slow
-def test_a_dead_rank_is_a_lost_device(
-    start_engine: Callable[..., Any], policy_dir: Path, make_plan: Callable[..., SamplePlan]
-) -> None:
+def test_a_dead_rank_is_a_lost_device(start_engine: Callable[..., Any], policy_dir: Path) -> None:
     with start_engine(policy_dir, engine_args=TWO_RANKS) as engine:
         os.kill(engine._vllm._llm.llm_engine.model_executor.workers[1].proc.pid, signal.SIGKILL)
         with pytest.raises(DeviceLost, match="rollout engine: one of its workers failed"):
-            engine.sample([make_plan()])
+            engine.sample([sample_plan()])
 
 
 def update(engine: RolloutEngine, model: PreTrainedModel, version: int, digest: str | None = None) -> None:
