@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 
-from r2m_ray.engines.hardware import accelerators, usable_cores
 from r2m_ray.errors import redacted_command
 
 PACKAGES = (
@@ -30,6 +29,9 @@ def environment() -> dict[str, Any]:
     ``memory_bytes`` is the machine's. ``cores`` are those that this process may use. ``commit`` is the
     package's own, null outside a git checkout.
     """
+    # It loads torch, which a comparison of versions does not need.
+    from r2m_ray.engines.hardware import accelerators, usable_cores
+
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": redacted_command(sys.argv),

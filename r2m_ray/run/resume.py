@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from r2m_ray.config.fields import deciding, field_of, fields
+from r2m_ray.config.fields import deciding, field_of, fields, leaves
 from r2m_ray.config.schema import RESHARD_OPTIONS, Config, Resume, TaskName
 from r2m_ray.errors import InputError, Problem, redacted, shown
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, driver_state
@@ -95,7 +95,7 @@ def differences(stored: Identity, current: Identity, *, reshard: bool) -> Iterat
 def flat_config(config: Config) -> dict[str, Any]:
     """Every value of a configuration by its dotted path, those inside passed-through options included."""
     text = redacted(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    return dict(_leaves("", OmegaConf.to_container(OmegaConf.create(text))))
+    return dict(leaves(OmegaConf.to_container(OmegaConf.create(text))))
 
 
 def model_digests(name: str) -> dict[str, str]:
@@ -179,14 +179,6 @@ def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tu
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
         if old != new:
             yield key, old, new
-
-
-def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(f"{path}.{name}" if path else str(name), inner)
-    else:
-        yield path, value
 
 
 def _digest(file: Path) -> str:

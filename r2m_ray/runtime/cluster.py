@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,10 @@ def cluster(config: ClusterConfig, stop: StopRequest | None = None) -> Iterator[
             with _own(config, stop):
                 yield
         else:
-            with _connected(config, address=config.address), _watched(stop, joined=True):
+            with (
+                _connected(config, address=config.address),
+                closing(ServerWatch(stop, head=ray.get_runtime_context().gcs_address)),
+            ):
                 yield
 
 
@@ -84,7 +87,7 @@ def _own(config: ClusterConfig, stop: StopRequest | None) -> Iterator[None]:
                 include_dashboard=False,
                 logging_level="ERROR",
             ),
-            _watched(stop),
+            closing(ServerWatch(stop)),
         ):
             yield
 
@@ -109,15 +112,6 @@ def _connected(config: ClusterConfig, **arguments: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _watched(stop: StopRequest | None, *, joined: bool = False) -> Iterator[None]:
-    watch = ServerWatch(stop, head=ray.get_runtime_context().gcs_address if joined else None)
-    try:
-        yield
-    finally:
-        watch.stop()
 
 
 @contextmanager
@@ -150,7 +144,7 @@ class ServerWatch:
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="server watch", daemon=True).start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Stop watching; the servers may end now."""
         self._over.set()
 

@@ -17,6 +17,7 @@ from r2m_ray.errors import HIDDEN, redacted, redacted_command
 from r2m_ray.runtime.device import actor_environment
 
 SUBMIT = Path(__file__).resolve().parents[2] / "launch" / "submit.py"
+TRAIN = ("train", "experiment=demo", "run.root=/shared/runs", "prepare.root=/shared/prepared")
 NAMES = ("WANDB_API_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN", "DB_PASSWORD", "MY_SECRET", "AWS_SECRET_ACCESS_KEY")
 CANARIES = {name: f"canary{n}{'0123456789' * 4}"[:40] for n, name in enumerate(NAMES)}
 
@@ -80,7 +81,7 @@ def test_a_submission_carries_nothing_of_the_environment(
 ) -> None:
     for name, value in CANARIES.items():
         monkeypatch.setenv(name, value)
-    assert submit.main(["--dry-run", "--", "train", "experiment=demo"]) == 0
+    assert submit.main(["--dry-run", "--", *TRAIN]) == 0
     printed = capsys.readouterr()
     assert not any(value in printed.out + printed.err for value in CANARIES.values())
 
@@ -108,7 +109,7 @@ def test_a_secret_in_a_submission_is_refused_without_showing_it(
     monkeypatch.setenv("MY_SECRET", canary)
     file = tmp_path / "env.yaml"
     file.write_text(runtime_env.replace("%s", canary))
-    command = ["train", "experiment=demo", *([override.replace("%s", canary)] if override else [])]
+    command = [*TRAIN, *([override.replace("%s", canary)] if override else [])]
     assert submit.main(["--dry-run", "--runtime-env", str(file), "--", *command]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
