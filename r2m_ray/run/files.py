@@ -28,6 +28,7 @@ from r2m_ray.run.vocabulary import current_row
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 LOCK_FILE = ".lock"
