@@ -57,10 +57,14 @@ class TestAStartThatFails:
         assert list((tmp_path / "run").iterdir()) == []
 
     def test_a_run_that_began_keeps_its_files(self, tmp_path: Path):
-        with pytest.raises(RunError), run_log(tmp_path / "run") as log:
-            log.rewind(0)
-            write(log, range(1, 2))
-            raise RunError("policy-0 died")
+        def dies() -> None:
+            with run_log(tmp_path / "run") as log:
+                log.rewind(0)
+                write(log, range(1, 2))
+                raise RunError("policy-0 died")
+
+        with pytest.raises(RunError):
+            dies()
         assert [row["step"] for row in read_steps(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
 
     def test_a_run_that_resumes_keeps_its_files(self, tmp_path: Path):
