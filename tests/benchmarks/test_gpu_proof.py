@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from r2m_ray.config.rules import validate
+from r2m_ray.engines.text import policy_prompt_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,7 +88,16 @@ def test_states_of_other_weights_are_not_exact(setup: Any, tmp_path: Path) -> No
     assert not compared_states(policies[1], setup.DRY, found)["within_rounding"]
 
 
-def test_thelargest_difference_of_two_runs_is_named(setup: Any) -> None:
+def test_a_prompt_has_as_many_tokens_as_the_sizes_say(setup: Any, tmp_path: Path) -> None:
+    pairs = [json.loads(line) for line in setup.preference_file(tmp_path, setup.DRY).read_text().splitlines()]
+    prompts = [prompt.text for prompt in setup.plan(setup.DRY).prompts] + [pair["prompt"] for pair in pairs]
+    for directory in (setup.policy_dir(tmp_path, setup.DRY), setup.reward_dir(tmp_path, setup.DRY)):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        lengths = {len(policy_prompt_ids(tokenizer, prompt)) for prompt in prompts}
+        assert lengths == {setup.DRY.prompt_words}
+
+
+def test_the_largest_difference_of_two_runs_is_named(setup: Any) -> None:
     from gpu_parts.recovery import largest_difference
 
     quiet = [{"step": 1, "kind": "step", "reward/mean": 2.0, "gold/mean": None, "time/step": 1.0}]
