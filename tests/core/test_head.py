@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from heads import CROSS_ATTENTION, D, P, Packed, gradients, head, random
+from heads import CROSS_ATTENTION, D, P, gradients, head, literal_feedback, packed, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from r2m_ray.core.head import R2MHead, attention, omega
-
-Literal = Callable[[R2MHead, Tensor, Tensor, Tensor], Tensor]
+from r2m_ray.core.head import attention, omega
 
 
 def test_omega_by_hand() -> None:
@@ -46,7 +43,7 @@ def test_omega_refuses_what_is_no_schedule(step: int, total: int, floor: float) 
     seed=st.integers(0, 99),
 )
 def test_the_head_is_equation_3_and_4_with_all_gradients(
-    packed: Packed, literal_feedback: Literal, lengths: list[int], weight: float, bias: bool, seed: int
+    lengths: list[int], weight: float, bias: bool, seed: int
 ) -> None:
     module, offsets = head(bias=bias).double(), packed(lengths)
     rte_ND = random(len(lengths), D, seed=seed).double()
@@ -72,7 +69,7 @@ def test_the_head_is_equation_3_and_4_with_all_gradients(
         assert relative(actual[name], expected) < 1e-12, name
 
 
-def test_attend_gradcheck(packed: Packed) -> None:
+def test_attend_gradcheck() -> None:
     hidden_TP = random(9, 4).double()
     offsets = packed([3, 0, 1, 5])
     u_NP = random(4, 4, seed=1).double().requires_grad_()
@@ -80,7 +77,7 @@ def test_attend_gradcheck(packed: Packed) -> None:
     assert torch.autograd.gradcheck(lambda u: module.attend(u, hidden_TP, offsets), (u_NP,))
 
 
-def test_whole_head_gradcheck(packed: Packed) -> None:
+def test_whole_head_gradcheck() -> None:
     module = head(4, 3, 2).double()
     rte_ND, hidden_TP, offsets = random(3, 3).double(), random(8, 4, seed=1).double(), packed([4, 1, 3])
     names, values = zip(*module.named_parameters(), strict=True)
@@ -94,7 +91,7 @@ def test_whole_head_gradcheck(packed: Packed) -> None:
     assert torch.autograd.gradcheck(rewards, values)
 
 
-def test_rows_without_states_have_no_feedback(packed: Packed) -> None:
+def test_rows_without_states_have_no_feedback() -> None:
     module = head()
     context_NP = module.attend(random(3, P), random(4, P, seed=1), packed([3, 0, 1]))
     assert context_NP[1].count_nonzero() == 0
@@ -103,9 +100,7 @@ def test_rows_without_states_have_no_feedback(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 96, 1024])
-def test_a_row_does_not_depend_on_its_neighbours(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, width: int
-) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     # The rows of 33 to 48 states are attended to together, in blocks of two.
     monkeypatch.setattr("r2m_ray.core.head.STATES_AT_ONCE_ON_CPU", 2 * 48 * width)
     lengths = [5, 40, 1, 33, 17, 48, 41]
@@ -117,7 +112,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
         assert torch.equal(alone[1][0], context_NP[row])
 
 
-def test_blocks_of_rows_equal_a_loop_over_rows(packed: Packed) -> None:
+def test_blocks_of_rows_equal_a_loop_over_rows() -> None:
     """Forward and backward; the products of a row are the same ones, summed in another order."""
     lengths = [*range(40), 100, 300]
     offsets, u_NP, hidden_TP = packed(lengths), random(42, 64) / 8, random(sum(lengths), 64, seed=1)
@@ -133,7 +128,7 @@ def test_blocks_of_rows_equal_a_loop_over_rows(packed: Packed) -> None:
         torch.testing.assert_close(grad_u_NP[row], grad_u, atol=1e-5, rtol=1e-6)
 
 
-def test_the_number_of_operations_does_not_grow_with_the_rows(packed: Packed) -> None:
+def test_the_number_of_operations_does_not_grow_with_the_rows() -> None:
     def operations(rows: int) -> int:
         lengths = [33 + n % 16 for n in range(rows)]
         inputs = random(rows, 64) / 8, random(sum(lengths), 64, seed=1), packed(lengths)
@@ -144,7 +139,7 @@ def test_the_number_of_operations_does_not_grow_with_the_rows(packed: Packed) ->
     assert operations(200) == operations(10)
 
 
-def test_a_row_that_is_not_finite_leaves_the_others_alone(packed: Packed) -> None:
+def test_a_row_that_is_not_finite_leaves_the_others_alone() -> None:
     lengths = [20, 18, 30]
     u_NP, hidden_TP = random(3, 64) / 8, random(68, 64, seed=1)
     _, expected_NP = attention(u_NP, hidden_TP, packed(lengths))
@@ -154,7 +149,7 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(packed: Packed) -> Non
     assert torch.equal(context_NP[[0, 2]], expected_NP[[0, 2]])
 
 
-def test_scores_far_apart_pick_one_state(packed: Packed) -> None:
+def test_scores_far_apart_pick_one_state() -> None:
     hidden_TP = torch.eye(3) * 1e4
     u_NP = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
     context_NP = head(3).attend(u_NP, hidden_TP, packed([3]))
@@ -162,7 +157,7 @@ def test_scores_far_apart_pick_one_state(packed: Packed) -> None:
     assert torch.autograd.grad(context_NP.sum(), u_NP)[0].tolist() == [[0, 0, 0]]
 
 
-def test_bfloat16_states_are_read_in_float32(packed: Packed) -> None:
+def test_bfloat16_states_are_read_in_float32() -> None:
     module, offsets = head(64, 48, 32, std=0.16), packed([30, 50])
     rte_ND, hidden_TP = random(2, 48), random(80, 64, seed=1).bfloat16()
     reward_N = module(rte_ND, hidden_TP, offsets, 0.6)
@@ -174,7 +169,7 @@ def test_bfloat16_states_are_read_in_float32(packed: Packed) -> None:
     )
 
 
-def test_nothing_of_the_size_of_keys_or_values_is_kept(packed: Packed) -> None:
+def test_nothing_of_the_size_of_keys_or_values_is_kept() -> None:
     module, offsets = head(64, 48, 32), packed([300, 500])
     hidden_TP = random(800, 64).bfloat16()
     kept: list[Tensor] = []
@@ -190,14 +185,14 @@ def test_nothing_of_the_size_of_keys_or_values_is_kept(packed: Packed) -> None:
     assert {tensor.data_ptr() for tensor in large} == {hidden_TP.data_ptr()}
 
 
-def test_states_must_be_detached(packed: Packed) -> None:
+def test_states_must_be_detached() -> None:
     with pytest.raises(ValueError, match="hidden_TP must be detached"):
         head().attend(random(1, P), random(2, P).requires_grad_(), packed([2]))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e30, 3e38])
 @pytest.mark.parametrize("bias", [False, True])
-def test_at_omega_one_the_score_is_the_reward_models_own(packed: Packed, size: float, bias: bool) -> None:
+def test_at_omega_one_the_score_is_the_reward_models_own(size: float, bias: bool) -> None:
     module = head(bias=bias, std=50.0)
     original = nn.Linear(D, 1, bias=bias)
     with torch.no_grad():
@@ -218,7 +213,7 @@ def test_omega_outside_its_range_is_refused(weight: float) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.6, 1.0])
-def test_without_feedback_the_head_is_the_scoring_layer(packed: Packed, weight: float) -> None:
+def test_without_feedback_the_head_is_the_scoring_layer(weight: float) -> None:
     module, rte_ND, offsets = head(0), random(4, D), packed([2, 3, 1, 5])
     reward_N = module(rte_ND, torch.zeros(11, 0), offsets, weight)
     assert module.score_bias is not None
@@ -238,7 +233,7 @@ def test_without_feedback_the_head_is_the_scoring_layer(packed: Packed, weight: 
     assert diagnostics.entropy_N.tolist() == pytest.approx([math.log(n) for n in (2, 3, 1, 5)])
 
 
-def test_diagnostics_equal_the_literal_form(packed: Packed, literal_feedback: Literal) -> None:
+def test_diagnostics_equal_the_literal_form() -> None:
     module, offsets = head().double(), packed([4, 1, 3])
     rte_ND, hidden_TP = random(3, D).double(), random(8, P, seed=1).double()
     result = module.diagnostics(rte_ND, hidden_TP, offsets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import CROSS_ATTENTION, D, E, P, Packed, gradients, head, random
+from heads import CROSS_ATTENTION, D, E, P, gradients, head, packed, random
 from torch import Tensor
 
 from r2m_ray.core.head import R2MHead
@@ -44,7 +44,7 @@ def test_phi_starts_as_a_copy_in_float32() -> None:
     assert weight.count_nonzero() == D
 
 
-def test_zero_output_projection_starts_without_feedback(packed: Packed) -> None:
+def test_zero_output_projection_starts_without_feedback() -> None:
     module = R2MHead(P, D, E, random(D), wo_init="zero", init_std=0.4)
     rte_ND = random(2, D)
     torch.autograd.backward(module(rte_ND, random(5, P), packed([2, 3]), 0.6).sum())
@@ -67,7 +67,7 @@ def test_a_head_that_does_not_fit_is_refused(arguments: dict[str, object], messa
         R2MHead(P, D, E, **{"score_weight": torch.zeros(D), **arguments})  # type: ignore[arg-type]
 
 
-def trained_loss(module: R2MHead, packed: Packed, rte_ND: Tensor, hidden_TP: Tensor) -> Tensor:
+def trained_loss(module: R2MHead, rte_ND: Tensor, hidden_TP: Tensor) -> Tensor:
     rows = rte_ND.shape[0]
     offsets = packed([hidden_TP.shape[0] // rows] * rows)
     reward_GK = module(rte_ND, hidden_TP, offsets, 0.6).reshape(-1, 4)
@@ -75,9 +75,9 @@ def trained_loss(module: R2MHead, packed: Packed, rte_ND: Tensor, hidden_TP: Ten
     return grebt(reward_GK, reward_GK.detach(), ids, entropy_weight=0.3)[0]
 
 
-def test_only_cross_attention_and_phi_receive_gradients(packed: Packed) -> None:
+def test_only_cross_attention_and_phi_receive_gradients() -> None:
     module, rte_ND, hidden_TP = head(), random(8, D), random(40, P, seed=1)
-    torch.autograd.backward(trained_loss(module, packed, rte_ND, hidden_TP))
+    torch.autograd.backward(trained_loss(module, rte_ND, hidden_TP))
     grads = gradients(module)
     assert set(grads) == CROSS_ATTENTION | {"score_weight", "score_bias"}
     # A common bias cancels in every pair and in every standardised reward.
@@ -89,13 +89,13 @@ def test_only_cross_attention_and_phi_receive_gradients(packed: Packed) -> None:
 
 
 @pytest.mark.parametrize("flat", ["all", "one"])
-def test_equal_rewards_put_no_nan_into_any_parameter(packed: Packed, flat: str) -> None:
+def test_equal_rewards_put_no_nan_into_any_parameter(flat: str) -> None:
     module, rte_ND, hidden_TP = head(), random(8, D), random(40, P, seed=1)
     last = 8 if flat == "all" else 4
     rte_ND[:last] = rte_ND[0]
     hidden_TP[: 5 * last] = hidden_TP[0]
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0)
-    loss = trained_loss(module, packed, rte_ND, hidden_TP)
+    loss = trained_loss(module, rte_ND, hidden_TP)
     torch.autograd.backward(loss)
     assert (loss.item() == 0) == (flat == "all")
     optimizer.step()
@@ -103,11 +103,9 @@ def test_equal_rewards_put_no_nan_into_any_parameter(packed: Packed, flat: str) 
 
 
 @pytest.mark.parametrize(("dtype", "low", "high"), [(torch.float32, 0.99, 1.0), (torch.bfloat16, 0.0, 0.05)])
-def test_small_learning_rates_need_float32(
-    packed: Packed, dtype: torch.dtype, low: float, high: float
-) -> None:
+def test_small_learning_rates_need_float32(dtype: torch.dtype, low: float, high: float) -> None:
     module = head(64, 48, 32, bias=False, std=0.16)
-    torch.autograd.backward(trained_loss(module, packed, random(8, 48), random(40, 64, seed=1)))
+    torch.autograd.backward(trained_loss(module, random(8, 48), random(40, 64, seed=1)))
     module.to(dtype)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in module.parameters()])
     torch.optim.Adam(module.parameters(), lr=1e-6).step()

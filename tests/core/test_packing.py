@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from heads import packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from r2m_ray.core.packing import microbatches, position_ids, row_index, segment_sum, select_rows
 
-Packed = Callable[[Sequence[int]], Tensor]
 row_lengths = st.lists(st.integers(0, 60), max_size=40)
 lengths_of_rows = st.lists(st.integers(0, 6), min_size=1, max_size=6)
 
@@ -62,14 +60,14 @@ def test_bad_input_is_refused(lengths: list[int], budget: int, message: str) -> 
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8))
-def test_positions_restart_with_each_row(packed: Packed, lengths: list[int]) -> None:
+def test_positions_restart_with_each_row(lengths: list[int]) -> None:
     expected = [position for length in lengths for position in range(length)]
     assert position_ids(packed(lengths)).tolist() == expected
 
 
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8))
-def test_selected_rows_keep_their_tokens(packed: Packed, data: st.DataObject, lengths: list[int]) -> None:
+def test_selected_rows_keep_their_tokens(data: st.DataObject, lengths: list[int]) -> None:
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=8))
     value_T = torch.arange(sum(lengths))
     index, offsets = select_rows(packed(lengths), rows)
@@ -79,7 +77,7 @@ def test_selected_rows_keep_their_tokens(packed: Packed, data: st.DataObject, le
     assert value_T[index].tolist() == expected
 
 
-def test_microbatches_cover_the_packed_axis(packed: Packed) -> None:
+def test_microbatches_cover_the_packed_axis() -> None:
     lengths = [5, 1, 4, 2, 6, 3]
     offsets = packed(lengths)
     tokens = [select_rows(offsets, batch)[0] for batch in microbatches(offsets.diff(), 8)]
@@ -88,7 +86,7 @@ def test_microbatches_cover_the_packed_axis(packed: Packed) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(lengths=lengths_of_rows, trailing=st.sampled_from([(), (3,), (2, 2)]), seed=st.integers(0, 99))
-def test_sums_equal_loops(packed: Packed, lengths: list[int], trailing: tuple[int, ...], seed: int) -> None:
+def test_sums_equal_loops(lengths: list[int], trailing: tuple[int, ...], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     value_T = torch.randn(sum(lengths), *trailing, generator=generator, dtype=torch.float64)
     rows = torch.split(value_T, lengths)
@@ -100,15 +98,15 @@ def test_sums_equal_loops(packed: Packed, lengths: list[int], trailing: tuple[in
 
 @settings(deadline=None, max_examples=30)
 @given(lengths=lengths_of_rows)
-def test_row_index_equals_loops(packed: Packed, lengths: list[int]) -> None:
+def test_row_index_equals_loops(lengths: list[int]) -> None:
     expected = [row for row, length in enumerate(lengths) for _ in range(length)]
     assert row_index(packed(lengths)).tolist() == expected
 
 
-def test_gradients(packed: Packed) -> None:
+def test_gradients() -> None:
     value_T = torch.randn(7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda value: segment_sum(value, packed([3, 0, 1, 3])), (value_T,))
 
 
-def test_an_empty_batch_reduces_to_zeros(packed: Packed) -> None:
+def test_an_empty_batch_reduces_to_zeros() -> None:
     assert segment_sum(torch.zeros(0), packed([0, 0])).tolist() == [0, 0]

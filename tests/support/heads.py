@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from r2m_ray.core.head import R2MHead
-
-Packed = Callable[[Sequence[int]], Tensor]
 
 CROSS_ATTENTION = {"w_q", "w_k", "w_v", "w_o"}
 
@@ -36,3 +35,20 @@ def head(
 
 def gradients(module: R2MHead) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def packed(lengths: Sequence[int]) -> Tensor:
+    """Offsets int64 [N+1] of rows of the given lengths."""
+    return torch.tensor([sum(lengths[:n]) for n in range(len(lengths) + 1)], dtype=torch.int64)
+
+
+def literal_feedback(head: R2MHead, rte_ND: Tensor, hidden_TP: Tensor, offsets: Tensor) -> Tensor:
+    """Ĥ row by row as the paper's Equation 3 writes it: queries, keys and values are all formed."""
+    rows = []
+    for row, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        query_1E = rte_ND[row : row + 1] @ head.w_q
+        key_SE = hidden_TP[start:stop] @ head.w_k
+        value_SE = hidden_TP[start:stop] @ head.w_v
+        weight_1S = torch.softmax(query_1E @ key_SE.T / math.sqrt(head.w_q.shape[1]), dim=1)
+        rows.append(weight_1S @ value_SE @ head.w_o)
+    return torch.cat(rows)
