@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.overoptimization import results
+from benchmarks.overoptimization.additions import POLICY
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.execute import Job, execute
 from benchmarks.overoptimization.gates import (
@@ -38,7 +39,7 @@ from benchmarks.overoptimization.runs import (
     used,
     world_overrides,
 )
-from benchmarks.overoptimization.worlds import POLICY, find, locate, recipe
+from benchmarks.overoptimization.worlds import find, locate, recipe
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Preempted, RunError, refuse
@@ -229,7 +230,6 @@ def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Inform
     print(f"{world.name}, seed {seed}: the information pre-check", flush=True)
     config = recipe(world_overrides(world, seed, lab.extra)).config
     found = lab.precheck(config, prepared, world.precheck_prompts, world.precheck_responses)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps({"asked": asked, "information": asdict(found)}, indent=1) + "\n")
     return found
 
@@ -237,7 +237,6 @@ def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Inform
 def _closed(lab: Lab, world: World, verdicts: Sequence[Verdict]) -> bool:
     """Keep the verdicts, and say whether the world ends here."""
     path = lab.root / world.name / GATES_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = [verdict.record() for verdict in verdicts]
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     failed = [verdict for verdict in verdicts if not verdict.passed]

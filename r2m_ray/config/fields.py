@@ -145,12 +145,24 @@ def read(tree: Tree, groups: Groups) -> tuple[Config, list[Problem]]:
     return _adapter().validate_python(_without(sections, wrong)), problems
 
 
+def leaves(value: Any, path: str = "", *, lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Every value inside nested mappings, and with ``lists`` inside lists too, with its dotted path."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from leaves(inner, f"{path}.{name}" if path else str(name), lists=lists)
+    elif lists and isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from leaves(inner, f"{path}[{i}]", lists=True)
+    else:
+        yield path, value
+
+
 def value_problems(config: Config) -> Iterator[Problem]:
     """Every value of a configuration that its field does not take, those inside options included."""
     yield from read(asdict(config), {})[1]
     options = [path for path, field in fields().items() if get_origin(field.kind) is dict]
     for path, content in values(config, *options).items():
-        for leaf, number in _leaves(path, content):
+        for leaf, number in leaves(content, path, lists=True):
             if isinstance(number, float) and not math.isfinite(number):
                 yield Problem(leaf, f"{number} is not a finite number")
 
@@ -240,15 +252,3 @@ def _range(bounds: Sequence[object]) -> str:
     if high:
         return f"in {low}, {high}"
     return f"{'≥' if low[0] == '[' else '>'} {low[1:]}"
-
-
-def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
-    """Every value inside nested dictionaries and lists, with its dotted path."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(f"{path}.{name}", inner)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _leaves(f"{path}[{i}]", inner)
-    else:
-        yield path, value

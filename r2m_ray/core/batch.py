@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r2m_ray.core.packing import offsets_of, row_index
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -65,9 +67,7 @@ class Layout:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], group_size: int) -> Layout:
-        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
-        return cls(offsets=offsets, group_size=group_size)
+        return cls(offsets=offsets_of(lengths), group_size=group_size)
 
     @property
     def rows(self) -> int:
@@ -89,7 +89,7 @@ class Layout:
     @property
     def row_T(self) -> Tensor:
         """int64 [T], the row each token belongs to."""
-        return torch.repeat_interleave(torch.arange(self.rows), self.lengths)
+        return row_index(self.offsets)
 
     def slice_of(self, row: int) -> slice:
         return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
@@ -121,8 +121,7 @@ class Trajectories:
     @property
     def response_lengths(self) -> Tensor:
         """int64 [N], sampled tokens of each row, the end token included."""
-        counts = torch.zeros(self.layout.rows, dtype=torch.int64)
-        return counts.index_add_(0, self.layout.row_T, self.action_T.to(torch.int64))
+        return torch.bincount(self.layout.row_T[self.action_T], minlength=self.layout.rows)
 
     @property
     def row_prompts(self) -> tuple[str, ...]:
@@ -191,12 +190,12 @@ class SampledRows:
     @classmethod
     def of(cls, trajectories: Trajectories) -> SampledRows:
         """The numbers of one shard's trajectories."""
-        layout, broken_N = trajectories.layout, torch.zeros(trajectories.layout.rows, dtype=torch.bool)
-        broken_N[layout.row_T[trajectories.action_T & ~torch.isfinite(trajectories.rollout_logp_T)]] = True
+        layout, finite_N = trajectories.layout, torch.ones(trajectories.layout.rows, dtype=torch.bool)
+        finite_N[layout.row_T[trajectories.action_T & ~torch.isfinite(trajectories.rollout_logp_T)]] = False
         return cls(
             length_N=trajectories.response_lengths,
             truncated_N=trajectories.truncated_N,
-            finite_N=~broken_N,
+            finite_N=finite_N,
             tokens=layout.tokens,
             version=trajectories.version,
         )
@@ -272,25 +271,32 @@ def pack_rows(
     if not prompts or len(response_ids) % len(prompts) or len(prompt_ids) != len(prompts):
         raise ValueError(f"{len(response_ids)} rows do not belong to {len(prompts)} prompts evenly")
     group_size = len(response_ids) // len(prompts)
-    rows = [([*prompt_ids[n // group_size]], [*response_ids[n]]) for n in range(len(response_ids))]
-    for n, (prompt, response) in enumerate(rows):
+    inputs: list[int] = []
+    labels: list[int] = []
+    actions: list[bool] = []
+    lengths: list[int] = []
+    for n, response in enumerate(response_ids):
+        prompt = prompt_ids[n // group_size]
         if not prompt or not response:
             raise ValueError(
                 f"row {n} has {len(prompt)} prompt and {len(response)} response tokens; both need one"
             )
-    full = [prompt + response for prompt, response in rows]
-    masks = [[False] * (len(prompt) - 1) + [True] * len(response) for prompt, response in rows]
-    logps = [
-        [0.0] * (len(prompt) - 1) + [*(logprobs[n] if logprobs is not None else [0.0] * len(response))]
-        for n, (prompt, response) in enumerate(rows)
-    ]
+        ids = [*prompt, *response]
+        inputs += ids[:-1]
+        labels += ids[1:]
+        actions += [False] * (len(prompt) - 1) + [True] * len(response)
+        lengths.append(len(ids) - 1)
+    action_T = torch.tensor(actions)
+    rollout_logp_T = torch.zeros(len(actions))
+    if logprobs is not None:
+        rollout_logp_T[action_T] = torch.tensor([logp for row in logprobs for logp in row])
     return Trajectories(
-        layout=Layout.from_lengths([len(ids) - 1 for ids in full], group_size),
-        input_T=torch.tensor([i for ids in full for i in ids[:-1]], dtype=torch.int64),
-        label_T=torch.tensor([i for ids in full for i in ids[1:]], dtype=torch.int64),
-        action_T=torch.tensor([m for mask in masks for m in mask], dtype=torch.bool),
-        rollout_logp_T=torch.tensor([x for logp in logps for x in logp], dtype=torch.float32),
-        truncated_N=torch.tensor(truncated if truncated is not None else [False] * len(full)),
+        layout=Layout.from_lengths(lengths, group_size),
+        input_T=torch.tensor(inputs),
+        label_T=torch.tensor(labels),
+        action_T=action_T,
+        rollout_logp_T=rollout_logp_T,
+        truncated_N=torch.tensor(truncated if truncated is not None else [False] * len(lengths)),
         prompts=tuple(prompts),
         responses=tuple(responses),
         version=version,

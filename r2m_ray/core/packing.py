@@ -15,10 +15,8 @@ from torch import Tensor
 def microbatches(lengths_N: Sequence[int] | Tensor, token_budget: int) -> list[list[int]]:
     """Partition the rows into few batches of at most `token_budget` tokens: first-fit decreasing.
 
-    Rows are placed longest first into the first batch with room, so every batch but the last ones is nearly
-    full and at most 11/9 of the optimal number (+1) are made. The batches' lengths depend only on the
-    multiset of row lengths, not on the rows' order. A row longer than the budget gets a batch of its own.
-    Rows of a batch are in ascending order; no rows give no batches.
+    At most 11/9 of the optimal number (+1) are made, of lengths that do not depend on the rows' order. A row
+    longer than the budget gets a batch of its own. Rows of a batch are in ascending order.
 
     Raises ValueError for a budget below 1 or a negative length.
     """
@@ -41,13 +39,19 @@ def microbatches(lengths_N: Sequence[int] | Tensor, token_budget: int) -> list[l
     return [sorted(batch) for batch in batches]
 
 
+def offsets_of(lengths_N: Sequence[int] | Tensor) -> Tensor:
+    """Where rows of these lengths start, and where the last ends: int64 [N+1], from 0."""
+    lengths_N = torch.as_tensor(lengths_N, dtype=torch.int64)
+    return torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
+
+
 def row_index(offsets: Tensor) -> Tensor:
-    """The row each token belongs to, int64 [T], from offsets int64 [N+1]."""
+    """The row each token belongs to, int64 [T]."""
     return torch.repeat_interleave(torch.arange(offsets.numel() - 1, device=offsets.device), offsets.diff())
 
 
 def position_ids(offsets: Tensor) -> Tensor:
-    """Positions that restart at 0 with each row, int64 [T], from offsets int64 [N+1]."""
+    """Positions that restart at 0 with each row, int64 [T]."""
     positions_T = torch.arange(int(offsets[-1]), device=offsets.device)
     return positions_T - torch.repeat_interleave(offsets[:-1], offsets.diff())
 
@@ -55,13 +59,12 @@ def position_ids(offsets: Tensor) -> Tensor:
 def select_rows(offsets: Tensor, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of some rows, packed in the order given.
 
-    Returns the token index, int64 [T'], to be used as `value_T[index]`, and the new offsets, int64 [M+1], of
-    the M selected rows. Rows may repeat.
+    Returns the token index, int64 [T'], for `value_T[index]`, and the new offsets, int64 [M+1]. Rows may
+    repeat.
     """
     rows_M = torch.as_tensor(rows, dtype=torch.int64, device=offsets.device)
     lengths_M = offsets.diff()[rows_M]
-    selected = torch.zeros(rows_M.numel() + 1, dtype=torch.int64, device=offsets.device)
-    torch.cumsum(lengths_M, 0, out=selected[1:])
+    selected = offsets_of(lengths_M)
     start_T = torch.repeat_interleave(offsets[:-1][rows_M], lengths_M)
     return start_T + position_ids(selected), selected
 

@@ -60,53 +60,28 @@ def mean_token_scale(action_T: Tensor, offsets: Tensor, dtype: torch.dtype = tor
     return torch.where(count_N > 0, 1 / count_N.clamp(min=1), 0)
 
 
-def log_ratio(logp_T: Tensor, old_logp_T: Tensor, action_T: Tensor, offsets: Tensor, *, ratio: str) -> Tensor:
-    """`log ρ` of each unit: [N] for "sequence" (Σ_t δ_t) and "geometric" (mean δ_t), [T] for "token" (δ_t).
+def importance_ratio(
+    logp_T: Tensor, old_logp_T: Tensor, action_T: Tensor, offsets: Tensor, *, ratio: str
+) -> Tensor:
+    """`ρ = exp(log ρ)` of each unit; log ρ is Σ_t δ_t [N] for "sequence" (Eq. 2 as the paper writes it), the
+    mean δ_t [N] for "geometric" (GSPO, arXiv:2507.18071), and δ_t [T] for "token".
 
-    `δ_t = logp_t − old_logp_t` on response tokens, 0 elsewhere. "sequence" is Eq. 2 as the paper writes it;
-    "geometric" is the length-normalised ratio of GSPO (arXiv:2507.18071). Raises ValueError for other names.
+    `δ_t = logp_t − old_logp_t` on response tokens, 0 elsewhere. log ρ is clamped to ±20 (ρ ≤ 4.9e8): the sum
+    over a long row can exceed the 88 at which float32 overflows, and the clipped minimum would then multiply
+    an infinite gradient by 0. Raises ValueError for other names.
     """
     delta_T = torch.where(action_T, logp_T - old_logp_T, 0)
     match ratio:
         case "token":
-            return delta_T
+            log_ratio = delta_T
         case "sequence":
-            return row_total(delta_T, action_T, offsets)
+            log_ratio = row_total(delta_T, action_T, offsets)
         case "geometric":
-            return row_total(delta_T, action_T, offsets, mean_token_scale(action_T, offsets, delta_T.dtype))
-    raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
-
-
-def importance_ratio(
-    logp_T: Tensor, old_logp_T: Tensor, action_T: Tensor, offsets: Tensor, *, ratio: str
-) -> Tensor:
-    """`ρ = exp(log ρ)` of each unit, [N] or [T] as in `log_ratio`.
-
-    log ρ is clamped to ±20 (ρ ≤ 4.9e8): the sum of δ over a long row can exceed the 88 at which float32
-    overflows, and the clipped minimum would then multiply an infinite gradient by 0.
-    """
-    units = log_ratio(logp_T, old_logp_T, action_T, offsets, ratio=ratio)
-    return torch.exp(units.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-
-
-def truncated_importance(
-    learner_logp_T: Tensor,
-    rollout_logp_T: Tensor,
-    action_T: Tensor,
-    offsets: Tensor,
-    *,
-    ratio: str,
-    cap: float,
-) -> Tensor:
-    """`w = min(π_learner / π_rollout, cap)`, detached: the weight of what another engine sampled.
-
-    Both log-probs are of the same weights; they differ by the engines' arithmetic. Shape as in `log_ratio`,
-    to be passed as `weight` to `clipped_surrogate` with the same `ratio`.
-    """
-    ratios = importance_ratio(
-        learner_logp_T.detach(), rollout_logp_T.detach(), action_T, offsets, ratio=ratio
-    )
-    return ratios.clamp(max=cap)
+            scale_N = mean_token_scale(action_T, offsets, delta_T.dtype)
+            log_ratio = row_total(delta_T, action_T, offsets, scale_N)
+        case _:
+            raise ValueError(f"ratio must be one of {', '.join(RATIOS)}, got {ratio!r}")
+    return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def clipped_surrogate(
@@ -131,8 +106,8 @@ def clipped_surrogate(
     - Dr. GRPO, no length bias: scale_n = 1/max response tokens;
     - one mean over all tokens of the step: scale_n = R/all tokens, with R the rows of the step.
 
-    token_scale_N is not read by the row ratios. `weight` multiplies each unit, [N] or [T]
-    (`truncated_importance`); it must be detached and non-negative.
+    token_scale_N is not read by the row ratios. `weight` [N] or [T] multiplies each unit; it must be detached
+    and non-negative.
     """
     ratios = importance_ratio(logp_T, old_logp_T, action_T, offsets, ratio=ratio)
     per_token = ratio == "token"
@@ -189,9 +164,7 @@ def kl_penalty(logp_T: Tensor, ref_logp_T: Tensor, estimator: str) -> Tensor:
 def row_kl(logp_T: Tensor, ref_logp_T: Tensor, action_T: Tensor, offsets: Tensor, estimator: str) -> Tensor:
     """`Σ_t kl_penalty(logp_t, ref_logp_t)` over each row's response tokens, float32 [N].
 
-    logp_T: log-probs under the policy that sampled the rows; ref_logp_T: under π_ref, same temperature.
-    With k1 the sum is `log π_old(y|x) − log π_ref(y|x)`, whose expectation is the KL of complete responses; β
-    times it, subtracted from the reward, gives the same expected gradient as the KL of Eq. 2.
-    Raises ValueError for an estimator other than k1, k2 and k3.
+    With k1 and the log-probs of the policy that sampled, the expectation is the KL of complete responses; β
+    times the sum, subtracted from the reward, gives the same expected gradient as the KL of Eq. 2.
     """
     return row_total(kl_penalty(logp_T, ref_logp_T, estimator), action_T, offsets)

@@ -59,23 +59,23 @@ def bradley_terry(winner_r: Tensor, loser_r: Tensor) -> Tensor:
     return -logsigmoid(winner_r - loser_r)
 
 
-def group_reward_entropy(
-    reward_GK: Tensor, *, detach_stats: bool = False, ddof: int = 0
-) -> tuple[Tensor, Tensor]:
+def group_reward_entropy(reward_GK: Tensor, *, detach_stats: bool = False) -> tuple[Tensor, Tensor]:
     """Entropy of each group's standardised rewards (Eq. 6): `z = (r−mean)/std; p = softmax(z); −Σ p log p`.
 
-    Returns loss_G and valid_G (bool). It depends on z only, so its gradient does not change a group's spread,
-    unless `detach_stats` takes mean and std as constants. A group with std below 1e-6 has loss 0, gradient 0
-    and valid false. Not-a-number passes through as valid, so that it is seen. Raises ValueError for K < 2.
+    std has ddof 0. Returns loss_G and valid_G (bool). The loss depends on z only, so its gradient does not
+    change a group's spread, unless `detach_stats` takes mean and std as constants. A group with std below
+    1e-6 has loss 0, gradient 0 and valid false. NaN passes through as valid, so that it is seen.
+
+    Raises ValueError for K < 2.
     """
     if reward_GK.ndim != 2 or reward_GK.shape[1] < 2:
         raise ValueError(f"reward_GK must be [G, K] with K >= 2, got {list(reward_GK.shape)}")
-    valid_G = ~(reward_GK.detach().std(1, correction=ddof) < SMALLEST_STD)
+    valid_G = ~(reward_GK.detach().std(1, correction=0) < SMALLEST_STD)
     # Masked before the square root and again after it: the root's gradient at 0 is infinite, and 0·∞ is NaN.
     safe_GK = torch.where(valid_G[:, None], reward_GK, 0)
     source_GK = safe_GK.detach() if detach_stats else safe_GK
     mean_G1 = source_GK.mean(1, keepdim=True)
-    variance_G1 = torch.where(valid_G[:, None], source_GK.var(1, correction=ddof, keepdim=True), 1)
+    variance_G1 = torch.where(valid_G[:, None], source_GK.var(1, correction=0, keepdim=True), 1)
     logp_GK = torch.log_softmax((safe_GK - mean_G1) / variance_G1.sqrt(), 1)
     entropy_G = -(logp_GK.exp() * logp_GK).sum(1)
     return torch.where(valid_G, entropy_G, 0), valid_G
@@ -145,47 +145,16 @@ def human_sums(reward_G2: Tensor, response_id_G2: Tensor) -> HumanSums:
     )
 
 
-def anchored(
-    bradley_terry: Tensor, human: Tensor, *, pairs: Tensor, human_pairs: Tensor, anchor_fraction: float
+def mixed_means(
+    first: Tensor, second: Tensor, *, counts: tuple[float | Tensor, float | Tensor], weight: float
 ) -> Tensor:
-    """`(1−a)·BT/pairs + a·BT_human/human_pairs`: what Eq. 7 takes for BT where people order a share a of it.
+    """`(1−w)·first/n₁ + w·second/n₂` for counts n₁ and n₂, where a mean over none is 0.
 
-    bradley_terry, human: sums over `pairs` and `human_pairs` of the losses or of their gradients, as in
-    `grebt_mix`, which takes the result as a mean, that is with pairs = 1. A mean over none is 0.
+    Eq. 7 with Bradley–Terry and entropy summed over valid pairs and groups and w = α; and the share w that
+    people's pairs have of Bradley–Terry. The sums are losses or, as means are linear, gradients of any shape.
+    Where replicas hold shares of the batch, the counts must be those of all of them; their mixes then add up
+    to that of the full batch.
     """
-    return (1 - anchor_fraction) * (bradley_terry / pairs.clamp(min=1)) + anchor_fraction * (
-        human / human_pairs.clamp(min=1)
-    )
-
-
-def grebt_mix(
-    bradley_terry: Tensor, entropy: Tensor, *, pairs: Tensor, groups: Tensor, entropy_weight: float
-) -> Tensor:
-    """`(1−α)·BT/pairs + α·GRE/groups` (Eq. 7): means over valid groups; a mean over none is 0.
-
-    bradley_terry, entropy: sums over `pairs` and `groups` of the two losses, or, as means are linear, of
-    their gradients, any shape. Where replicas hold shares of the batch, the counts must be those of all of
-    them; their mixes then add up to that of the full batch.
-    """
-    return (1 - entropy_weight) * (bradley_terry / pairs.clamp(min=1)) + entropy_weight * (
-        entropy / groups.clamp(min=1)
-    )
-
-
-def grebt(
-    reward_GK: Tensor,
-    pair_reward_GK: Tensor,
-    response_id_GK: Tensor,
-    *,
-    entropy_weight: float,
-    detach_stats: bool = False,
-    min_margin: float = 0.0,
-) -> tuple[Tensor, GrebtSums]:
-    """GREBT of a full batch (Eq. 7): the scalar loss, and the sums it was made of as statistics."""
-    sums = grebt_sums(
-        reward_GK, pair_reward_GK, response_id_GK, detach_stats=detach_stats, min_margin=min_margin
-    )
-    loss = grebt_mix(
-        sums.bradley_terry, sums.entropy, pairs=sums.pairs, groups=sums.groups, entropy_weight=entropy_weight
-    )
-    return loss, sums
+    n1, n2 = (torch.as_tensor(count).clamp(min=1) for count in counts)
+    mixed: Tensor = (1 - weight) * (first / n1) + weight * (second / n2)
+    return mixed

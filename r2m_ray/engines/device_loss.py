@@ -38,28 +38,21 @@ def device_loss(engine: str) -> Iterator[None]:
 def raises_device_loss(engine: str) -> Callable[[type[Engine]], type[Engine]]:
     """Class decorator: the constructor and every public method raise DeviceLost as `device_loss` does."""
 
-    def decorated(kind: type[Engine]) -> type[Engine]:
-        for name, method in list(vars(kind).items()):
-            if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_")):
-                setattr(kind, name, _guarded(engine, method))
-        return kind
+    guard = device_loss(engine)
 
-    return decorated
-
-
-def _guarded(engine: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    if inspect.isgeneratorfunction(method):
-
+    def iterated(method: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         @functools.wraps(method)
-        def iterated(*args: Any, **options: Any) -> Iterator[Any]:
+        def guarded(*args: Any, **options: Any) -> Iterator[Any]:
             with device_loss(engine):
                 yield from method(*args, **options)
 
-        return iterated
+        return guarded
 
-    @functools.wraps(method)
-    def called(*args: Any, **options: Any) -> Any:
-        with device_loss(engine):
-            return method(*args, **options)
+    def decorated(kind: type[Engine]) -> type[Engine]:
+        for name, method in list(vars(kind).items()):
+            if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_")):
+                guarded = iterated(method) if inspect.isgeneratorfunction(method) else guard(method)
+                setattr(kind, name, guarded)
+        return kind
 
-    return called
+    return decorated

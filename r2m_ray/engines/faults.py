@@ -18,9 +18,10 @@ from r2m_ray.errors import InputError
 
 FAULTS, TESTING, EVIDENCE, ACTOR = "R2M_FAULTS", "R2M_TESTING", "R2M_FAULTS_DIR", "R2M_ACTOR"
 DRIVER = "driver"
-ACTIONS = ("kill", "stop", "raise", "term")
-FAULT = re.compile(r"(?P<actor>[a-z]+(-\d+)?)@(?P<step>\d+|any):(?P<point>[a-z_]+):(?P<action>[a-z]+)")
-
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "raise": None}
+FAULT = re.compile(
+    rf"(?P<actor>[a-z]+(-\d+)?)@(?P<step>\d+|any):(?P<point>[a-z_]+):(?P<action>{'|'.join(SIGNALS)})"
+)
 
 _step: int | None = None
 
@@ -31,10 +32,9 @@ def refuse_faults(environment: Mapping[str, str]) -> None:
     if asked and environment.get(TESTING) != "1":
         raise InputError(f"{FAULTS} is set: it ends processes on purpose, in tests alone; unset it")
     for fault in asked.split(",") if asked else ():
-        match = FAULT.fullmatch(fault)
-        if not match or match["action"] not in ACTIONS:
+        if not FAULT.fullmatch(fault):
             raise InputError(
-                f"{FAULTS}: {fault!r} is not actor@step:point:action with one of {', '.join(ACTIONS)}"
+                f"{FAULTS}: {fault!r} is not actor@step:point:action with one of {', '.join(SIGNALS)}"
             )
 
 
@@ -53,28 +53,17 @@ def reach(point: str, step: int | None = None) -> None:
     asked = os.environ.get(FAULTS)
     if not asked or os.environ.get(TESTING) != "1":
         return
-    actor = os.environ.get(ACTOR, DRIVER)
+    here = (os.environ.get(ACTOR, DRIVER), point)
     for number, fault in enumerate(asked.split(",")):
         match = FAULT.fullmatch(fault)
-        if not match or match["actor"] != actor or match["point"] != point:
+        if not match or match.group("actor", "point") != here or match["step"] not in ("any", str(_step)):
             continue
-        if match["step"] not in ("any", str(_step)):
+        evidence = Path(os.environ[EVIDENCE]) / f"{number}-{fault.replace('@', '.').replace(':', '.')}"
+        try:
+            evidence.touch(exist_ok=False)
+        except FileExistsError:
             continue
-        if _first_time(number, fault):
-            _happen(match["action"], fault)
-
-
-def _first_time(number: int, fault: str) -> bool:
-    name = f"{number}-{fault.replace('@', '.').replace(':', '.')}"
-    try:
-        (Path(os.environ[EVIDENCE]) / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _happen(action: str, fault: str) -> None:
-    if action == "raise":
-        raise RuntimeError(f"fault {fault}")
-    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
-    os.kill(os.getpid(), signals[action])
+        ending = SIGNALS[match["action"]]
+        if ending is None:
+            raise RuntimeError(f"fault {fault}")
+        os.kill(os.getpid(), ending)

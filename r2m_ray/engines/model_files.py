@@ -167,25 +167,22 @@ class ModelFiles:
             yield self.problem(
                 "tokenizer.json", "not a tokenizer; save it again with tokenizer.save_pretrained"
             )
-        elif self.vocabulary is not None and ids > self.vocabulary:
-            yield self.problem(
-                "tokenizer.json",
-                f"has ids up to {ids - 1}, but vocab_size is {self.vocabulary} in config.json; use its own "
-                "tokenizer, or resize the embedding",
-            )
-        else:
-            yield from self._embedding_problems(ids)
+            return
+        # The stored embedding counts, whatever config.json says.
+        for rows, stated in self._embeddings():
+            if rows < ids:
+                message = f"has ids up to {ids - 1}, but {stated}; use the model's own tokenizer"
+                yield self.problem("tokenizer.json", message)
+                return
 
-    def _embedding_problems(self, ids: int) -> Iterator[Problem]:
-        """Whether the stored embedding has a row for each id, whatever config.json says."""
+    def _embeddings(self) -> Iterator[tuple[int, str]]:
+        """How many rows the embedding has, and where that is stated."""
+        if self.vocabulary is not None:
+            yield self.vocabulary, f"vocab_size is {self.vocabulary} in config.json"
         for file in sorted(self.directory.glob("*.safetensors")):
             for name, shape in {} if damage(file) else stored_shapes(file).items():
-                if name.endswith(EMBEDDINGS) and shape and shape[0] < ids:
-                    yield self.problem(
-                        "tokenizer.json",
-                        f"has ids up to {ids - 1}, but {name} in {file.name} has {shape[0]} rows; use the "
-                        "model's own tokenizer",
-                    )
+                if name.endswith(EMBEDDINGS) and shape:
+                    yield shape[0], f"{name} in {file.name} has {shape[0]} rows"
 
 
 def open_model(field: str, directory: Path) -> ModelFiles | Problem:

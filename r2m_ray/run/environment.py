@@ -7,13 +7,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from r2m_ray.engines.hardware import accelerators, usable_cores
 from r2m_ray.errors import redacted_command
 
 PACKAGES = (
@@ -28,6 +29,9 @@ def environment() -> dict[str, Any]:
     ``memory_bytes`` is the machine's. ``cores`` are those that this process may use. ``commit`` is the
     package's own, null outside a git checkout.
     """
+    # It loads torch, which a comparison of versions does not need.
+    from r2m_ray.engines.hardware import accelerators, usable_cores
+
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": redacted_command(sys.argv),
@@ -42,14 +46,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries a run depends on, those that are installed."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of those of these packages that are installed."""
     found = {}
-    for package in PACKAGES:
-        try:
+    for package in packages:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -62,10 +64,9 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """Commit of the checkout that tracks this very file, with ``-dirty`` for local changes."""
-    git = shutil.which("git")
+    git, here = shutil.which("git"), Path(__file__).resolve()
     if git is None:
         return None
-    here = Path(__file__).resolve()
     found = ""
     for words in (
         ["ls-files", "--error-unmatch", here.name],

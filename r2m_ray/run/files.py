@@ -21,8 +21,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from r2m_ray.errors import InputError, RunError
 from r2m_ray.run.vocabulary import current_row
@@ -46,14 +45,6 @@ class StepLines:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def append(self, records: Iterable[Record]) -> None:
         """Write every record or none of them, and wait until they are on the disk.
@@ -110,12 +101,16 @@ def encoded(record: Record) -> str:
     return json.dumps(clean | {"nonfinite": count}, ensure_ascii=False, allow_nan=False)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, which holds either its old or its new content at every moment."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file, which holds either its old or its new content at every moment.
+
+    Its directory is made where it is absent. Raises RunError naming what cannot be written.
+    """
     building = path.with_name(f".tmp-{path.name}")
     try:
-        with building.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with building.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         building.replace(path)

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,10 @@ def cluster(config: ClusterConfig, stop: StopRequest | None = None) -> Iterator[
             with _own(config, stop):
                 yield
         else:
-            with _connected(config, address=config.address), _watched(stop, joined=True):
+            with (
+                _connected(config, address=config.address),
+                closing(ServerWatch(stop, head=ray.get_runtime_context().gcs_address)),
+            ):
                 yield
 
 
@@ -84,7 +87,7 @@ def _own(config: ClusterConfig, stop: StopRequest | None) -> Iterator[None]:
                 include_dashboard=False,
                 logging_level="ERROR",
             ),
-            _watched(stop),
+            closing(ServerWatch(stop)),
         ):
             yield
 
@@ -112,15 +115,6 @@ def _connected(config: ClusterConfig, **arguments: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(stop: StopRequest | None, *, joined: bool = False) -> Iterator[None]:
-    watch = ServerWatch(stop, head=ray.get_runtime_context().gcs_address if joined else None)
-    try:
-        yield
-    finally:
-        watch.stop()
-
-
-@contextmanager
 def _private_token() -> Iterator[None]:
     """Afterwards a token that Ray has made is readable by the user alone; Ray leaves that to the umask."""
     token = Path.home() / ".ray" / "auth_token"
@@ -145,12 +139,12 @@ class ServerWatch:
     def __init__(self, stop: StopRequest | None, head: str | None = None) -> None:
         self._stop = stop
         self._head = head
-        own = [] if head else _children()
+        own: list[psutil.Process] = [] if head else psutil.Process().children()
         self._servers = {name: process for process in own if (name := _name(process)) in SERVERS}
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="server watch", daemon=True).start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Stop watching; the servers may end now."""
         self._over.set()
 
@@ -192,11 +186,6 @@ def _accepts(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _children() -> list[psutil.Process]:
-    found: list[psutil.Process] = psutil.Process().children()
-    return found
 
 
 def _name(process: psutil.Process) -> str:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from heads import CROSS_ATTENTION, D, P, gradients, head, literal_feedback, packed, random
+from heads import CROSS_ATTENTION, D, P, gradients, head, literal_equation_3, packed, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def test_the_head_is_equation_3_and_4_with_all_gradients(
     actual = gradients(module)
 
     module.zero_grad()
-    final_ND = (1 - weight) * literal_feedback(module, rte_ND, hidden_TP, offsets) + weight * rte_ND
+    final_ND = (1 - weight) * literal_equation_3(module, rte_ND, hidden_TP, offsets) + weight * rte_ND
     literal_N = nn.functional.linear(final_ND, module.score_weight[None], module.score_bias)[:, 0]
     torch.autograd.backward((literal_N * upstream_N).sum())
 
@@ -241,6 +241,6 @@ def test_diagnostics_equal_the_literal_form() -> None:
     assert [row.sum().item() for row in rows] == pytest.approx([1, 1, 1])
     expected = [-(row * row.log()).sum().item() for row in rows]
     assert result.entropy_N.tolist() == pytest.approx(expected)
-    feedback_ND = literal_feedback(module, rte_ND, hidden_TP, offsets)
+    feedback_ND = literal_equation_3(module, rte_ND, hidden_TP, offsets)
     torch.testing.assert_close(result.norm_ratio_N, (feedback_ND.norm(dim=1) / rte_ND.norm(dim=1)).detach())
     assert not result.norm_ratio_N.requires_grad

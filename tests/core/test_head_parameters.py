@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import CROSS_ATTENTION, D, E, P, gradients, head, packed, random
+from heads import CROSS_ATTENTION, D, E, P, gradients, grebt, head, packed, random
 from torch import Tensor
 
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import grebt
 
 
 def test_parameters_and_their_names() -> None:
@@ -71,8 +70,7 @@ def trained_loss(module: R2MHead, rte_ND: Tensor, hidden_TP: Tensor) -> Tensor:
     rows = rte_ND.shape[0]
     offsets = packed([hidden_TP.shape[0] // rows] * rows)
     reward_GK = module(rte_ND, hidden_TP, offsets, 0.6).reshape(-1, 4)
-    ids = torch.arange(rows).reshape(-1, 4)
-    return grebt(reward_GK, reward_GK.detach(), ids, entropy_weight=0.3)[0]
+    return grebt(reward_GK, reward_GK.detach(), entropy_weight=0.3)[0]
 
 
 def test_only_cross_attention_and_phi_receive_gradients() -> None:

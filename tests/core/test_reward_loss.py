@@ -6,20 +6,19 @@ from itertools import pairwise
 
 import pytest
 import torch
+from heads import grebt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from r2m_ray.core.reward_loss import (
     GrebtSums,
-    anchored,
     bradley_terry,
-    grebt,
-    grebt_mix,
     grebt_sums,
     group_pairs,
     group_reward_entropy,
     human_sums,
+    mixed_means,
 )
 
 
@@ -80,7 +79,7 @@ def test_the_margin_is_of_the_rewards_that_pick_and_masks_the_pair_alone() -> No
     reward_GK = torch.tensor([[0, 0.1, 0.2, 0.3], [1, 5, 9, 2]], dtype=torch.float64, requires_grad=True)
     # Group 0 is picked by a wide margin and group 1 by a narrow one, whatever the rewards that are fitted.
     pair_reward_GK = torch.tensor([[4, 0, 0, 1], [0, 0.5, 0, 0]], dtype=torch.float64)
-    _, sums = grebt(reward_GK, pair_reward_GK, response_ids(reward_GK), entropy_weight=0.3, min_margin=1.0)
+    _, sums = grebt(reward_GK, pair_reward_GK, entropy_weight=0.3, min_margin=1.0)
     assert (sums.pairs.item(), sums.groups.item()) == (1, 2)
     assert sums.bradley_terry.item() == pytest.approx(math.log(1 + math.exp(0.1)), rel=1e-12)
     slope_GK = torch.autograd.grad(sums.bradley_terry, reward_GK)[0]
@@ -100,7 +99,7 @@ def test_grebt_by_hand() -> None:
     reward_GK = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 1], [2, 2, 2, 2]], dtype=torch.float64)
     # Group 0: row 0 over row 3, against the current order; group 1: row 3 over row 0; group 2: tied.
     pair_reward_GK = torch.tensor([[9, 1, 1, 0], [0, 1, 1, 5], [3, 3, 3, 3]], dtype=torch.float64)
-    loss, sums = grebt(reward_GK, pair_reward_GK, response_ids(reward_GK), entropy_weight=0.3)
+    loss, sums = grebt(reward_GK, pair_reward_GK, entropy_weight=0.3)
     bt = math.log(1 + math.exp(3)) + math.log(1 + math.exp(-1))
     assert sums.bradley_terry.item() == pytest.approx(bt, rel=1e-12)
     assert sums.entropy.item() == pytest.approx(1.013082 + 0.790945, abs=1e-6)
@@ -121,7 +120,7 @@ def test_recomputed_pairs_never_flip() -> None:
 def test_the_ends_of_the_mixture_are_the_single_losses(weight: float) -> None:
     reward_GK = torch.randn(20, 4, generator=torch.Generator().manual_seed(2)).requires_grad_()
     pairs = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
-    loss, sums = grebt(reward_GK, pairs, response_ids(pairs), entropy_weight=weight)
+    loss, sums = grebt(reward_GK, pairs, entropy_weight=weight)
     winner_G, loser_G, _ = group_pairs(pairs, response_ids(pairs))
     rows = torch.arange(20)
     bt_only = bradley_terry(reward_GK[rows, winner_G], reward_GK[rows, loser_G]).sum() / 20
@@ -133,7 +132,7 @@ def test_the_ends_of_the_mixture_are_the_single_losses(weight: float) -> None:
 
 def test_no_valid_group_gives_loss_and_gradient_zero() -> None:
     reward_GK = torch.full((3, 4), 0.7, requires_grad=True)
-    loss, sums = grebt(reward_GK, reward_GK, response_ids(reward_GK), entropy_weight=0.3)
+    loss, sums = grebt(reward_GK, reward_GK, entropy_weight=0.3)
     assert (loss.item(), sums.pairs.item(), sums.groups.item()) == (0, 0, 0)
     assert torch.autograd.grad(loss, reward_GK)[0].count_nonzero() == 0
 
@@ -146,17 +145,20 @@ def test_shards_with_global_counts_add_up_to_the_whole(cuts: set[int], masked: s
     pairs = values + torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     pairs[sorted(masked)] = 0.3
     reward_GK = values.clone().requires_grad_()
-    whole, total = grebt(reward_GK, pairs, response_ids(pairs), entropy_weight=0.3)
+    whole, total = grebt(reward_GK, pairs, entropy_weight=0.3)
     whole_grad = torch.autograd.grad(whole, reward_GK)[0]
     bounds = [0, *sorted(cuts), 12]
     shards = [grebt_sums(reward_GK[a:b], pairs[a:b], response_ids(pairs[a:b])) for a, b in pairwise(bounds)]
     added = GrebtSums(
         **{field.name: sum(getattr(shard, field.name) for shard in shards) for field in fields(GrebtSums)}
     )
-    counts = {"pairs": added.pairs, "groups": added.groups, "entropy_weight": 0.3}
-    summed = torch.stack([grebt_mix(s.bradley_terry, s.entropy, **counts) for s in shards]).sum()
+    counts = (added.pairs, added.groups)
+    summed = torch.stack(
+        [mixed_means(s.bradley_terry, s.entropy, counts=counts, weight=0.3) for s in shards]
+    ).sum()
     torch.testing.assert_close(summed, whole)
-    torch.testing.assert_close(grebt_mix(added.bradley_terry, added.entropy, **counts), whole)
+    mixed = mixed_means(added.bradley_terry, added.entropy, counts=counts, weight=0.3)
+    torch.testing.assert_close(mixed, whole)
     torch.testing.assert_close(torch.autograd.grad(summed, reward_GK)[0], whole_grad)
     for field in fields(GrebtSums):
         torch.testing.assert_close(getattr(added, field.name), getattr(total, field.name))
@@ -166,8 +168,8 @@ def test_masked_groups_leave_the_mean_unchanged() -> None:
     reward_GK = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     flat = torch.full((5, 4), 2.0, dtype=torch.float64)
     both = torch.cat([reward_GK, flat])
-    alone, _ = grebt(reward_GK, reward_GK, response_ids(reward_GK), entropy_weight=0.3)
-    padded, _ = grebt(both, both, response_ids(both), entropy_weight=0.3)
+    alone, _ = grebt(reward_GK, reward_GK, entropy_weight=0.3)
+    padded, _ = grebt(both, both, entropy_weight=0.3)
     torch.testing.assert_close(padded, alone, rtol=1e-14, atol=0)
 
 
@@ -190,10 +192,6 @@ def test_rows_of_human_pairs_that_are_not_finite_are_counted() -> None:
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 2.0), (0.25, 3.0), (1.0, 6.0)])
 def test_an_anchor_mixes_means_not_sums(fraction: float, expected: float) -> None:
     # 8 over 4 pairs of the head's own, 12 over 2 of people's: (1−a)·2 + a·6.
-    count = torch.tensor
-    mixed = anchored(
-        count(8.0), count(12.0), pairs=count(4.0), human_pairs=count(2.0), anchor_fraction=fraction
-    )
+    mixed = mixed_means(torch.tensor(8.0), torch.tensor(12.0), counts=(4.0, 2.0), weight=fraction)
     assert mixed.item() == pytest.approx(expected)
-    none = anchored(count(0.0), count(0.0), pairs=count(0.0), human_pairs=count(0.0), anchor_fraction=0.5)
-    assert none.item() == 0.0
+    assert mixed_means(torch.zeros(()), torch.zeros(()), counts=(0.0, 0.0), weight=0.5).item() == 0.0

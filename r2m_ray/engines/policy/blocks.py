@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from r2m_ray.core.batch import Trajectories
-from r2m_ray.core.packing import microbatches, position_ids, row_index, segment_sum, select_rows
+from r2m_ray.core.packing import microbatches, offsets_of, position_ids, row_index, segment_sum, select_rows
 
 PADDING_ID = 0  # Any id inside the vocabulary: nothing that counts attends to it.
 
@@ -37,11 +37,8 @@ class Rows:
     def of(cls, records: Sequence[Trajectories]) -> Rows:
         """All rows of the records, in order; none for no records."""
         empty = torch.zeros(0, dtype=torch.int64)
-        lengths_N = torch.cat([empty, *(record.layout.lengths for record in records)])
-        offsets = torch.zeros(lengths_N.numel() + 1, dtype=torch.int64)
-        torch.cumsum(lengths_N, 0, out=offsets[1:])
         return cls(
-            offsets=offsets,
+            offsets=offsets_of(torch.cat([empty, *(record.layout.lengths for record in records)])),
             input_T=torch.cat([empty, *(record.input_T for record in records)]),
             label_T=torch.cat([empty, *(record.label_T for record in records)]),
             action_T=torch.cat([empty.bool(), *(record.action_T for record in records)]),
@@ -105,11 +102,6 @@ def idle_block(device: torch.device) -> Block:
     )
 
 
-def packs_lines(attention: str) -> bool:
-    """Whether an attention implementation reads rows end to end without a mask."""
-    return attention.startswith("flash_attention")
-
-
 def _block(rows: Rows, batch: Sequence[int], packed: bool, device: torch.device) -> Block:
     token_T, offsets = select_rows(rows.offsets, batch)
     position_T = position_ids(offsets)
@@ -122,8 +114,6 @@ def _block(rows: Rows, batch: Sequence[int], packed: bool, device: torch.device)
     input_S = torch.full((shape[0] * shape[1],), PADDING_ID)
     input_S[slot_T] = rows.input_T[token_T]
     position_BL = position_T[None] if packed else torch.arange(shape[1]).expand(shape)
-    actions = torch.zeros_like(offsets)
-    torch.cumsum(segment_sum(action_T.float(), offsets).long(), 0, out=actions[1:])
     return Block(
         input_BL=input_S.view(shape).to(device),
         position_BL=position_BL.to(device),
@@ -133,5 +123,5 @@ def _block(rows: Rows, batch: Sequence[int], packed: bool, device: torch.device)
         action_A=token_T[action_T].to(device),
         pick_A=slot_T[action_T].to(device),
         label_A=rows.label_T[token_T][action_T].to(device),
-        offsets=actions.to(device),
+        offsets=offsets_of(segment_sum(action_T.float(), offsets)).to(device),
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from r2m_ray.engines.policy.blocks import Block, Rows, blocks
+from r2m_ray.engines.pretrained import load_pretrained
 from r2m_ray.errors import InputError
 
 LOGITS_AT_ONCE = 2**26
@@ -32,18 +33,25 @@ TRANSFORMED_LOGITS = (
 class CausalScorer(nn.Module):
     """A causal language model with `label_logprobs` in place of its logits.
 
-    token_budget: tokens that a forward pass usually has at most; it decides in how many chunks they are
-    scored.
+    attention: transformers' name of the model's implementation. token_budget: tokens of a forward pass, or
+    of one longer row; it also decides in how many chunks they are scored.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, token_budget: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, attention: str, temperature: float, token_budget: int
+    ) -> None:
         super().__init__()
         self.model = model
-        self.temperature = temperature
-        head = model.get_output_embeddings()
-        vocabulary, self.width = (int(size) for size in head.weight.shape)
+        self._temperature = temperature
+        self._token_budget = token_budget
+        self._packed = attention.startswith("flash_attention")
+        vocabulary, self.width = (int(size) for size in model.get_output_embeddings().weight.shape)
         # As many for every pass: with ZeRO-3 each chunk gathers the head, and all ranks must gather alike.
         self._chunks = math.ceil(token_budget * vocabulary / LOGITS_AT_ONCE)
+
+    def blocks(self, rows: Rows) -> list[Block]:
+        """Rows laid out for `forward`: end to end where the model reads them so, else one per line."""
+        return blocks(rows, token_budget=self._token_budget, packed=self._packed, device=self.model.device)
 
     def forward(
         self, input_BL: Tensor, position_BL: Tensor, pick_A: Tensor, label_A: Tensor
@@ -62,17 +70,16 @@ class CausalScorer(nn.Module):
     def _score(self, state_AP: Tensor, label_A: Tensor) -> tuple[Tensor, Tensor]:
         if self._chunks == 1:
             return self._score_chunk(state_AP, label_A)
-        chunks = [
-            checkpoint(self._score_chunk, state, label, use_reentrant=False)
-            for state, label in zip(
-                state_AP.tensor_split(self._chunks), label_A.tensor_split(self._chunks), strict=True
-            )
-        ]
-        return torch.cat([tempered for tempered, _ in chunks]), torch.cat([unit for _, unit in chunks])
+        parts = (x_A.tensor_split(self._chunks) for x_A in (state_AP, label_A))
+        chunks = (
+            checkpoint(self._score_chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)
+        )
+        tempered_A, unit_A = (torch.cat(scored) for scored in zip(*chunks, strict=True))
+        return tempered_A, unit_A
 
     def _score_chunk(self, state_AP: Tensor, label_A: Tensor) -> tuple[Tensor, Tensor]:
         logits_AV = self.model.get_output_embeddings()(state_AP)
-        return label_logprobs(logits_AV, label_A, self.temperature)
+        return label_logprobs(logits_AV, label_A, self._temperature)
 
 
 def label_logprobs(logits_AV: Tensor, label_A: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -95,43 +102,32 @@ def load_causal(
     Raises InputError, naming the config field, where it cannot be loaded or its log-probs are not those of
     its head's logits.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        _refuse_transformed_logits(config, f"{field}={model_dir}")
-        for name, value in config.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(config, name, 0.0)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(
-            f"{field}={model_dir} cannot be loaded as a causal language model: {error}"
-        ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:4])
-        raise InputError(
-            f"{field}={model_dir}: its weight files lack {missing}; they are not a causal language model's"
-        )
+    name = f"{field}={model_dir}"
+
+    def prepare(config: PretrainedConfig) -> None:
+        fields = config.get_text_config().to_dict()
+        for key in TRANSFORMED_LOGITS:
+            if fields.get(key) not in (None, 1, 1.0):
+                raise InputError(
+                    f"{name}: {key}={fields[key]} in config.json transforms the final logits, which the "
+                    "learner does not reproduce; choose a model without it"
+                )
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+
+    model = load_pretrained(
+        AutoModelForCausalLM,
+        model_dir,
+        field=field,
+        kind="causal language model",
+        dtype=dtype,
+        attention=attention,
+        prepare=prepare,
+    )
     model.to(device)
-    _check_logits(model, f"{field}={model_dir}")
+    _check_logits(model, name)
     return model
-
-
-def _refuse_transformed_logits(config: PretrainedConfig, name: str) -> None:
-    fields = config.get_text_config().to_dict()
-    for field in TRANSFORMED_LOGITS:
-        if fields.get(field) not in (None, 1, 1.0):
-            raise InputError(
-                f"{name}: {field}={fields[field]} in config.json transforms the final logits, which the "
-                "learner does not reproduce; choose a model without it"
-            )
 
 
 @torch.no_grad()
@@ -141,9 +137,7 @@ def _check_logits(model: PreTrainedModel, name: str) -> None:
     logits = model(input_ids=probe_BL, use_cache=False).logits.float()
     state = model.base_model(input_ids=probe_BL, use_cache=False).last_hidden_state
     if not torch.isfinite(logits).all():
-        raise InputError(
-            f"{name}: the logits of a probe are not finite; its weight files hold NaN or infinity"
-        )
+        raise InputError(f"{name}: a probe's logits are not finite; its weight files hold NaN or infinity")
     difference = (model.get_output_embeddings()(state).float() - logits).abs().max()
     if difference > 16 * torch.finfo(model.dtype).eps * (1 + logits.abs().max()):
         raise InputError(

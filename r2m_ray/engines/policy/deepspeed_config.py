@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from r2m_ray.config.fields import leaves
 from r2m_ray.config.schema import Config, Dtype
 from r2m_ray.errors import InputError
 
@@ -40,7 +41,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     Raises InputError naming the key that contradicts a field of ours, or that cannot be resumed from.
     """
     overrides = config.policy.deepspeed
-    for path, _ in _leaves(overrides):
+    for path, _ in leaves(overrides):
         for owned, remedy in OWNED.items():
             if path == owned or path.startswith(f"{owned}."):
                 raise InputError(f"policy.deepspeed.{path}: {remedy}; remove the key")
@@ -88,11 +89,3 @@ def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 from r2m_ray.config.schema import Config, FeedbackRefresh, OldLogprobs
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
 from r2m_ray.engines.device_loss import raises_device_loss
-from r2m_ray.engines.policy.blocks import Block, Rows, blocks, idle_block, packs_lines
+from r2m_ray.engines.policy.blocks import Block, Rows, idle_block
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
-from r2m_ray.engines.policy.minibatch import MiniBatch, minibatches, shards_per_minibatch, split_hidden
+from r2m_ray.engines.policy.minibatch import MiniBatch, minibatches, split_hidden
 from r2m_ray.engines.policy.objective import LossSums, Objective
 from r2m_ray.engines.policy.state import load_state, save_state
-from r2m_ray.engines.policy.stats import UpdateStats, largest, total
-from r2m_ray.engines.policy.zero import ZeroEngine, join_group
+from r2m_ray.engines.policy.stats import UpdateStats
+from r2m_ray.engines.policy.zero import ZeroEngine, join_group, largest, total
 from r2m_ray.engines.weights import WeightBucket, pack_buckets, require_finite, tensor_digest
 
 POLICY_DIR = "policy"
@@ -69,6 +69,7 @@ class PolicyLearner:
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         self._scorer = CausalScorer(
             self._model,
+            attention=config.model.attention,
             temperature=config.algo.temperature,
             token_budget=config.policy.tokens_per_microbatch,
         )
@@ -98,22 +99,25 @@ class PolicyLearner:
         A step with a non-finite loss or gradient is skipped on all ranks alike, and counted.
         """
         algo = self._config.algo
-        steps = self._minibatches(batches, shard_ids)
+        steps = minibatches(batches, shard_ids, config=self._config, scorer=self._scorer)
         rows, passes = self._agree(steps)
         if algo.old_logp is OldLogprobs.learner:
             for step, count in zip(steps[1:], passes[1:], strict=True):
                 self._score_old(step, count)
         stats = UpdateStats(self._device)
-        fresh: list[Tensor] = []
+        # Of each mini-batch, written by its last pass.
+        tokens = [step.tokens for step in steps] if self._refreshes_in_passing else []
+        fresh_TP = self._states_buffer(sum(tokens))
+        fresh = fresh_TP.split(tokens) if tokens else ()
         for epoch in range(algo.epochs):
             for m, step in enumerate(steps):
                 unscored = epoch == 0 and (m == 0 or algo.old_logp is OldLogprobs.rollout)
-                hidden_TP = None
-                if self._refreshes_in_passing and epoch == algo.epochs - 1:
-                    hidden_TP = self._states_buffer(step.tokens)
-                    fresh.append(hidden_TP)
                 sums, ratio_max = self._accumulate(
-                    step, rows=rows[m], passes=passes[m], unscored=unscored, hidden_TP=hidden_TP
+                    step,
+                    rows=rows[m],
+                    passes=passes[m],
+                    unscored=unscored,
+                    hidden_TP=fresh[m] if fresh and epoch == algo.epochs - 1 else None,
                 )
                 learning_rate = self._engine.learning_rate
                 applied = self._engine.step()
@@ -123,20 +127,19 @@ class PolicyLearner:
             unmoved=len(steps) if algo.old_logp is OldLogprobs.learner else 1,
             passes=algo.epochs * sum(passes),
         )
-        return found, self._refreshed(batches, steps, fresh)
+        return found, self._refreshed(batches, steps, fresh_TP)
 
     def hidden(self, trajectories: Sequence[Trajectories]) -> list[Hidden]:
         """h of every row under the current weights; of width 0 in a run without feedback."""
         rows = Rows.of(trajectories)
         hidden_TP = self._states_buffer(rows.input_T.numel())
         if self._config.uses_feedback:
-            laid = self._blocks(rows)
+            laid = self._scorer.blocks(rows)
+            passes = int(largest(torch.tensor(len(laid), device=self._device)))
             nothing = torch.zeros(0, dtype=torch.int64, device=self._device)
             with self._engine.reading():
-                for block in self._joined(laid, self._most(len(laid))):
-                    states_SP, _, _ = self._engine.forward(
-                        block.input_BL, block.position_BL, nothing, nothing
-                    )
+                for block in self._joined(laid, passes):
+                    states_SP, *_ = self._engine.forward(block.input_BL, block.position_BL, nothing, nothing)
                     hidden_TP[block.token_T] = states_SP[block.slot_T]
         return split_hidden(trajectories, hidden_TP)
 
@@ -189,12 +192,6 @@ class PolicyLearner:
         """
         load_state(self._engine, directory / STATE_DIR)
 
-    def _minibatches(self, batches: Sequence[PolicyBatch], shard_ids: Sequence[int]) -> list[MiniBatch]:
-        last = max(shard_ids, default=-1) // shards_per_minibatch(self._config)
-        return minibatches(
-            batches, shard_ids, count=self._most(last + 1), config=self._config, device=self._device
-        )
-
     def _agree(self, steps: Sequence[MiniBatch]) -> tuple[list[int], list[int]]:
         """Sampled rows of each mini-batch over all ranks, and the most blocks that any rank has of it."""
         rows = total(torch.tensor([step.rows for step in steps], device=self._device)).tolist()
@@ -243,35 +240,23 @@ class PolicyLearner:
         return last_epoch and self._config.uses_feedback
 
     def _refreshed(
-        self, batches: Sequence[PolicyBatch], steps: Sequence[MiniBatch], fresh: Sequence[Tensor]
+        self, batches: Sequence[PolicyBatch], steps: Sequence[MiniBatch], fresh_TP: Tensor
     ) -> list[Hidden]:
         records = [batch.trajectories for batch in batches]
         if self._config.feedback.refresh is FeedbackRefresh.none:
             return []
         if not self._refreshes_in_passing:
             return self.hidden(records)
-        found: dict[int, Hidden] = {}
-        for step, hidden_TP in zip(steps, fresh, strict=True):
-            parts = split_hidden([records[i] for i in step.order], hidden_TP)
-            found |= dict(zip(step.order, parts, strict=True))
+        # In the order of the mini-batches.
+        order = [i for step in steps for i in step.order]
+        found = dict(zip(order, split_hidden([records[i] for i in order], fresh_TP), strict=True))
         return [found[i] for i in range(len(records))]
-
-    def _blocks(self, rows: Rows) -> list[Block]:
-        return blocks(
-            rows,
-            token_budget=self._config.policy.tokens_per_microbatch,
-            packed=packs_lines(self._config.model.attention),
-            device=self._device,
-        )
 
     def _joined(self, laid: Sequence[Block], passes: int) -> Iterator[Block]:
         """The blocks, then idle ones: every rank runs as many passes, so that collectives match."""
         yield from laid
         for _ in range(passes - len(laid)):
             yield idle_block(self._device)
-
-    def _most(self, count: int) -> int:
-        return int(largest(torch.tensor(count, device=self._device)))
 
     def _score(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         states_SP, logp_A, unit_A = self._engine.forward(

@@ -2,7 +2,7 @@
 
 Axes: N rows, T packed tokens, P policy width.
 
-Shard s belongs to mini-batch ``s // shards_per_minibatch`` on whatever rank it lies, so the content of an
+A shard's number alone says which mini-batch it belongs to, on whatever rank it lies, so the content of an
 optimizer step does not depend on the number of ranks. A rank may hold no shard of a mini-batch.
 """
 
@@ -18,7 +18,9 @@ from r2m_ray.config.schema import Advantage, Config
 from r2m_ray.core.batch import Hidden, PolicyBatch, Trajectories
 from r2m_ray.core.packing import row_index
 from r2m_ray.engines.hardware import host_buffer, wait_for_copies
-from r2m_ray.engines.policy.blocks import Block, Rows, blocks, packs_lines
+from r2m_ray.engines.policy.blocks import Block, Rows
+from r2m_ray.engines.policy.causal import CausalScorer
+from r2m_ray.engines.policy.zero import largest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +50,17 @@ class MiniBatch:
 
 
 def minibatches(
-    batches: Sequence[PolicyBatch],
-    shard_ids: Sequence[int],
-    *,
-    count: int,
-    config: Config,
-    device: torch.device,
+    batches: Sequence[PolicyBatch], shard_ids: Sequence[int], *, config: Config, scorer: CausalScorer
 ) -> list[MiniBatch]:
-    """This rank's part of each of the step's `count` mini-batches, shards in ascending order."""
-    parts: list[list[int]] = [[] for _ in range(count)]
+    """This rank's part of each of the step's mini-batches, the shards in ascending order."""
+    algo = config.algo
+    shards = algo.minibatch_prompts // algo.prompts_per_shard
+    count = largest(torch.tensor(max(shard_ids, default=-1) // shards + 1, device=scorer.model.device))
+    parts: list[list[int]] = [[] for _ in range(int(count))]
     for i in sorted(range(len(batches)), key=lambda i: shard_ids[i]):
-        parts[shard_ids[i] // shards_per_minibatch(config)].append(i)
-    return [_minibatch(batches, part, config, device) for part in parts]
-
-
-def shards_per_minibatch(config: Config) -> int:
-    """Shards of one optimizer step."""
-    return config.algo.minibatch_prompts // config.algo.prompts_per_shard
+        parts[shard_ids[i] // shards].append(i)
+    greedy_every = algo.responses_per_prompt if algo.advantage is Advantage.remax else None
+    return [_minibatch(batches, part, greedy_every, scorer) for part in parts]
 
 
 def split_hidden(records: Sequence[Trajectories], hidden_TP: Tensor) -> list[Hidden]:
@@ -78,21 +74,14 @@ def split_hidden(records: Sequence[Trajectories], hidden_TP: Tensor) -> list[Hid
 
 
 def _minibatch(
-    batches: Sequence[PolicyBatch], part: Sequence[int], config: Config, device: torch.device
+    batches: Sequence[PolicyBatch], part: Sequence[int], greedy_every: int | None, scorer: CausalScorer
 ) -> MiniBatch:
     chosen = [batches[i] for i in part]
     records = [batch.trajectories for batch in chosen]
-    rows = Rows.of(records)
-    laid = blocks(
-        rows,
-        token_budget=config.policy.tokens_per_microbatch,
-        packed=packs_lines(config.model.attention),
-        device=device,
-    )
+    rows, device = Rows.of(records), scorer.model.device
     sampled_N = torch.ones(rows.offsets.numel() - 1, dtype=torch.bool)
-    if config.algo.advantage is Advantage.remax:
-        sampled_N[:: config.algo.responses_per_prompt] = False
-
+    if greedy_every:
+        sampled_N[::greedy_every] = False
     row_T = row_index(rows.offsets)
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -100,7 +89,7 @@ def _minibatch(
 
     return MiniBatch(
         order=tuple(part),
-        blocks=tuple(laid),
+        blocks=tuple(scorer.blocks(rows)),
         tokens=rows.input_T.numel(),
         rows=int(sampled_N.sum()),
         row_T=row_T.to(device),

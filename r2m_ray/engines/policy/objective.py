@@ -14,10 +14,10 @@ from torch import Tensor
 from r2m_ray.config.schema import Advantage, Config, KLPlace, OldLogprobs, Ratio
 from r2m_ray.core.policy_loss import (
     clipped_surrogate,
+    importance_ratio,
     kl_penalty,
     mean_token_scale,
     row_total,
-    truncated_importance,
 )
 
 
@@ -84,17 +84,17 @@ class Objective:
         `loss = (1/R) Σ_n [ −w·min(ρA, clip(ρ)A) + β Σ_t s_n·KL_t ]` (Eq. 2), R = `rows` that the
         complete optimizer step samples. The KL of a row is the sum over its tokens (s = 1) with the ratio
         "sequence", and is scaled like the surrogate with the two others. With `importance_cap` the weight is
-        `w = min(π_old/π_rollout, cap)`, and 1 without. Rows outside `sampled_N` have no KL: they are no draw
-        from the policy. Where any log-prob is not finite, the loss is NaN.
+        `w = min(π_old/π_rollout, cap)`, both of the same weights but of other engines; else 1. Rows outside
+        `sampled_N` have no KL: they are no draw from the policy. Where any log-prob is not finite, the loss
+        is NaN.
         """
         action_A = torch.ones_like(logp_A, dtype=torch.bool)
         ratio = self.ratio.value
         scale_N = self._token_scale(action_A, offsets)
         weight = None
         if self.importance_cap is not None:
-            weight = truncated_importance(
-                old_A, rollout_A, action_A, offsets, ratio=ratio, cap=self.importance_cap
-            )
+            weight = importance_ratio(old_A, rollout_A, action_A, offsets, ratio=ratio)
+            weight = weight.clamp(max=self.importance_cap)
         surrogate = clipped_surrogate(
             logp_A,
             old_A,

@@ -8,7 +8,7 @@ from r2m_ray.config.schema import Config
 from r2m_ray.core.batch import ReferenceKL, ReferenceLogprobs, Trajectories
 from r2m_ray.core.policy_loss import row_kl
 from r2m_ray.engines.device_loss import raises_device_loss
-from r2m_ray.engines.policy.blocks import Rows, blocks, packs_lines
+from r2m_ray.engines.policy.blocks import Rows
 from r2m_ray.engines.policy.causal import CausalScorer, load_causal
 from r2m_ray.engines.weights import module_digest
 
@@ -37,14 +37,12 @@ class ReferencePolicy:
         )
         self._model = model.eval().requires_grad_(False)
         self._estimator = config.algo.kl_estimator.value
-        self._budget = config.reference.tokens_per_microbatch
         self._scorer = CausalScorer(
             model,
+            attention=config.model.attention,
             temperature=config.algo.temperature,
-            token_budget=self._budget,
+            token_budget=config.reference.tokens_per_microbatch,
         )
-        self._packed = packs_lines(config.model.attention)
-        self._device = device
 
     def digest(self) -> str:
         """sha256 of the weights."""
@@ -57,24 +55,12 @@ class ReferencePolicy:
         """
         tempered_T = torch.zeros(trajectories.layout.tokens)
         unit_T = torch.zeros(trajectories.layout.tokens)
-        laid = blocks(
-            Rows.of([trajectories]), token_budget=self._budget, packed=self._packed, device=self._device
-        )
-        for block in laid:
+        for block in self._scorer.blocks(Rows.of([trajectories])):
             _, tempered_A, unit_A = self._scorer(
                 block.input_BL, block.position_BL, block.pick_A, block.label_A
             )
             action_A = block.action_A.cpu()
             tempered_T[action_A], unit_T[action_A] = tempered_A.cpu(), unit_A.cpu()
-        sampled_N, penalty_N = (
-            row_kl(
-                trajectories.rollout_logp_T,
-                tempered_T,
-                trajectories.action_T,
-                trajectories.layout.offsets,
-                estimator,
-            )
-            for estimator in ("k1", self._estimator)
-        )
-        kl = ReferenceKL(sampled_N=sampled_N, penalty_N=penalty_N)
+        rows = trajectories.rollout_logp_T, tempered_T, trajectories.action_T, trajectories.layout.offsets
+        kl = ReferenceKL(sampled_N=row_kl(*rows, "k1"), penalty_N=row_kl(*rows, self._estimator))
         return kl, ReferenceLogprobs(tempered_T=tempered_T, unit_T=unit_T)

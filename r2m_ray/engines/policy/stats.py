@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from r2m_ray.engines.policy.minibatch import MiniBatch
 from r2m_ray.engines.policy.objective import LossSums
+from r2m_ray.engines.policy.zero import largest, total
 
 
 class OldPolicySums(NamedTuple):
@@ -34,18 +34,6 @@ class OldPolicySums(NamedTuple):
     compared: Tensor
     mismatch: Tensor
     mismatch_kl: Tensor
-
-
-def total(value: Tensor) -> Tensor:
-    """Sum over ranks."""
-    dist.all_reduce(value)
-    return value
-
-
-def largest(value: Tensor) -> Tensor:
-    """Maximum over ranks."""
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
 
 
 @dataclass(slots=True)

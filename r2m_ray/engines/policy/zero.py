@@ -62,6 +62,18 @@ def join_group(*, rank: int, world_size: int, device: torch.device, timeout_s: f
     )
 
 
+def total(value: Tensor) -> Tensor:
+    """Sum over ranks."""
+    dist.all_reduce(value)
+    return value
+
+
+def largest(value: Tensor) -> Tensor:
+    """Maximum over ranks."""
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 class ZeroEngine:
     """A module, its AdamW and its learning-rate schedule; every method is called by all ranks alike.
 

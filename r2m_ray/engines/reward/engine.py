@@ -19,8 +19,7 @@ from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Scores, 
 from r2m_ray.core.head import R2MHead
 from r2m_ray.engines.device_loss import raises_device_loss
 from r2m_ray.engines.reward.head_files import HeadInfo, load_head, save_head
-from r2m_ray.engines.reward.pairs import content_seed
-from r2m_ray.engines.reward.trainer import HeadTrainer, RewardShard
+from r2m_ray.engines.reward.trainer import HeadTrainer, RewardShard, content_seed
 from r2m_ray.engines.reward.trunk import RewardTrunk
 from r2m_ray.engines.weights import module_digest, tensor_digest
 from r2m_ray.errors import InputError, RunError
@@ -109,7 +108,7 @@ class RewardEngine:
         """
         layout = trajectories.layout
         rte_ND, frozen_reward_N = self.trunk.read(trajectories.row_prompts, trajectories.responses)
-        feedback_TP = self._feedback(hidden, layout, rte_ND, f"{step} annotate")
+        feedback_TP = self._noised(hidden, layout, rte_ND, f"{step} annotate")
         reward_N = self.head(rte_ND, feedback_TP, layout.offsets.to(self._device), omega)
         scores = Scores(
             reward_N=reward_N.cpu(),
@@ -184,7 +183,7 @@ class RewardEngine:
     def attention(self, hidden: Hidden, annotation: Annotation) -> Tensor:
         """The head's attention weight on every token, float32 [T], 1 in sum over each row; h as exported."""
         rte_ND = annotation.rte_ND.to(self._device)
-        hidden_TP = self._checked(hidden, annotation.layout).to(self._device)
+        hidden_TP = self._feedback(hidden, annotation.layout)
         offsets = annotation.layout.offsets.to(self._device)
         return self.head.diagnostics(rte_ND, hidden_TP, offsets).weight_T.cpu()
 
@@ -218,11 +217,9 @@ class RewardEngine:
         return {name: tensor_digest(parameter) for name, parameter in self.head.named_parameters()}
 
     def _shard(self, batch: RewardBatch, step: int, index: int) -> RewardShard:
-        annotation = batch.annotation
-        moment = f"{step} update {index}"
-        feedback_TP = self._feedback(batch.hidden, annotation.layout, annotation.rte_ND, moment)
-        moment = f"{self._config.run.seed} {step} pairs"
-        return RewardShard(hidden_TP=feedback_TP, annotation=annotation, moment=moment)
+        notes, seed = batch.annotation, self._config.run.seed
+        feedback_TP = self._noised(batch.hidden, notes.layout, notes.rte_ND, f"{step} update {index}")
+        return RewardShard(hidden_TP=feedback_TP, annotation=notes, moment=f"{seed} {step} pairs")
 
     def _gold_scores(self, trajectories: Trajectories) -> dict[str, Tensor]:
         """float64 [N] by part of the gold score, none where the task knows no gold."""
@@ -234,24 +231,23 @@ class RewardEngine:
             part: torch.tensor([score[part] for score in found], dtype=torch.float64) for part in found[0]
         }
 
-    def _feedback(self, hidden: Hidden, layout: Layout, rte_ND: Tensor, moment: str) -> Tensor:
-        """h [T, P] on the head's device, noised afresh at each moment as ``feedback.noise`` says."""
-        hidden_TP = self._checked(hidden, layout).to(self._device)
-        noise = self._config.feedback.noise
+    def _noised(self, hidden: Hidden, layout: Layout, rte_ND: Tensor, moment: str) -> Tensor:
+        """`_feedback`, noised afresh at each moment as ``feedback.noise`` says."""
+        hidden_TP, noise = self._feedback(hidden, layout), self._config.feedback.noise
         if noise == 0:
             return hidden_TP
         seed = content_seed(f"{self._config.run.seed} {moment}", rte_ND)
         return gaussian_feedback(hidden_TP, noise, seed)
 
-    def _checked(self, hidden: Hidden, layout: Layout) -> Tensor:
+    def _feedback(self, hidden: Hidden, layout: Layout) -> Tensor:
+        """h [T, P] on the head's device."""
         expected = (layout.tokens, self._info.policy_width)
-        same_rows = torch.equal(hidden.layout.offsets, layout.offsets)
-        if not same_rows or hidden.hidden_TP.shape != expected:
+        if not torch.equal(hidden.layout.offsets, layout.offsets) or hidden.hidden_TP.shape != expected:
             raise RunError(
                 f"reward: h is {list(hidden.hidden_TP.shape)} in {hidden.layout.rows} rows, but the shard "
                 f"needs {list(expected)} in {layout.rows}; it was exported for other rows or another policy"
             )
-        return hidden.hidden_TP
+        return hidden.hidden_TP.to(self._device)
 
 
 def gaussian_feedback(hidden_TP: Tensor, noise: float, seed: int) -> Tensor:

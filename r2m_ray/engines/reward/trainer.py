@@ -1,7 +1,7 @@
 """The optimizer of the R2M head: GREBT over all replicas' groups as if they were one replica's.
 
-Axes: G groups, K rows per group, T packed tokens, P policy width, L losses (Bradley–Terry, entropy, and that
-of human pairs where there are any), X all head parameters end to end.
+Axes: N rows, G groups, K rows per group, T packed tokens, P policy width, D reward width, L losses
+(Bradley–Terry, entropy, and that of human pairs where there are any), X all head parameters end to end.
 
 The losses are sums over valid groups, and gradients are linear in them. So each replica adds up the
 gradients of its groups, sums and counts are added over replicas, and only then the means of Eq. 7 are taken.
@@ -10,6 +10,7 @@ With ``reward.anchor_fraction`` people's pairs, as groups of two rows, make a th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.optim import AdamW
 
-from r2m_ray.config.schema import RewardConfig
+from r2m_ray.config.schema import PairSource, RewardConfig
 from r2m_ray.core.batch import Annotation
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import GrebtSums, HumanSums, anchored, grebt_mix, grebt_sums, human_sums
+from r2m_ray.core.reward_loss import GrebtSums, HumanSums, grebt_sums, human_sums, mixed_means
 from r2m_ray.engines.reward.head_files import read_json, read_tensors
-from r2m_ray.engines.reward.pairs import pair_rewards
 from r2m_ray.engines.weights import require_finite
 
 TENSORS_FILE = "optimizer.safetensors"
@@ -64,6 +64,7 @@ class HeadTrainer:
         self._anchor = config.anchor_fraction
         self._world_size = world_size
         self._parameters = dict(head.named_parameters())
+        self._sizes = [parameter.numel() for parameter in self._parameters.values()]
         self._optimizer = AdamW(
             self._parameters.values(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
         )
@@ -79,8 +80,7 @@ class HeadTrainer:
         is skipped, on all replicas alike, where the gradient or a row's reward is not finite, and where the
         gradient is 0, so that momentum alone moves nothing.
         """
-        size = sum(parameter.numel() for parameter in self._parameters.values())
-        gradient_LX = torch.zeros(3 if self._anchor else 2, size, device=self._device)
+        gradient_LX = torch.zeros(3 if self._anchor else 2, sum(self._sizes), device=self._device)
         total = self._totals(shards, omega, gradient_LX)
         if self._anchor:
             total |= self._human_totals(human, omega, gradient_LX[2:])
@@ -138,36 +138,38 @@ class HeadTrainer:
         self, shards: Iterable[RewardShard], omega: float, gradient_LX: Tensor | None
     ) -> dict[str, float]:
         """GREBT_SUMS and ROW_SUMS over all replicas; adds each loss's gradient to its row of gradient_LX."""
-        totals = torch.zeros(len(GREBT_SUMS) + len(ROW_SUMS), dtype=torch.float64, device=self._device)
+        values: list[Tensor] = []
         for shard in shards:
             reward_N = self._reward(shard, omega)
             sums = self._grebt_sums(shard, reward_N)
             if gradient_LX is not None:
                 self._add_gradients((sums.bradley_terry, sums.entropy), gradient_LX[:2])
-            values = [*attrgetter(*GREBT_SUMS)(sums), *self._row_sums(shard, reward_N)]
-            totals += torch.stack([value.detach().to(totals) for value in values])
-        return dict(zip(GREBT_SUMS + ROW_SUMS, self._over_replicas(totals), strict=True))
+            values.append(self._numbers([*attrgetter(*GREBT_SUMS)(sums), *self._row_sums(shard, reward_N)]))
+        return self._over_replicas(GREBT_SUMS + ROW_SUMS, values)
 
     def _human_totals(
         self, shards: Iterable[RewardShard], omega: float, gradient_1X: Tensor
     ) -> dict[str, float]:
         """HUMAN_SUMS, each as ``human_…``, over all replicas; adds the loss's gradient to gradient_1X."""
-        totals = torch.zeros(len(HUMAN_SUMS), dtype=torch.float64, device=self._device)
+        values: list[Tensor] = []
         for shard in shards:
-            sums = human_sums(
-                self._reward(shard, omega).view(-1, 2),
-                shard.annotation.response_id_N.to(self._device).view(-1, 2),
-            )
+            response_id_N = shard.annotation.response_id_N.to(self._device)
+            sums = human_sums(self._reward(shard, omega).view(-1, 2), response_id_N.view(-1, 2))
             self._add_gradients((sums.bradley_terry,), gradient_1X)
-            totals += torch.stack([value.detach().to(totals) for value in attrgetter(*HUMAN_SUMS)(sums)])
-        names = [f"human_{name}" for name in HUMAN_SUMS]
-        return dict(zip(names, self._over_replicas(totals), strict=True))
+            values.append(self._numbers(attrgetter(*HUMAN_SUMS)(sums)))
+        return self._over_replicas([f"human_{name}" for name in HUMAN_SUMS], values)
 
-    def _over_replicas(self, totals: Tensor) -> list[float]:
+    def _numbers(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.stack([value.detach().to(self._device, torch.float64) for value in values])
+
+    def _over_replicas(self, names: Sequence[str], values: Sequence[Tensor]) -> dict[str, float]:
+        """The sum of each number over the shards of all replicas."""
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+        for shard in values:
+            totals += shard
         if self._world_size > 1:
             distributed.all_reduce(totals)
-        found: list[float] = totals.tolist()
-        return found
+        return dict(zip(names, totals.tolist(), strict=True))
 
     def _reward(self, shard: RewardShard, omega: float) -> Tensor:
         offsets = shard.annotation.layout.offsets.to(self._device)
@@ -215,23 +217,13 @@ class HeadTrainer:
     def _mixed(self, losses: Sequence[Tensor], total: Mapping[str, float]) -> Tensor:
         """Eq. 7 over the valid pairs and groups of all replicas; losses as in L, or their gradients."""
         bradley_terry, entropy, *human = losses
-        pairs = torch.tensor(total["pairs"])
+        pairs = total["pairs"]
         if human:
-            bradley_terry = anchored(
-                bradley_terry,
-                human[0],
-                pairs=pairs,
-                human_pairs=torch.tensor(total["human_pairs"]),
-                anchor_fraction=self._anchor,
-            )
-            pairs = torch.ones(())
-        return grebt_mix(
-            bradley_terry,
-            entropy,
-            pairs=pairs,
-            groups=torch.tensor(total["groups"]),
-            entropy_weight=self._config.entropy_weight,
-        )
+            counts = (pairs, total["human_pairs"])
+            bradley_terry = mixed_means(bradley_terry, human[0], counts=counts, weight=self._anchor)
+            pairs = 1.0
+        weight = self._config.entropy_weight
+        return mixed_means(bradley_terry, entropy, counts=(pairs, total["groups"]), weight=weight)
 
     def _statistics(self, total: Mapping[str, float]) -> dict[str, float]:
         names = ("bradley_terry", "entropy", "human_bradley_terry")
@@ -262,10 +254,42 @@ class HeadTrainer:
 
     def _views(self, gradient_X: Tensor) -> list[Tensor]:
         """The part of each parameter, in its shape."""
-        parameters = list(self._parameters.values())
-        parts = torch.split(gradient_X, [parameter.numel() for parameter in parameters])
-        return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+        parts = zip(gradient_X.split(self._sizes), self._parameters.values(), strict=True)
+        return [part.view_as(parameter) for part, parameter in parts]
 
 
 def _mean(total: float, count: float) -> float:
     return total / count if count else math.nan
+
+
+def pair_rewards(source: PairSource, annotation: Annotation, reward_N: Tensor, moment: str) -> Tensor:
+    """The rewards [N] whose highest and lowest row of a group are its pair (``reward.pair_source``).
+
+    reward_N: the head's at the update. moment: run and step, which seed random pairs together with the shard.
+    """
+    match source:
+        case PairSource.annotation:
+            return annotation.reward_N
+        case PairSource.recomputed:
+            return reward_N
+        case PairSource.frozen_rm:
+            return annotation.frozen_reward_N
+        case PairSource.gold:
+            return annotation.gold_N
+        case PairSource.random:
+            return random_ranks(annotation, content_seed(moment, annotation.rte_ND))
+
+
+def random_ranks(annotation: Annotation, seed: int) -> Tensor:
+    """A random order of each group's rows as ranks 0 … K−1, float32 [N]: every ordered pair is as likely."""
+    layout = annotation.layout
+    generator = torch.Generator().manual_seed(seed)
+    draw_GK = torch.rand(layout.groups, layout.group_size, generator=generator, dtype=torch.float64)
+    return draw_GK.argsort(1).float().flatten()
+
+
+def content_seed(moment: str, rte_ND: Tensor) -> int:
+    """A seed of a moment and a shard, whose embeddings tell it apart from every other: the same on whichever
+    replica holds the shard."""
+    content = rte_ND.cpu().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(f"{moment} ".encode() + content).digest()[:7])

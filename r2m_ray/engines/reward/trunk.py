@@ -14,11 +14,10 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from r2m_ray.engines.policy.blocks import grids
+from r2m_ray.engines.pretrained import LOADING_ERRORS, load_pretrained
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError
 
@@ -124,12 +124,10 @@ class RewardTrunk:
         return caught[torch.arange(len(rows), device=self._device), last_B].float()
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        length = max(len(ids) for ids in rows)
-        id_BL = torch.tensor([[*ids, *[UNREAD_ID] * (length - len(ids))] for ids in rows])
-        mask_BL = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows])
-        logits: Tensor = self.model(
-            input_ids=id_BL.to(self._device), attention_mask=mask_BL.to(self._device)
-        ).logits
+        ids = [torch.tensor(row, device=self._device) for row in rows]
+        mask_BL = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        id_BL = pad_sequence(ids, batch_first=True, padding_value=UNREAD_ID)
+        logits: Tensor = self.model(input_ids=id_BL, attention_mask=mask_BL).logits
         return logits
 
     def _catch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -187,35 +185,29 @@ class RewardTrunk:
 def _load(
     model_dir: str, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name = f"model.reward={model_dir}"
+
+    def prepare(config: PretrainedConfig) -> None:
+        if config.num_labels != 1:
+            raise InputError(
+                f"{name}: num_labels (id2label) in config.json is {config.num_labels}, and a reward model "
+                "has 1; use a model trained with num_labels=1"
+            )
+        config.get_text_config().use_cache = False
+
+    model = load_pretrained(
+        AutoModelForSequenceClassification,
+        model_dir,
+        field="model.reward",
+        kind="reward model",
+        dtype=dtype,
+        attention=attention,
+        prepare=prepare,
+    )
     try:
-        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-        _check_labels(config, model_dir)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            model_dir,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"model.reward={model_dir} cannot be loaded as a reward model: {error}") from error
-    if report["missing_keys"]:
-        raise InputError(
-            f"model.reward={model_dir}: its weight files lack {', '.join(sorted(report['missing_keys'])[:4])}"
-            "; it is not a trained reward model (a causal language model has no score layer)"
-        )
-    model.config.get_text_config().use_cache = False
-    return model, tokenizer
-
-
-def _check_labels(config: PretrainedConfig, model_dir: str) -> None:
-    if config.num_labels != 1:
-        raise InputError(
-            f"model.reward={model_dir}: num_labels (id2label) in config.json is {config.num_labels}, and a "
-            "reward model has 1; use a model trained with num_labels=1"
-        )
+        return model, AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise InputError(f"{name}: its tokenizer cannot be loaded: {error}") from error
 
 
 def _score_layer(model: PreTrainedModel, path: str, model_dir: str) -> nn.Linear:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -15,19 +15,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-
-class Weights(Protocol):
-    """A learner rank, as far as its weights go."""
-
-    def weight_shapes(self) -> list[tuple[str, Any, tuple[int, ...]]]: ...
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]: ...
+from r2m_ray.engines.policy.learner import PolicyLearner
 
 
 class LearnerSource(WeightSource):  # type: ignore[misc]
     """A learner's parameters as vLLM reads them: Hugging Face names, full tensors, one at a time."""
 
-    def __init__(self, learner: Weights) -> None:
+    def __init__(self, learner: PolicyLearner) -> None:
         self._learner = learner
 
     def metadata(self) -> list[ParamMeta]:
@@ -43,7 +37,7 @@ def ranks_per_engine(engine_args: Mapping[str, Any]) -> int:
 
 
 def weight_sender(
-    learner: Weights,
+    learner: PolicyLearner,
     client: Any,
     *,
     backend: str,
@@ -65,24 +59,16 @@ def weight_sender(
 
     Returns an object whose ``send_weights()`` runs one complete update and must be called on every rank.
     """
-    info = transfer_info(
-        learner, backend=backend, rank=rank, address=address, world_size=world_size, bucket_bytes=bucket_bytes
-    )
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=LearnerSource(learner))
-
-
-def transfer_info(
-    learner: Weights, *, backend: str, rank: int, address: tuple[str, int], world_size: int, bucket_bytes: int
-) -> NCCLTrainerInitInfo | IPCTrainerInitInfo:
-    """What vLLM's trainer side needs to know to open a transfer."""
     if backend == "nccl":
-        return NCCLTrainerInitInfo(
+        info: NCCLTrainerInitInfo | IPCTrainerInitInfo = NCCLTrainerInitInfo(
             rank=rank,
             master_address=address[0],
             master_port=address[1],
             world_size=world_size,
             packed_buffer_size_bytes=bucket_bytes,
         )
-    # One buffer is shared during the complete transfer, and no parameter may be larger than it.
-    sizes = (math.prod(shape) * dtype.itemsize for _, dtype, shape in learner.weight_shapes())
-    return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, *sizes))
+    else:
+        # One buffer is shared during the complete transfer, and no parameter may be larger than it.
+        sizes = (math.prod(shape) * dtype.itemsize for _, dtype, shape in learner.weight_shapes())
+        info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(bucket_bytes, *sizes))
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=LearnerSource(learner))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_ray.errors import RunError
-from r2m_ray.report.compare.curves import Comparison, Curve, read_comparison
+from r2m_ray.report.compare.curves import Curve, read_comparison
 from r2m_ray.report.compare.matched import mean_peak
-from r2m_ray.report.compare.pictures import effects, frontiers, over_training, png, rewards
+from r2m_ray.report.compare.pictures import effects, frontiers, over_training, rewards
 from r2m_ray.report.compare.study import Study, study
 from r2m_ray.report.compare.tables import preface, tables, write_tables
-from r2m_ray.report.html import Figure, Section, comparison_page
+from r2m_ray.report.html import Figure, Section, comparison_page, write_pictures
+from r2m_ray.report.plots import png
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import replace_file
 from r2m_ray.run.vocabulary import metric
@@ -40,8 +40,18 @@ def write_comparison(runs: Mapping[str, Sequence[Path]], baseline: str, director
         tables=tuple(tables(found)),
         figures=tuple(figures.values()),
     )
+    here = environment()
+    sources = {
+        f"Runs of {arm}": ", ".join(str(c.source) for c in curves) for arm, curves in paired.arms.items()
+    }
+    facts = {
+        "Seeds": ", ".join(map(str, paired.seeds)),
+        **sources,
+        "Commit": here["commit"] or "not in a git checkout",
+        "Command": " ".join(here["command"]),
+    }
     title = " · ".join(paired.arms)
-    text = comparison_page(title, kind="r2m_ray comparison", facts=_facts(paired), sections=[section])
+    text = comparison_page(title, kind="r2m_ray comparison", facts=facts, sections=[section])
     replace_file(directory / PAGE_FILE, text)
     return directory / PAGE_FILE
 
@@ -97,26 +107,3 @@ def effects_figure(found: Study) -> Figure | None:
         "nominal 95 % intervals over the seeds, absent with one."
     )
     return Figure("Primary endpoints", caption, png(figure))
-
-
-def write_pictures(figures: Mapping[str, Figure], directory: Path) -> None:
-    """Write every figure as ``<name>.png``; RunError names the file that cannot be written."""
-    for name, figure in figures.items():
-        path = directory / f"{name}.png"
-        try:
-            path.write_bytes(figure.png)
-        except OSError as error:
-            raise RunError(f"{path}: cannot write it: {error.strerror}.") from error
-
-
-def _facts(paired: Comparison) -> dict[str, str]:
-    here = environment()
-    sources = {
-        f"Runs of {arm}": ", ".join(str(c.source) for c in curves) for arm, curves in paired.arms.items()
-    }
-    return {
-        "Seeds": ", ".join(map(str, paired.seeds)),
-        **sources,
-        "Commit": here["commit"] or "not in a git checkout",
-        "Command": " ".join(here["command"]),
-    }

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from r2m_ray.config.fields import names_of
@@ -41,7 +40,6 @@ COMMAND_FIELDS: dict[str, tuple[str, ...]] = {
 
 Build = Callable[[Config, Path], dict[str, Any]]
 """Makes the models of a configuration in a directory and returns the facts about them."""
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,9 @@ class Prepared:
         return self.directory / "reward"
 
 
-def prepare(config: Config, *, added: Mapping[str, Any] = NOTHING, build: Build | None = None) -> Prepared:
+def prepare(
+    config: Config, *, added: Mapping[str, Any] | None = None, build: Build | None = None
+) -> Prepared:
     """Train policy and reward model for ``config``, unless they are there already.
 
     Several processes may prepare at once: one trains, the others wait and find its result.
@@ -78,18 +78,16 @@ def prepare(config: Config, *, added: Mapping[str, Any] = NOTHING, build: Build 
     """
     directory = _directory(config, added)
     with _lock(directory):
-        prepared = _complete(directory)
-        if prepared is None:
-            _build(config, added, build or _train, directory)
-            prepared = _complete(directory)
-        else:
+        if prepared := _complete(directory):
             print(f"found {directory}", flush=True)
-    if prepared is None:
-        raise RunError(f"{directory}: its files changed while they were written; prepare again")
-    return prepared
+            return prepared
+        _build(config, added, build or _train, directory)
+        if prepared := _complete(directory):
+            return prepared
+    raise RunError(f"{directory}: its files changed while they were written; prepare again")
 
 
-def find(config: Config, *, added: Mapping[str, Any] = NOTHING) -> Prepared | None:
+def find(config: Config, *, added: Mapping[str, Any] | None = None) -> Prepared | None:
     """What `prepare` made of the same arguments, None where it did not; InputError for unreadable facts."""
     return _complete(_directory(config, added))
 
@@ -99,7 +97,7 @@ def locate(config: Config) -> Prepared:
     prepared = find(config)
     if prepared is None:
         raise InputError(
-            f"{_directory(config, NOTHING)}: no prepared models for this configuration; make them by: "
+            f"{_directory(config, None)}: no prepared models for this configuration; make them by: "
             f"{_command(config)}"
         )
     return prepared
@@ -127,7 +125,7 @@ def source_digest(source: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _settings(config: Config, added: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Config, added: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything that prepared models depend on; the digest is that of its JSON."""
     task, name = asdict(config.task), config.task.name
     settings = {field: task[field] for field in (*SHARED_FIELDS, *TASK_FIELDS[name])}
@@ -141,11 +139,11 @@ def _settings(config: Config, added: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config.run.seed,
         "reward.max_length": config.reward.max_length,
         "task": settings,
-        "prepare": prepare | dict(added),
+        "prepare": prepare | dict(added or {}),
     }
 
 
-def _directory(config: Config, added: Mapping[str, Any]) -> Path:
+def _directory(config: Config, added: Mapping[str, Any] | None) -> Path:
     settings = json.dumps(_settings(config, added), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
     return Path(config.prepare.root) / f"{config.task.name.value}-{digest[:12]}"
@@ -174,12 +172,9 @@ def _complete(directory: Path) -> Prepared | None:
         sizes = facts["files"].items()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete {directory} and prepare again") from error
-    is_complete = all(_size(directory / name) == size for name, size in sizes)
+    files = [(directory / name, size) for name, size in sizes]
+    is_complete = all(file.is_file() and file.stat().st_size == size for file, size in files)
     return Prepared(directory=directory, facts=facts) if is_complete else None
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def _train(config: Config, directory: Path) -> dict[str, Any]:
@@ -189,7 +184,7 @@ def _train(config: Config, directory: Path) -> dict[str, Any]:
     return build(config, directory)
 
 
-def _build(config: Config, added: Mapping[str, Any], build: Build, directory: Path) -> None:
+def _build(config: Config, added: Mapping[str, Any] | None, build: Build, directory: Path) -> None:
     building = directory.with_name(f".tmp-{directory.name}")
     start = time.monotonic()
     try:

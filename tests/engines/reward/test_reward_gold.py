@@ -14,7 +14,7 @@ from r2m_ray.config.schema import PairSource
 from r2m_ray.core.batch import Annotation, Hidden, RewardBatch, Trajectories
 from r2m_ray.core.reward_loss import group_pairs
 from r2m_ray.engines.reward.engine import RewardEngine
-from r2m_ray.engines.reward.pairs import content_seed, random_ranks
+from r2m_ray.engines.reward.trainer import content_seed, random_ranks
 
 EngineFactory = Callable[..., RewardEngine]
 

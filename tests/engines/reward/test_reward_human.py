@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heads import grebt
 from reward_rows import K, broken_at, parameters, random_batch, with_annotation, with_hidden
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from r2m_ray.core.batch import RewardBatch
 from r2m_ray.core.head import R2MHead
-from r2m_ray.core.reward_loss import grebt
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
@@ -60,7 +60,7 @@ def test_an_anchored_update_is_one_adamw_step_on_the_mix(
 
     reward_GK = rewards(oracle, groups, K)
     pairs_GK = torch.cat([b.annotation.reward_N for b in groups]).view(-1, K)
-    _, sums = grebt(reward_GK, pairs_GK, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    _, sums = grebt(reward_GK, pairs_GK, entropy_weight=entropy_weight)
     own, entropy = sums.bradley_terry / 5, sums.entropy / 5
     people = human_loss(oracle, human)
     loss = (1 - entropy_weight) * ((1 - fraction) * own + fraction * people) + entropy_weight * entropy

@@ -8,11 +8,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+from heads import grebt
 from reward_rows import K, literal_rewards, parameters, random_batch, states, with_hidden
 
 from r2m_ray.config.schema import PairSource, WoInit
 from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
-from r2m_ray.core.reward_loss import grebt
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
@@ -39,7 +39,7 @@ def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
         PairSource.recomputed: reward_GK.detach().flatten(),
         PairSource.gold: torch.cat([note.gold_N for note in notes]),
     }[pair_source].view(-1, K)
-    loss, _ = grebt(reward_GK, pairs, torch.arange(20).view(-1, K), entropy_weight=entropy_weight)
+    loss, _ = grebt(reward_GK, pairs, entropy_weight=entropy_weight)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(oracle.parameters(), 1.0)
     optimizer.step()

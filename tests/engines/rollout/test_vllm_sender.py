@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from r2m_ray.engines.rollout.vllm_sender import ranks_per_engine, transfer_info
+from r2m_ray.engines.rollout import vllm_sender
+from r2m_ray.engines.rollout.vllm_sender import ranks_per_engine, weight_sender
 
 
 class Learner:
@@ -23,13 +24,19 @@ class Learner:
 
 
 @pytest.mark.parametrize(("bucket", "expected"), [(1000, 8000), (9000, 9000)])
-def test_the_shared_buffer_holds_the_largest_parameter(bucket: int, expected: int) -> None:
+def test_the_shared_buffer_holds_the_largest_parameter(
+    bucket: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What opens a transfer needs a GPU; what it is opened with is looked at here.
+    monkeypatch.setattr(
+        vllm_sender.WeightTransferTrainerFactory, "trainer_init", lambda info, client, source: info
+    )
     arguments: dict[str, Any] = {"rank": 0, "address": ("127.0.0.1", 1), "world_size": 3}
-    ipc = transfer_info(Learner(), backend="ipc", bucket_bytes=bucket, **arguments)
+    ipc = weight_sender(Learner(), None, backend="ipc", bucket_bytes=bucket, **arguments)
     assert ipc.packed_buffer_size_bytes == expected
     assert ipc.packed
     # A broadcast grows its buffer by itself.
-    nccl = transfer_info(Learner(), backend="nccl", bucket_bytes=bucket, **arguments)
+    nccl = weight_sender(Learner(), None, backend="nccl", bucket_bytes=bucket, **arguments)
     assert (nccl.packed_buffer_size_bytes, nccl.world_size) == (bucket, 3)
 
 
