@@ -19,8 +19,11 @@ demo: $(STAMP)
 	$(BIN)/r2m-ray train experiment=demo run.name=demo-$$(date +%Y%m%d-%H%M%S)
 
 # Lint, types and every test that starts no engine. Such tests share nothing, so that two processes run them.
+# The models are tiny: a second thread costs more than it does.
+check test test-slow: export OMP_NUM_THREADS = 1
+
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engine and not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engine and not slow"
 
 test: check
 	$(BIN)/python -m pytest -q -m "engine and not slow and not gpu and not cluster"
