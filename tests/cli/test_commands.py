@@ -129,6 +129,15 @@ def test_the_nearest_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"Did you mean {tmp_path / 'demo'}?" in capsys.readouterr().err
 
 
+def add_failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """A command ``fail`` that raises an error."""
+
+    def fail(arguments: Sequence[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -146,10 +155,7 @@ def test_exit_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(arguments: Sequence[str]) -> int:
-        raise error
-
-    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
+    add_failing(monkeypatch, error)
     assert main(["fail"]) == code
     assert capsys.readouterr().err.startswith(words)
 
@@ -157,10 +163,7 @@ def test_exit_codes(
 def test_errors_show_neither_escapes_nor_secrets(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(arguments: Sequence[str]) -> int:
-        raise InputError("\x1b[2Jbad\nWANDB_API_KEY=0123456789")
-
-    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
+    add_failing(monkeypatch, InputError("\x1b[2Jbad\nWANDB_API_KEY=0123456789"))
     assert main(["fail"]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: \\x1b[2Jbad\n")
@@ -168,10 +171,7 @@ def test_errors_show_neither_escapes_nor_secrets(
 
 
 def test_unforeseen_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(arguments: Sequence[str]) -> int:
-        raise ZeroDivisionError
-
-    monkeypatch.setitem(COMMANDS, "fail", Command("", "", fail))
+    add_failing(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         main(["fail"])
 
