@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import free_port
+from ranks import free_port
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 

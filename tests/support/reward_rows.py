@@ -6,6 +6,7 @@ Axes as in the package: G groups, K rows per group, N rows, T packed tokens, P p
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ def make_batch(seed: int, *, groups: int = 2, size: int = K, width: int = P) -> 
         response_id_N=torch.arange(rows),
     )
     return RewardBatch(hidden=make_states(layout, seed=seed, width=width), annotation=annotation)
+
+
+def with_equal_rows(batch: RewardBatch, rows: int) -> RewardBatch:
+    """The batch with its first rows equal: the same 5 states, embedding and response."""
+    lengths = batch.hidden.layout.lengths.clone()
+    lengths[:rows] = 5
+    layout = Layout.from_lengths(lengths.tolist(), batch.hidden.layout.group_size)
+    hidden_TP = make_states(layout, seed=0).hidden_TP
+    hidden_TP[: 5 * rows] = hidden_TP[:5].repeat(rows, 1)
+    rte_ND, response_id_N = batch.annotation.rte_ND.clone(), batch.annotation.response_id_N.clone()
+    rte_ND[:rows], response_id_N[:rows] = rte_ND[0].clone(), 0
+    annotation = replace(batch.annotation, layout=layout, rte_ND=rte_ND, response_id_N=response_id_N)
+    return RewardBatch(hidden=Hidden(layout=layout, hidden_TP=hidden_TP), annotation=annotation)
+
+
+def with_nan(batch: RewardBatch, token: int) -> RewardBatch:
+    """The batch with a NaN in one hidden state."""
+    hidden_TP = batch.hidden.hidden_TP.clone()
+    hidden_TP[token, 5] = math.nan
+    return replace(batch, hidden=replace(batch.hidden, hidden_TP=hidden_TP))
 
 
 def literal_rewards(head: R2MHead, rte_ND: Tensor, hidden: Hidden, omega: float) -> Tensor:

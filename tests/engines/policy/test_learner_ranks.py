@@ -6,15 +6,14 @@ The module starts this file twice as a program, one process per rank; each goes 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import free_port, learner_config, make_learner, policy_batch, weights_of
+from learner_rows import learner_config, make_learner, policy_batch, weights_of
+from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,25 +100,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTok
     )  # fmt: skip
     LlamaForCausalLM(model).save_pretrained(directory / "model")
     tiny_tokenizer.save_pretrained(directory / "model")
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(directory), str(rank)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in SHARDS
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-6000:]
+    run_ranks(__file__, [(str(directory), str(rank)) for rank in SHARDS])
     return directory
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import literal_rewards, make_states
+from reward_rows import K, literal_rewards, make_states
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_ray.config.schema import PairSource
@@ -17,7 +17,6 @@ from r2m_ray.engines.reward.engine import RewardEngine, gaussian_feedback
 from r2m_ray.errors import RunError
 
 EngineFactory = Callable[..., RewardEngine]
-K = 4
 
 
 def test_reward_is_equations_3_and_4(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reward_rows import make_batch
+from reward_rows import K, make_batch
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource
@@ -18,7 +18,6 @@ from r2m_ray.engines.reward.engine import RewardEngine
 from r2m_ray.engines.reward.trainer import content_seed, random_ranks
 
 EngineFactory = Callable[..., RewardEngine]
-K = 4
 
 
 def words(prompt: str, response: str, truncated: bool) -> dict[str, float]:

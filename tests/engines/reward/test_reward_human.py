@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from heads import grebt
-from reward_rows import make_batch
+from reward_rows import K, make_batch, with_nan
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -18,7 +18,6 @@ from r2m_ray.core.head import R2MHead
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
-K = 4
 
 
 def rewards(head: R2MHead, batches: list[RewardBatch], size: int, omega: float = 0.6) -> Tensor:
@@ -127,11 +126,8 @@ def test_a_broken_human_row_skips_the_step_and_is_counted(
     groups: list[RewardBatch], human: list[RewardBatch], make_engine: EngineFactory
 ) -> None:
     engine = make_engine(anchor_fraction=0.5)
-    broken_TP = human[0].hidden.hidden_TP.clone()
-    broken_TP[0, 0] = math.nan
-    broken = replace(human[0], hidden=replace(human[0].hidden, hidden_TP=broken_TP))
     before = engine.digests()
-    stats = engine.update(groups, 0.6, 1, [broken, human[1]])
+    stats = engine.update(groups, 0.6, 1, [with_nan(human[0], 0), human[1]])
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (1, 1, 1)
     assert engine.digests() == before
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import make_batch, make_states
+from reward_rows import make_batch, make_states, with_nan
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import PairSource
@@ -24,10 +24,8 @@ EngineFactory = Callable[..., RewardEngine]
 def test_update_that_is_not_finite_is_skipped_and_counted(make_engine: EngineFactory) -> None:
     engine, clean = make_engine(update_steps=2), make_engine(update_steps=2)
     batch = make_batch(1)
-    broken_TP = batch.hidden.hidden_TP.clone()
-    broken_TP[3, 5] = float("nan")
     before = engine.digests()
-    stats = engine.update([replace(batch, hidden=replace(batch.hidden, hidden_TP=broken_TP))], 0.6, 1)
+    stats = engine.update([with_nan(batch, 3)], 0.6, 1)
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (2, 2, 1)
     assert not math.isfinite(stats["gradient_norm"])
     assert engine.digests() == before

@@ -16,7 +16,6 @@ from r2m_ray.engines.reward.head_files import load_head
 from r2m_ray.errors import InputError
 
 EngineFactory = Callable[..., RewardEngine]
-K = 4
 
 
 def test_saved_head_loads_in_three_lines(

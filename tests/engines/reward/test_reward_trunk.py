@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
     GPTNeoXConfig,
-    GPTNeoXForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedModel,
     Qwen2Config,
-    Qwen2ForSequenceClassification,
 )
 
 from r2m_ray.engines.reward.trunk import RewardTrunk
@@ -34,27 +31,18 @@ TEMPLATE = (
     "{% for m in messages %}{{ 'w100 ' if m.role == 'user' else 'w101 ' }}{{ m.content }} w102 {% endfor %}"
 )
 RESPONSE_ONLY = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
-SIZES = {"vocab_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
+SIZES = {
+    "vocab_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "initializer_range": 0.3, "num_labels": 1,
+}  # fmt: skip
 
 
-def llama() -> PreTrainedModel:
-    config = LlamaConfig(**SIZES, hidden_size=32, intermediate_size=64, num_key_value_heads=2, num_labels=1)
-    return LlamaForSequenceClassification(config)
-
-
-def qwen2() -> PreTrainedModel:
-    config = Qwen2Config(**SIZES, hidden_size=48, intermediate_size=64, num_key_value_heads=4, num_labels=1)
-    return Qwen2ForSequenceClassification(config)
-
-
-def gpt_neox() -> PreTrainedModel:
-    config = GPTNeoXConfig(**SIZES, hidden_size=64, intermediate_size=64, num_labels=1)
-    return GPTNeoXForSequenceClassification(config)
-
-
-def bert() -> PreTrainedModel:
-    config = BertConfig(**SIZES, hidden_size=32, intermediate_size=64, num_labels=1)
-    return BertForSequenceClassification(config)
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, hidden_size=32, num_key_value_heads=2),
+    "qwen2": Qwen2Config(**SIZES, hidden_size=48, num_key_value_heads=4),
+    "gpt_neox": GPTNeoXConfig(**SIZES, hidden_size=64),
+    "bert": BertConfig(**SIZES, hidden_size=32),
+}
 
 
 def trunk_of(directory: Path, **changes: object) -> RewardTrunk:
@@ -77,31 +65,27 @@ def direct_score(directory: Path, ids: list[int]) -> float:
         return float(model(torch.tensor([ids])).logits[0, 0])
 
 
-def with_tokenizer(source: Path, target: Path, **fields: object) -> Path:
-    """A copy of a model directory whose tokenizer has other fields; None deletes one."""
+def changed(source: Path, target: Path, file: str, **fields: object) -> Path:
+    """A copy of a model directory with other fields in one of its JSON files."""
     shutil.copytree(source, target)
-    path = target / "tokenizer_config.json"
-    stored = {**json.loads(path.read_text()), **fields}
-    path.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
-    return target
-
-
-def with_config(source: Path, target: Path, **fields: object) -> Path:
-    shutil.copytree(source, target)
-    path = target / "config.json"
+    path = target / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     return target
+
+
+with_tokenizer = partial(changed, file="tokenizer_config.json")
+with_config = partial(changed, file="config.json")
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory, tiny_reward_dir: Path) -> dict[str, Path]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
     directories = {}
-    for seed, build in enumerate((llama, qwen2, gpt_neox, bert)):
+    for seed, (family, config) in enumerate(FAMILIES.items()):
         torch.manual_seed(seed)
-        directories[build.__name__] = tmp_path_factory.mktemp(build.__name__)
-        build().save_pretrained(directories[build.__name__])
-        tokenizer.save_pretrained(directories[build.__name__])
+        directories[family] = tmp_path_factory.mktemp(family)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(directories[family])
+        tokenizer.save_pretrained(directories[family])
     return directories
 
 
@@ -110,7 +94,7 @@ def scores(tiny_reward_dir: Path) -> Tensor:
     return trunk_of(tiny_reward_dir).read(PROMPTS, RESPONSES)[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_transformers_own(family: str, directories: dict[str, Path]) -> None:
     directory = directories[family]
     trunk = trunk_of(directory, score_layer="classifier" if family == "bert" else "score")
@@ -218,7 +202,7 @@ def test_missing_score_layer_lists_candidates(directories: dict[str, Path]) -> N
 
 
 def test_layer_that_does_not_make_the_score_is_refused(tmp_path: Path, tiny_reward_dir: Path) -> None:
-    config = LlamaConfig(**SIZES, hidden_size=32, intermediate_size=1, num_labels=1)
+    config = LlamaConfig(**SIZES | {"intermediate_size": 1}, hidden_size=32)
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path)
     trunk_of(tmp_path)
@@ -227,7 +211,7 @@ def test_layer_that_does_not_make_the_score_is_refused(tmp_path: Path, tiny_rewa
 
 
 def test_causal_language_model_is_refused(tmp_path: Path, tiny_reward_dir: Path) -> None:
-    config = LlamaConfig(**SIZES, hidden_size=32, intermediate_size=64, num_labels=1)
+    config = LlamaConfig(**SIZES, hidden_size=32)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lack score.weight"):
