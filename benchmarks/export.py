@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ VOCABULARY = 160
 PROMPT_TOKENS = 37
 END_TOKEN = 2
 SIDES = ("export", "no_export")
+RAW = "raw"
 
 
 def save_policy(directory: Path, arguments: argparse.Namespace) -> int:
@@ -60,49 +61,137 @@ def save_policy(directory: Path, arguments: argparse.Namespace) -> int:
     return int(model.num_parameters())
 
 
+class RawVLLM:
+    """vLLM by itself: the requests of a plan in, tokens and log-probs out."""
+
+    def __init__(self, model_dir: str, arguments: argparse.Namespace) -> None:
+        from r2m_ray.engines.rollout.vllm_engine import prepare_environment
+
+        engine_args = json.loads(arguments.engine_args)
+        prepare_environment(engine_args)
+        import vllm
+
+        self._vllm = vllm
+        self._tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+        self._llm = vllm.LLM(
+            model=model_dir,
+            dtype=arguments.dtype,
+            seed=0,
+            max_model_len=arguments.prompt_tokens + arguments.new_tokens,
+            logprobs_mode="processed_logprobs",
+            **engine_args,
+        )
+
+    def sample(self, plan: Any) -> dict[str, Any]:
+        from r2m_ray.engines.rollout.engine import row_seed
+
+        rows = [
+            (self._tokenizer(prompt.text).input_ids, row_seed(plan.seed, plan.step, prompt.index, row))
+            for prompt in plan.prompts
+            for row in range(plan.group_size)
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids, _ in rows],
+            [
+                self._vllm.SamplingParams(
+                    seed=seed,
+                    max_tokens=plan.max_new_tokens,
+                    stop_token_ids=[END_TOKEN],
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+                for _, seed in rows
+            ],
+            use_tqdm=False,
+        )
+        sampled = [list(output.outputs[0].token_ids) for output in outputs]
+        labels = sum(sum(ids[1:]) + sum(new) for (ids, _), new in zip(rows, sampled, strict=True))
+        return {"tokens": sum(map(len, sampled)), "label_sum": labels}
+
+
+class Ours:
+    """The rollout engine, with or without its export; keeps the last batch."""
+
+    def __init__(self, model_dir: str, arguments: argparse.Namespace, *, export: bool) -> None:
+        from r2m_ray.engines.rollout.engine import RolloutEngine
+
+        self._arguments = arguments
+        self._engine = RolloutEngine(
+            model_dir=model_dir,
+            dtype=arguments.dtype,
+            seed=0,
+            max_model_len=arguments.prompt_tokens + arguments.new_tokens,
+            export_hidden=export,
+            engine_args=json.loads(arguments.engine_args),
+        )
+
+    def sample(self, plan: Any) -> dict[str, Any]:
+        ((self.rows, self.hidden),) = self._engine.sample([plan])
+        return {
+            "tokens": int(self.rows.action_T.sum()),
+            "label_sum": int(self.rows.label_T.sum()),
+            "hidden": list(self.hidden.hidden_TP.shape),
+        }
+
+    def modes(self) -> dict[str, Any]:
+        """How this vLLM computes, which differs between devices."""
+        config = self._engine._vllm._llm.llm_engine.vllm_config
+        return {
+            "second_model_runner": bool(config.use_v2_model_runner),
+            "asynchronous_scheduling": bool(config.scheduler_config.async_scheduling),
+            "cuda_graphs": config.compilation_config.cudagraph_mode.name,
+            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        }
+
+
 def serve(side: str, model_dir: str, arguments: argparse.Namespace) -> None:
-    """One side: start an engine, then sample one batch for each line on stdin and report it on stdout."""
+    """One side: start an engine, then sample one batch for each line on stdin and report it on stdout.
+
+    The line "states" writes the last batch's exported states and tokens to a file instead.
+    """
     # Libraries may write to stdout; what the parent reads goes through a copy of it.
     replies = sys.stdout
     sys.stdout = sys.stderr
     from r2m_ray.core.batch import Prompt, SamplePlan
-    from r2m_ray.engines.rollout.engine import RolloutEngine
 
-    engine = RolloutEngine(
-        model_dir=model_dir,
-        dtype="float32",
-        seed=0,
-        max_model_len=PROMPT_TOKENS + arguments.new_tokens,
-        export_hidden=side == "export",
-        engine_args={"enforce_eager": True},
+    engine: Any = (
+        RawVLLM(model_dir, arguments)
+        if side == "raw"
+        else Ours(model_dir, arguments, export=side == "export")
     )
     prompts = tuple(
-        Prompt(index=i, text=" ".join(f"w{4 + (7 * i + j) % 150}" for j in range(PROMPT_TOKENS)))
+        Prompt(index=i, text=" ".join(f"w{4 + (7 * i + j) % 150}" for j in range(arguments.prompt_tokens)))
         for i in range(arguments.rows // arguments.group)
     )
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for step, _ in enumerate(sys.stdin):
-        plan = SamplePlan(
-            prompts=prompts,
-            group_size=arguments.group,
-            step=step,
-            seed=0,
-            temperature=1.0,
-            max_new_tokens=arguments.new_tokens,
-        )
-        ((rows, hidden),) = engine.sample([plan])
-        reply = {
-            "tokens": int(rows.action_T.sum()),
-            "label_sum": int(rows.label_T.sum()),
-            "hidden": list(hidden.hidden_TP.shape),
-        }
+    modes = engine.modes() if side != "raw" else {}
+    print(json.dumps({"ready": True, "modes": modes}), file=replies, flush=True)
+    for step, line in enumerate(sys.stdin):
+        if line.strip():
+            rows, hidden = engine.rows, engine.hidden
+            torch.save(
+                {"input_T": rows.input_T, "offsets": rows.layout.offsets, "hidden_TP": hidden.hidden_TP},
+                line.strip(),
+            )
+            reply: dict[str, Any] = {"saved": line.strip()}
+        else:
+            plan = SamplePlan(
+                prompts=prompts,
+                group_size=arguments.group,
+                step=step,
+                seed=0,
+                temperature=1.0,
+                max_new_tokens=arguments.new_tokens,
+            )
+            reply = engine.sample(plan)
         print(json.dumps(reply), file=replies, flush=True)
 
 
 def start(side: str, model_dir: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
-    sizes = [f"--rows={arguments.rows}", f"--group={arguments.group}", f"--new-tokens={arguments.new_tokens}"]
+    names = ("rows", "group", "prompt_tokens", "new_tokens", "dtype", "engine_args")
+    passed = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
     return subprocess.Popen(
-        [sys.executable, __file__, "--side", side, "--model", model_dir, *sizes],
+        [sys.executable, __file__, "--side", side, "--model", model_dir, *passed],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -118,46 +207,60 @@ def reply_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     return reply
 
 
+def ask(process: subprocess.Popen[str], line: str = "") -> dict[str, Any]:
+    """Send one line to a side, and wait for its reply."""
+    assert process.stdin is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return reply_of(process)
+
+
 def sampler(process: subprocess.Popen[str], replies: list[dict[str, Any]]) -> Callable[[], None]:
     """A call that lets one side sample its next batch, and waits for it."""
-
-    def sample() -> None:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-        replies.append(reply_of(process))
-
-    return sample
+    return lambda: replies.append(ask(process))
 
 
-def compared(model_dir: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and tokens per second of both sides, and the ratio of each round's throughputs."""
-    processes = {side: start(side, model_dir, arguments) for side in SIDES}
+def compared(
+    model_dir: str, arguments: argparse.Namespace, sides: Sequence[str] = SIDES, states: str = ""
+) -> dict[str, Any]:
+    """Seconds and tokens per second of all sides, and the ratio of each round's throughputs to the export's.
+
+    Args:
+        model_dir: the policy.
+        arguments: of the command line.
+        sides: "export" first, then those that it is compared with.
+        states: a file for the exported states of the last batch; none where empty.
+    """
+    processes = {side: start(side, model_dir, arguments) for side in sides}
     try:
-        for process in processes.values():
-            reply_of(process)
-        replies: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        ready = {side: reply_of(process) for side, process in processes.items()}
+        replies: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         times = measure.alternating(
             {side: sampler(process, replies[side]) for side, process in processes.items()}, arguments.repeats
         )
+        if states:
+            ask(processes["export"], states)
     finally:
         for process in processes.values():
             process.kill()
             process.wait()
-    for ours, theirs in zip(*replies.values(), strict=True):
-        assert (ours["tokens"], ours["label_sum"]) == (theirs["tokens"], theirs["label_sum"])
+    same = [{(r["tokens"], r["label_sum"]) for r in batch} for batch in zip(*replies.values(), strict=True)]
     # The first reply of each side is the warm-up's.
     rates = {
         side: [reply["tokens"] / s for reply, s in zip(replies[side][1:], times[side], strict=True)]
-        for side in SIDES
+        for side in sides
     }
-    ratios = [ours / theirs for ours, theirs in zip(rates["export"], rates["no_export"], strict=True)]
     return {
         "tokens_per_batch": replies["export"][-1]["tokens"],
         "hidden_per_batch": replies["export"][-1]["hidden"],
-        "seconds": {side: measure.summary(times[side]) for side in SIDES},
-        "tokens_per_second": {side: measure.summary(rates[side]) for side in SIDES},
-        "throughput_ratio": measure.summary(ratios),
+        "modes": ready["export"]["modes"],
+        "batches_of_equal_tokens": sum(len(found) == 1 for found in same) / len(same),
+        "seconds": {side: measure.summary(times[side]) for side in sides},
+        "tokens_per_second": {side: measure.summary(rates[side]) for side in sides},
+        "throughput_ratio": {
+            side: measure.summary([a / b for a, b in zip(rates["export"], rates[side], strict=True)])
+            for side in sides[1:]
+        },
     }
 
 
@@ -169,10 +272,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--group", type=int, default=8, help="rows per prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--engine-args", default='{"enforce_eager": true}', help="of vLLM, as JSON")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", default="export.json")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(*SIDES, RAW), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -180,12 +286,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         parameters = save_policy(Path(directory), arguments)
+        found = compared(directory, arguments)
+        if found["batches_of_equal_tokens"] < 1:
+            raise RuntimeError("the sides sampled other tokens, so their times cannot be compared")
         result = {
             "benchmark": "export",
             "settings": {k: v for k, v in vars(arguments).items() if k not in ("side", "model")},
             "parameters": parameters,
             "machine": measure.machine(),
-            **compared(directory, arguments),
+            **found,
         }
     measure.write(arguments.out, result)
     print(json.dumps(result, indent=2))

@@ -107,6 +107,23 @@ async def _finish(run: Any, turns: Turns) -> None:
     await turns.over()
 
 
+def compared(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Seconds of each phase of both sides, and R2M's step over vanilla's."""
+    phases = sorted(key for key in rows["r2m"][0] if key.startswith("time/"))
+    seconds = {
+        side: {phase: summary([row[phase] for row in found]) for phase in phases}
+        for side, found in rows.items()
+    }
+    return {
+        "seconds": seconds,
+        "step_ratio_r2m_over_vanilla": seconds["r2m"]["time/step"]["median"]
+        / seconds["vanilla"]["time/step"]["median"],
+        "step_ratio_by_pair": summary(
+            [r["time/step"] / v["time/step"] for r, v in zip(rows["r2m"], rows["vanilla"], strict=True)]
+        ),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="steps of each side, the first two unmeasured")
@@ -124,20 +141,12 @@ def main() -> None:
     configs = {name: load_config([*common, f"reward={name}"]) for name in ("vanilla", "r2m")}
     with cluster(configs["r2m"].cluster), tempfile.TemporaryDirectory() as root:
         rows = asyncio.run(measure(configs, Path(root)))
-    phases = sorted(key for key in rows["r2m"][0] if key.startswith("time/"))
     result = {
         "benchmark": "step_time",
         "machine": machine(),
         "overrides": overrides,
-        "seconds": {
-            side: {phase: summary([row[phase] for row in rows[side]]) for phase in phases} for side in rows
-        },
+        **compared(rows),
     }
-    medians = {side: result["seconds"][side]["time/step"]["median"] for side in rows}
-    result["step_ratio_r2m_over_vanilla"] = medians["r2m"] / medians["vanilla"]
-    result["step_ratio_by_pair"] = summary(
-        [r["time/step"] / v["time/step"] for r, v in zip(rows["r2m"], rows["vanilla"], strict=True)]
-    )
     write(arguments.out, result)
     print(f"R2M / vanilla: {result['step_ratio_r2m_over_vanilla']:.3f}  →  {arguments.out}")
 

@@ -106,7 +106,7 @@ def checked(command: Sequence[str]) -> list[Config]:
     configs = []
     if command[0] in ("train", "prepare"):
         swept = len(overrides) < len(command) - 1
-        configs = [job.config for job in sweep(overrides)] if swept else [load_config(overrides)]
+        configs = sweep(overrides) if swept else [load_config(overrides)]
     problems = [
         problem for config in configs for problem in path_problems(config, trains=command[0] == "train")
     ]

@@ -1,4 +1,4 @@
-"""What a user is told when something is wrong: error types with their exit codes, problems, and safe text.
+"""What a user sees when something is wrong: error types with their exit codes, problems, and safe text.
 
 Model and user text can carry terminal escapes that move the cursor, or bidirectional controls that
 show a line as something else. Whatever is printed or put on a page goes through ``printable``.
@@ -95,14 +95,14 @@ class PeersLost(RunError):
 class Alarmed(RunError):
     """An alarm ended the run in order (``monitor.on_alarm=stop``), and its last step is saved; exit code 4.
 
-    The message tells the alarms and their remedies.
+    The message names the alarms and their remedies.
     """
 
     exit_code = 4
 
 
 class Preempted(Exception):
-    """The run was told to stop, and kept its last commit; exit code 75."""
+    """The run was asked to stop, and kept its last commit; exit code 75."""
 
     exit_code = 75
 

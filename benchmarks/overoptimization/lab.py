@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.overoptimization import results
+from benchmarks.overoptimization.additions import POLICY
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.execute import Job, execute
 from benchmarks.overoptimization.gates import (
@@ -38,7 +39,7 @@ from benchmarks.overoptimization.runs import (
     used,
     world_overrides,
 )
-from benchmarks.overoptimization.worlds import POLICY, find, locate, recipe
+from benchmarks.overoptimization.worlds import find, locate, recipe
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Preempted, RunError, refuse

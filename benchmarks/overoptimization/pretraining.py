@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from benchmarks.overoptimization.worlds import HELP, POLICY, Additions
+from benchmarks.overoptimization.additions import HELP, POLICY, Additions
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.model_files import ModelFiles, open_model
 from r2m_ray.engines.text import conversation_ids

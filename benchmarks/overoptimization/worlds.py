@@ -16,34 +16,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import ValidationError
 
+from benchmarks.overoptimization.additions import HELP, POLICY, PREFIX, Additions
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config, TaskName
 from r2m_ray.engines.model_files import WEIGHTS
 from r2m_ray.errors import InputError, Problem, RunError, hint, printable, redacted, refuse
 from r2m_ray.tasks.prepare import store
 from r2m_ray.tasks.prepare.store import Prepared, source_digest
-
-PREFIX = "lab."
-POLICY = f"{PREFIX}policy"
-HELP = "name the `policy` folder of models prepared for this task"
-
-
-class Additions(BaseModel):
-    """What the lab adds to a preparation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    policy: str = ""
-    """Directory of a prepared policy to copy instead of training one, for another reward model to meet."""
-    reward_from_policy: bool = False
-    """Whether the reward model's trunk starts as a copy of the fine-tuned policy's, in the same shape."""
-    reward_auxiliary_steps: NonNegativeInt = 0
-    """Optimizer steps in which the reward model's trunk learns, before any pair, to count the courtesies,
-    intensifiers, words, off-topic facts and repeats of a response."""
-    reward_auxiliary_truth: bool = False
-    """Whether it counts correct, wrong and corrected facts as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,22 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from r2m_ray.cli.checks.preflight import (
-    data_problems,
-    exposure_problems,
-    model_problems,
-    preflight,
-    store_problems,
-)
+from r2m_ray.cli.checks.preflight import data_problems, evaluation_problems, preflight
 from r2m_ray.cli.hydra_main import Work, check, through_hydra
 from r2m_ray.config.compose import groups, load_config, load_saved
 from r2m_ray.config.fields import reference
 from r2m_ray.config.schema import Config, RunConfig
-from r2m_ray.errors import InputError, Problem, RunError, hint, printable
+from r2m_ray.errors import InputError, RunError, hint, printable
 from r2m_ray.run import commit
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, export, fault, step_of
-from r2m_ray.run.files import CONFIG_FILE, METRICS_FILE, read_steps
-from r2m_ray.run.vocabulary import current_row
+from r2m_ray.run.files import CONFIG_FILE, METRICS_FILE, read_metrics
 
 OVERRIDES = """\
 Overrides choose options and set fields, in hydra's grammar:
@@ -61,7 +54,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     parsed = arg.parse_args(arguments)
     directory = run_directory(parsed.run_dir)
     config = load_saved(directory / CONFIG_FILE, parsed.overrides)
-    check([config], _evaluation_problems, "what the evaluation needs")
+    check([config], evaluation_problems, "what the evaluation needs")
 
     from r2m_ray.runtime.launch import run_evaluation
 
@@ -246,7 +239,7 @@ Memory is an estimate from above: rows of full length, every slot of the KV cach
         plan,
     ),
     "doctor": Command(
-        "Check this machine: packages, engines, cores, memory, disk, ports, GPUs, a 2-rank collective.",
+        "Check this machine: packages, engines, cores, memory, disk, GPUs, a 2-rank collective.",
         """\
   r2m-ray doctor
   r2m-ray doctor run.root=/data/runs --json
@@ -290,7 +283,7 @@ def _train(config: Config) -> float | None:
 
 def objective(file: Path) -> float | None:
     """What a search sees of a run: gold/mean of the last evaluation, or reward/frozen_mean without gold."""
-    rows = [current_row(row) for row in read_steps(file) if row["kind"] == "eval"]
+    rows = [row for row in read_metrics(file) if row["kind"] == "eval"]
     last: Mapping[str, float | None] = rows[-1] if rows else {}
     return last["gold/mean"] if "gold/mean" in last else last.get("reward/frozen_mean")
 
@@ -301,15 +294,6 @@ def _prepare(config: Config) -> None:
     from r2m_ray.tasks.prepare.store import prepare
 
     prepare(config)
-
-
-def _evaluation_problems(config: Config) -> list[Problem]:
-    return [
-        *model_problems(config),
-        *data_problems(config),
-        *exposure_problems(config.cluster),
-        *store_problems(config.cluster),
-    ]
 
 
 def _help(command: str) -> str:

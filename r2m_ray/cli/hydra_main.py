@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 
 import hydra
@@ -25,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from r2m_ray.config.compose import (
     SweepPlugins,
-    composed_config,
     config_dir,
+    config_of,
     for_hydra,
     load_config,
     parse_overrides,
@@ -35,7 +35,7 @@ from r2m_ray.config.compose import (
 )
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
-from r2m_ray.config.sweep import fixed_overrides, job_name, sweep
+from r2m_ray.config.sweep import fixed_overrides, named, sweep
 from r2m_ray.errors import ActorLost, InputError, Preempted, Problem, RunError, printable, redacted, refuse
 
 HELP = """\
@@ -87,7 +87,7 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
         plugins = sweep_plugins(fixed)
         if plugins.sweeper == "basic":
             jobs = sweep([*plugins.overrides, *overrides])
-            check([job.config for job in jobs], work.problems, work.subject)
+            check(jobs, work.problems, work.subject)
         else:
             load_config(fixed)
     elif flags in ([], ["--run"], ["-r"]):
@@ -95,9 +95,9 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
     ended: list[Exception] = []
 
     def job(tree: DictConfig) -> float | None:
-        config = composed_config(tree)
+        config = config_of(tree)
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            return _one_of_many(_named(config, fixed), work, ended)
+            return _one_of_many(named(config, _distinguishing(fixed)), work, ended)
         try:
             return work.run(config)
         except (InputError, RunError, Preempted) as error:
@@ -160,15 +160,14 @@ def _one_of_many(config: Config, work: Work, ended: list[Exception]) -> float | 
     return result
 
 
-def _named(config: Config, fixed: Sequence[str]) -> Config:
-    """The configuration of a job under the name that distinguishes it."""
+def _distinguishing(fixed: Sequence[str]) -> list[str]:
+    """What distinguishes the job that runs from the others of its sweep."""
     chosen = HydraConfig.get()
     known = {line.partition("=")[0] for line in for_hydra(fixed)}
     words = [str(word) for word in chosen.overrides.task if str(word).partition("=")[0] not in known]
-    if chosen.runtime.choices["hydra/sweeper"] != "basic":
-        # A search may draw one point twice.
-        words.append(f"trial={chosen.job.num}")
-    return replace(config, run=replace(config.run, name=job_name(config.run.name, words)))
+    # A search may draw one point twice.
+    is_search = chosen.runtime.choices["hydra/sweeper"] != "basic"
+    return [*words, f"trial={chosen.job.num}"] if is_search else words
 
 
 def _hydra(program: str, arguments: Sequence[str], job: Callable[[DictConfig], float | None]) -> int:

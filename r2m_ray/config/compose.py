@@ -61,11 +61,9 @@ def load_config(overrides: Sequence[str]) -> Config:
 
     Raises InputError with every problem at once: unknown names, wrong types, ranges, contradictions.
     """
-    parsed, problems = parse_overrides(overrides)
-    problems += [_sweep_problem(override) for override in parsed if override.is_sweep_override()]
-    single = [override for override in parsed if not override.is_sweep_override()]
-    tree, unknown = _composed([override for override in single if _is_choice(override)])
-    return _checked(tree, [override for override in single if not _is_choice(override)], problems + unknown)
+    choices, values, problems = _sorted(overrides)
+    tree, unknown = _composed(choices)
+    return config_of(tree, values, [*problems, *unknown])
 
 
 def load_saved(path: Path, overrides: Sequence[str]) -> Config:
@@ -73,11 +71,9 @@ def load_saved(path: Path, overrides: Sequence[str]) -> Config:
 
     Raises InputError if the file is no configuration, and with every problem of the overrides at once.
     """
-    parsed, problems = parse_overrides(overrides)
-    values = [override for override in parsed if not _is_choice(override)]
+    choices, values, problems = _sorted(overrides)
     message = "chooses from a group, which a finished run no longer has; override its fields instead"
-    problems += [Problem(_text(override), message) for override in parsed if _is_choice(override)]
-    problems += [_sweep_problem(override) for override in values if override.is_sweep_override()]
+    problems += [Problem(_text(choice), message) for choice in choices]
     try:
         tree = OmegaConf.load(path)
     except OSError as error:
@@ -86,12 +82,25 @@ def load_saved(path: Path, overrides: Sequence[str]) -> Config:
         raise InputError(f"{path}: not a configuration ({_one_line(error)}); restore the file") from error
     if not isinstance(tree, DictConfig):
         raise InputError(f"{path}: not a configuration; restore the file")
-    return _checked(tree, [override for override in values if not override.is_sweep_override()], problems)
+    return config_of(tree, values, problems)
 
 
-def composed_config(tree: DictConfig) -> Config:
-    """The configuration in what hydra composed; InputError with every problem at once."""
-    return _checked(tree, [], [])
+def config_of(tree: DictConfig, values: Sequence[Override] = (), problems: Sequence[Problem] = ()) -> Config:
+    """The configuration in what hydra composed, with overrides of single fields.
+
+    Raises InputError with every problem at once, those that are known already included.
+    """
+    found = [*problems, *(problem for override in values for problem in _apply(tree, override))]
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        refuse([*found, Problem(error.full_key or _SUBJECT, _one_line(error))], _SUBJECT)
+        raise
+    assert isinstance(plain, dict)
+    config, unread = read(plain, groups())
+    wrong = {problem.path for problem in unread}
+    refuse([*found, *unread, *validate(config, wrong)], _SUBJECT)
+    return config
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
@@ -152,6 +161,16 @@ def parse_overrides(overrides: Sequence[str]) -> tuple[list[Override], list[Prob
     return parsed, problems
 
 
+def _sorted(overrides: Sequence[str]) -> tuple[list[Override], list[Override], list[Problem]]:
+    """Overrides that choose from groups, those that set fields, and a problem for each that is neither."""
+    parsed, problems = parse_overrides(overrides)
+    message = "is several values; add --multirun for one job each, or quote the value"
+    problems += [Problem(_text(override), message) for override in parsed if override.is_sweep_override()]
+    single = [override for override in parsed if not override.is_sweep_override()]
+    choices = [override for override in single if _is_choice(override)]
+    return choices, [override for override in single if not _is_choice(override)], problems
+
+
 def _is_choice(override: Override) -> bool:
     """Whether an override chooses a file of a group, or speaks to hydra, rather than setting a field."""
     is_field = isinstance(override.value(), dict | int | float)
@@ -189,22 +208,6 @@ def _merged(lines: list[str]) -> DictConfig:
     return tree
 
 
-def _checked(tree: DictConfig, values: Sequence[Override], problems: list[Problem]) -> Config:
-    """Apply field overrides, read the tree into the schema, and refuse what is wrong by now."""
-    for override in values:
-        problems += _apply(tree, override)
-    try:
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
-        refuse([*problems, Problem(error.full_key or _SUBJECT, _one_line(error))], _SUBJECT)
-        raise
-    assert isinstance(plain, dict)
-    config, unread = read(plain, groups())
-    wrong = {problem.path for problem in unread}
-    refuse([*problems, *unread, *validate(config, wrong)], _SUBJECT)
-    return config
-
-
 def _apply(tree: DictConfig, override: Override) -> list[Problem]:
     path = override.key_or_group
     try:
@@ -225,10 +228,6 @@ def _choice_problem(choice: Override, error: Exception) -> Problem:
         message = f"no such option; there are {', '.join(known)}.{hint(value, known)}"
         return Problem(f"{choice.key_or_group}={shown(value)}", message)
     return Problem(_text(choice), _one_line(error))
-
-
-def _sweep_problem(override: Override) -> Problem:
-    return Problem(_text(override), "is several values; add --multirun for one job each, or quote the value")
 
 
 def _text(override: Override) -> str:

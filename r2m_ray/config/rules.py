@@ -28,14 +28,11 @@ from r2m_ray.config.schema import (
     SyncBackend,
     TaskName,
 )
-from r2m_ray.errors import Problem, hint, shown
+from r2m_ray.errors import Problem, shown
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-LEAST_TEMPERATURE = 0.01
-"""vLLM silently samples at 0.01 where less is asked for, and the learner's log-probs would not."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU backend computes."""
-PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 LEAST_OBJECT_STORE_GB = 0.08
 GPUS = tuple(f"cluster.gpus_per_{role}" for role in ("learner", "rollout", "reference", "reward"))
 
@@ -296,15 +293,6 @@ def _kl_gradient(config: Config) -> Iterator[Problem]:
         )
 
 
-@rule("algo.temperature")
-def _temperature(config: Config) -> Iterator[Problem]:
-    if config.algo.temperature < LEAST_TEMPERATURE:
-        message = (
-            f"{config.algo.temperature:g} is below {LEAST_TEMPERATURE}, at which vLLM would sample instead"
-        )
-        yield Problem("algo.temperature", f"{message}; use {LEAST_TEMPERATURE} or more")
-
-
 @rule("monitor.on_alarm", "monitor.steps", "algo.steps")
 def _alarms_in_time(config: Config) -> Iterator[Problem]:
     monitor, steps = config.monitor, config.algo.steps
@@ -462,14 +450,6 @@ def _object_store(config: Config) -> Iterator[Problem]:
     if config.cluster.address == "local" and size < LEAST_OBJECT_STORE_GB:
         message = f"{size:g} is less than Ray starts with; use {LEAST_OBJECT_STORE_GB} or more"
         yield Problem("cluster.object_store_gb", message)
-
-
-@rule("cluster.placement")
-def _placement(config: Config) -> Iterator[Problem]:
-    placement = config.cluster.placement
-    if placement not in PLACEMENTS:
-        message = f"{shown(placement)} is not one of {', '.join(PLACEMENTS)}."
-        yield Problem("cluster.placement", message + hint(placement.upper(), PLACEMENTS))
 
 
 @rule("rollout.engine_args")

@@ -67,12 +67,19 @@ SyncBackend = StrEnum("SyncBackend", "object_store nccl ipc")
 Overlong = StrEnum("Overlong", "error drop")
 OnAlarm = StrEnum("OnAlarm", "warn stop")
 WandbMode = StrEnum("WandbMode", "offline online disabled")
+Placement = StrEnum(
+    "Placement",
+    {"PACK": "PACK", "SPREAD": "SPREAD", "STRICT_PACK": "STRICT_PACK", "STRICT_SPREAD": "STRICT_SPREAD"},
+)
+LEAST_TEMPERATURE = 0.01
+"""vLLM silently samples at 0.01 where less is asked for, and the learner's log-probs would not."""
 
 # Numbers are strict: neither the text "3" nor `true` counts as a number.
 Count = Annotated[int, Field(strict=True, ge=1)]
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(strict=True, ge=LEAST_TEMPERATURE, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Options = dict[str, Any]
 
@@ -223,7 +230,7 @@ class AlgoConfig:
     """Monte-Carlo estimator of KL(π_θ‖π_ref) per token."""
     kl_place: KLPlace = KLPlace.loss
     """Whether the penalty is a term of the loss or is subtracted from the reward."""
-    temperature: Annotated[Positive, Compare.always] = 1.0
+    temperature: Annotated[Temperature, Compare.always] = 1.0
     """Temperature of sampling, and of the log-probs in the ratio."""
 
 
@@ -398,8 +405,8 @@ class ClusterConfig:
     """GPUs of each reference replica; 0 runs it on the CPU."""
     gpus_per_reward: NonNegative = 0.0
     """GPUs of each reward replica; 0 runs it on the CPU."""
-    placement: str = "PACK"
-    """Ray's placement strategy: PACK, SPREAD, STRICT_PACK or STRICT_SPREAD."""
+    placement: Placement = Placement.PACK
+    """Ray's placement strategy."""
     start_timeout_s: Positive = 300.0
     """Seconds until every actor must be placed and ready."""
     phase_timeout_s: Positive = 600.0

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hydra.core.override_parser.types import Glob, Override
 
@@ -18,39 +18,32 @@ NAME_LENGTH = 100
 _DIGEST_LENGTH = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One run of a sweep: its configuration, and the overrides that describe it."""
+def sweep(overrides: Sequence[str]) -> list[Config]:
+    """The jobs of the cross product of all overrides with several values, in order; the last varies fastest.
 
-    config: Config
-    overrides: tuple[str, ...]
-
-
-def sweep(overrides: Sequence[str]) -> list[Job]:
-    """The cross product of all overrides with several values, in order; the last one varies fastest.
-
-    Job names are ``run.name`` followed by what distinguishes the job: ``demo-reward-vanilla-run.seed-1``.
+    A job's name is ``run.name`` followed by what distinguishes it: ``demo-reward-vanilla-run.seed-1``.
     Raises InputError with every problem of every job, each once.
     """
     parsed, problems = parse_overrides(overrides)
     refuse(problems, "the sweep")
     swept = [override for override in parsed if override.is_sweep_override()]
     fixed = fixed_overrides(parsed)
-    jobs: list[Job] = []
+    jobs: list[Config] = []
     faults: dict[str, None] = {}
     for values in itertools.product(*[list(_values(override)) for override in swept]):
         chosen = [f"{o.get_key_element()}={value}" for o, value in zip(swept, values, strict=True)]
         try:
-            config = load_config([*fixed, *chosen])
+            jobs.append(named(load_config([*fixed, *chosen]), chosen))
         except InputError as error:
             faults |= dict.fromkeys(str(error).splitlines()[1:])
-            continue
-        name = job_name(config.run.name, chosen)
-        named = replace(config, run=replace(config.run, name=name))
-        jobs.append(Job(named, (*fixed, *chosen, f"run.name={name}")))
     if faults:
         raise InputError("\n".join(["problems in the sweep:", *faults]))
     return jobs
+
+
+def named(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration of a job under the name that distinguishes it."""
+    return replace(config, run=replace(config.run, name=job_name(config.run.name, overrides)))
 
 
 def fixed_overrides(parsed: Sequence[Override]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ JUDGED_SHARE = 10
 """One in so many batches of the warm-up, the first ones and the last, show how good the head was then."""
 
 
+@dataclass(frozen=True, slots=True)
 class HumanPairs:
     """The task's preference pairs, in an order that depends on ``run.seed`` and the training step alone.
 
@@ -35,51 +37,40 @@ class HumanPairs:
     The log reports what the warm-up did.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        roles: Roles,
-        *,
-        pairs: Sequence[PreferencePair],
-        tokenizer: PreTrainedTokenizerBase,
-        log: RunLog,
-    ) -> None:
-        self._config = config
-        self._roles = roles
-        self._pairs = pairs
-        self._tokenizer = tokenizer
-        self._log = log
+    config: Config
+    roles: Roles
+    _: KW_ONLY
+    pairs: Sequence[PreferencePair]
+    tokenizer: PreTrainedTokenizerBase
+    log: RunLog
 
     async def annotated(self, step: int, *, omega: float) -> LabelledPairs:
         """A step's pairs under the policy and the reward model as they are; none without an anchor."""
-        reward = self._config.reward
+        reward, algo = self.config.reward, self.config.algo
         if reward.anchor_fraction == 0:
             return LabelledPairs(hidden=(), annotation=())
-        algo = self._config.algo
-        count = algo.prompts_per_step
+        count, size = algo.prompts_per_step, algo.prompts_per_shard
         first = reward.warmup_pairs + (step - 1) * count
-        return await self._annotate(
-            first, count, pairs_per_shard=algo.prompts_per_shard, omega=omega, step=step
-        )
+        return await self._annotate(first, count, pairs_per_shard=size, omega=omega, step=step)
 
     async def warm_up(self) -> None:
         """Fit the head to ``reward.warmup_pairs`` at ω = Ω, before the first step of a new run."""
-        reward = self._config.reward
+        reward = self.config.reward
         if reward.warmup_pairs == 0:
             return
-        with self._log.phase("warm_up"):
+        with self.log.phase("warm_up"):
             stats = [
-                await self._roles.reward.warm_up(batch, omega=reward.omega_floor)
+                await self.roles.reward.warm_up(batch, omega=reward.omega_floor)
                 async for batch in self._warm_up_batches()
             ]
-        self._log.message(warm_up_summary(reward.warmup_pairs, stats))
+        self.log.message(warm_up_summary(reward.warmup_pairs, stats))
 
     async def _warm_up_batches(self) -> AsyncIterator[LabelledPairs]:
         """Batches of one optimizer step each, annotated as many rows at a time as a training step has.
 
         A shard has as many rows as a step's, or fewer, so that a batch is whole shards.
         """
-        algo, pairs = self._config.algo, self._config.reward.warmup_pairs
+        algo, pairs = self.config.algo, self.config.reward.warmup_pairs
         groups_as_pairs = algo.responses_per_prompt // 2
         enlarged = math.gcd(algo.prompts_per_step // algo.prompts_per_shard, groups_as_pairs)
         pairs_per_shard = algo.prompts_per_shard * enlarged
@@ -90,7 +81,7 @@ class HumanPairs:
                 first,
                 min(at_once, pairs - first),
                 pairs_per_shard=pairs_per_shard,
-                omega=self._config.reward.omega_floor,
+                omega=self.config.reward.omega_floor,
                 step=WARM_UP_STEP,
             )
             for i in range(0, len(found.hidden), shards_per_batch):
@@ -100,18 +91,18 @@ class HumanPairs:
     async def _annotate(
         self, first: int, count: int, *, pairs_per_shard: int, omega: float, step: int
     ) -> LabelledPairs:
-        chosen = [self._pairs[i] for i in drawn(len(self._pairs), first, count, seed=self._config.run.seed)]
-        packed = packed_pairs(self._tokenizer, chosen, pairs_per_shard=pairs_per_shard, version=step)
-        shards = [self._roles.share(shard) for shard in packed]
-        hidden = await self._roles.policy.hidden(shards)
-        _, annotation = await self._roles.reward.annotate(shards, hidden, omega=omega, step=step)
+        chosen = [self.pairs[i] for i in drawn(len(self.pairs), first, count, seed=self.config.run.seed)]
+        packed = packed_pairs(self.tokenizer, chosen, pairs_per_shard=pairs_per_shard, version=step)
+        shards = [self.roles.share(shard) for shard in packed]
+        hidden = await self.roles.policy.hidden(shards)
+        _, annotation = await self.roles.reward.annotate(shards, hidden, omega=omega, step=step)
         return LabelledPairs(hidden=hidden, annotation=annotation)
 
 
 def drawn(size: int, first: int, count: int, *, seed: int) -> list[int]:
     """Places ``first`` to ``first + count − 1`` of an endless order of ``size`` things.
 
-    Each pass holds all of them once, shuffled anew by ``seed``.
+    Each pass holds all of them once, in an order of its own that ``seed`` decides.
     """
     return [_shuffled(size, seed, place // size)[place % size] for place in range(first, first + count)]
 

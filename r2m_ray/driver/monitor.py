@@ -1,7 +1,7 @@
 """Watching a run: alarms for whoever follows it, and guards that stop it.
 
-Alarms are a function of the step rows of ``metrics.jsonl``. So a resumed run has the alarms of an
-uninterrupted one, and other bounds can be tried on a finished run (``replay``).
+Alarms are a function of the step rows of ``metrics.jsonl``, so a resumed run has those of an uninterrupted
+one. Guards are numbers that stop a run, because going on would waste or ruin it (``guard``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from statistics import median
 from typing import Any
 
 from r2m_ray.config.schema import Config, MonitorConfig, OnAlarm
-from r2m_ray.driver.guards import Guards
-from r2m_ray.errors import Alarmed
+from r2m_ray.errors import Alarmed, RunError
 from r2m_ray.run.vocabulary import metric
 
 Row = Mapping[str, Any]
@@ -49,6 +48,17 @@ KL = metric("policy/kl_sequence")
 OWN, FROZEN, OMEGA = metric("reward/mean"), metric("reward/frozen_mean"), metric("omega")
 FROZEN_SPREAD = metric("reward/frozen_group_std")
 
+NONFINITE = {
+    metric("reward/nonfinite"): "rewards",
+    metric("hidden/nonfinite"): "rows of h",
+    metric("policy/nonfinite_rows"): "rows with a log-prob",
+    metric("policy/skipped_steps"): "losses or gradients of the policy",
+    metric("rm/nonfinite_steps"): "losses or gradients of the reward head",
+}
+"""Metrics that count what was not finite, and what each one counts."""
+LOGPROB_GAP = metric("policy/mismatch_mean")
+ROWS_NAMED = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
@@ -68,7 +78,13 @@ class Monitor:
     """Computes the alarms of a run, step by step."""
 
     def __init__(self, config: MonitorConfig) -> None:
-        self._steps, self._bounds = config.steps, bounds(config)
+        self._steps = config.steps
+        self.bounds = {
+            "scale_ratio": config.scale_ratio,
+            "frozen_gap": config.frozen_gap,
+            "flip_rate": config.flip_rate,
+            "kl": config.kl,
+        }
         self._scale_ratio: list[float] = []
         self._flip_rate: list[float] = []
         self._kl: list[float] = []
@@ -91,9 +107,7 @@ class Monitor:
             "flip_rate": self._latest(self._flip_rate),
             "kl": self._latest(self._kl),
         }
-        alarms = tuple(
-            name for name, level in levels.items() if level is not None and level > self._bounds[name]
-        )
+        alarms = tuple(n for n, level in levels.items() if level is not None and level > self.bounds[n])
         new = tuple(name for name in alarms if name not in self._raised)
         self._raised.update(new)
         return Reading(step=step, levels=levels, alarms=alarms, new=new)
@@ -119,14 +133,14 @@ class Watch:
     Args:
         config: its ``monitor`` and ``guard`` are used.
         rows: of the training steps so far, in their order. A run that returns to a checkpoint makes a new
-            watch from the rows up to it.
+            watch from the rows up to it; it starts without steps in a row that were not finite.
     """
 
     def __init__(self, config: Config, rows: Iterable[Row] = ()) -> None:
-        self._config = config.monitor
-        self._guards = Guards(config.guard)
+        self._config, self._guard = config.monitor, config.guard
         self._monitor = Monitor(config.monitor)
         self._last = Reading(step=0, levels={})
+        self._nonfinite: list[str] = []
         for row in rows:
             self._last = self._monitor.observe(int(row["step"]), row)
 
@@ -135,7 +149,13 @@ class Watch:
 
         versions: of the weights that sampled each shard.
         """
-        self._guards.versions(step, versions)
+        for shard, version in enumerate(versions):
+            if version != step - 1:
+                raise RunError(
+                    f"step {step}: shard {shard} was sampled with weights of version {version}, and "
+                    f"version {step - 1} was due: its rollout engine missed a weight sync. "
+                    "Continue from the last checkpoint with run.resume=true."
+                )
 
     def observe(self, step: int, metrics: Row) -> dict[str, float]:
         """Add a step; returns ``alarm/<name>`` for its row, 1 where the alarm is on and else 0."""
@@ -149,9 +169,32 @@ class Watch:
     def guard(self, step: int, metrics: Mapping[str, float], broken_rows: Sequence[str]) -> None:
         """Raise RunError where the step's log-prob gap, or steps in a row that were not finite, end the run.
 
-        broken_rows: the rows whose reward or log-probs are not finite, each as ``guards.row_label`` names it.
+        broken_rows: a label of each row whose reward or log-probs are not finite.
         """
-        self._guards.step(step, metrics, broken_rows)
+        gap, limit = metrics[LOGPROB_GAP], self._guard.logprob_gap
+        if gap > limit:
+            raise RunError(
+                f"step {step}: log-probs of rollout engine and learner are {gap:.3g} nats per token apart "
+                f"for weights of version {step - 1}; guard.logprob_gap is {limit:g}. The "
+                "engine holds other weights than the learner, or computes in another precision: check "
+                "rollout.engine_args, sync with sync.backend=object_store and sync.verify_every=1, or raise "
+                "guard.logprob_gap; then continue from the last checkpoint with run.resume=true."
+            )
+        found = [f"{metrics[key]:g} {what}" for key, what in NONFINITE.items() if metrics.get(key, 0) > 0]
+        if not found:
+            self._nonfinite.clear()
+            return
+        named = [*broken_rows[:ROWS_NAMED], *(["…"] if len(broken_rows) > ROWS_NAMED else [])]
+        rows = "; ".join(named) or "no single row is at fault: a model is"
+        self._nonfinite.append(f"step {step}: {', '.join(found)} ({rows})")
+        if len(self._nonfinite) >= self._guard.nonfinite_steps:
+            raise RunError(
+                f"{len(self._nonfinite)} steps in a row held NaN or infinity, and their updates were skipped "
+                f"(guard.nonfinite_steps={self._guard.nonfinite_steps}).\n"
+                + "\n".join(self._nonfinite)
+                + "\nLook at these prompts, lower policy.learning_rate or reward.learning_rate, or use "
+                "model.dtype=float32; then continue from the last checkpoint with run.resume=true."
+            )
 
     @property
     def ends_run(self) -> bool:
@@ -173,27 +216,8 @@ class Watch:
         description, remedy = ALARMS[name]
         return (
             f"alarm {name} at step {self._last.step}: {description.format(level=self._last.levels[name])} "
-            f"(median of {self._config.steps} steps; monitor.{name}={bounds(self._config)[name]:g}). {remedy}"
+            f"(median of {self._config.steps} steps; monitor.{name}={self._monitor.bounds[name]:g}). {remedy}"
         )
-
-
-def bounds(config: MonitorConfig) -> dict[str, float]:
-    """The bound of each alarm."""
-    return {
-        "scale_ratio": config.scale_ratio,
-        "frozen_gap": config.frozen_gap,
-        "flip_rate": config.flip_rate,
-        "kl": config.kl,
-    }
-
-
-def replay(config: MonitorConfig, rows: Iterable[Row]) -> list[Reading]:
-    """The readings that a monitor with these bounds gives after each training step of a run.
-
-    rows: of ``metrics.jsonl`` (``r2m_ray.run.files.read_steps``); evaluations among them are skipped.
-    """
-    monitor = Monitor(config)
-    return [monitor.observe(int(row["step"]), row) for row in rows if row.get("kind") != "eval"]
 
 
 def _known(row: Row, *names: str) -> bool:

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from r2m_ray.core.batch import ReferenceKL, SampledRows, SamplePlan, Scores
-from r2m_ray.driver.guards import row_label
+from r2m_ray.errors import printable
 from r2m_ray.run.vocabulary import TOTAL
+
+PROMPT_SHOWN = 60
+"""Characters of a prompt that a message shows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """All that the driver knows of a batch: numbers per row.
+    """The numbers of a batch.
 
     group_size: K. shard_sizes: rows of each shard. tokens: input tokens of all rows. Tensors are [N] and as
     in `SampledRows`, `Scores` and `ReferenceKL`. gold: float64 [N] by part of the gold score, if any.
@@ -79,7 +82,10 @@ class Rows:
         return value_N.double().view(-1, self.group_size)
 
     def broken(self, plans: Sequence[SamplePlan]) -> list[str]:
-        """A label of each row whose reward or sampled log-prob is not finite."""
+        """A label of each row whose reward or sampled log-prob is not finite, safe to print."""
         broken_N = ~(torch.isfinite(self.reward_N + self.frozen_reward_N) & self.finite_N)
         prompts = [prompt.text for plan in plans for prompt in plan.prompts]
-        return [row_label(n, prompts[n // self.group_size]) for n in broken_N.nonzero()[:, 0].tolist()]
+        return [
+            f"row {n}, prompt '{printable(prompts[n // self.group_size][:PROMPT_SHOWN])}'"
+            for n in broken_N.nonzero()[:, 0].tolist()
+        ]

@@ -15,6 +15,9 @@ from r2m_ray.core.shaping import step_advantages
 from r2m_ray.driver.rows import Rows
 from r2m_ray.errors import RunError
 
+EVALUATION_STEP = 0
+"""Stands for the training step in the seeds of evaluation samples, so they differ from every step's."""
+
 
 def omega_at(config: Config, step: int) -> float:
     """ω(t) of Eq. 4, or its floor throughout with ``reward.omega_schedule=constant``."""
@@ -23,18 +26,29 @@ def omega_at(config: Config, step: int) -> float:
     return omega(step, config.algo.steps, config.reward.omega_floor)
 
 
-def sample_plans(config: Config, prompts: Sequence[Prompt], step: int) -> list[SamplePlan]:
-    """Cut a step's prompts into shards of ``algo.prompts_per_shard``, K responses each."""
-    size = config.algo.prompts_per_shard
+def sample_plans(
+    config: Config, prompts: Sequence[Prompt], step: int, *, responses: int | None = None
+) -> list[SamplePlan]:
+    """Cut prompts into shards of as many rows as training has in ``algo.prompts_per_shard`` groups.
+
+    Args:
+        config: of the run.
+        prompts: of the step.
+        step: the training step; ``EVALUATION_STEP`` samples no greedy row.
+        responses: to each prompt; None for a training step's K.
+    """
+    algo = config.algo
+    group_size = responses or algo.responses_per_prompt
+    size = max(1, algo.prompts_per_shard * algo.responses_per_prompt // group_size)
     return [
         SamplePlan(
             prompts=tuple(prompts[i : i + size]),
-            group_size=config.algo.responses_per_prompt,
+            group_size=group_size,
             step=step,
             seed=config.run.seed,
-            temperature=config.algo.temperature,
+            temperature=algo.temperature,
             max_new_tokens=config.task.max_new_tokens,
-            greedy_first=config.algo.advantage is Advantage.remax,
+            greedy_first=algo.advantage is Advantage.remax and step != EVALUATION_STEP,
         )
         for i in range(0, len(prompts), size)
     ]

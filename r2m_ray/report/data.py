@@ -26,14 +26,9 @@ from r2m_ray.run.files import (
 Row = dict[str, Any]
 Series = NDArray[np.float64]
 
-_CONFIG_KEYS = (
-    ("run", "name"),
-    ("run", "seed"),
-    ("task", "name"),
-    ("algo", "steps"),
-    ("algo", "advantage"),
-    ("reward", "omega_floor"),
-)
+_CONFIG_KEYS = {
+    "run": ("name", "seed"), "task": ("name",), "algo": ("steps", "advantage"), "reward": ("omega_floor",)
+}  # fmt: skip
 _ENVIRONMENT_KEYS = {
     "started", "command", "python", "platform", "cpu", "cores", "memory_bytes", "accelerators", "commit",
     "packages",
@@ -98,21 +93,22 @@ def known(rows: Sequence[Row], key: str) -> bool:
 def _config(path: Path, text: str) -> dict[str, Any]:
     try:
         config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
-        for section, name in _CONFIG_KEYS:
-            config[section][name]
+        for section, names in _CONFIG_KEYS.items():
+            for name in names:
+                config[section][name]
     except Exception as error:  # The YAML parser's errors share no type with OmegaConf's.
         raise InputError(f"{path}: not a run's configuration ({error!r}).") from error
     return config
 
 
 def _environment(path: Path) -> dict[str, Any]:
-    text = _text(path)
     try:
-        latest: dict[str, Any] = json.loads(text)["starts"][-1]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        latest: dict[str, Any] = json.loads(_text(path))["starts"][-1]
+        missing = _ENVIRONMENT_KEYS - latest.keys()
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: not a run's environment ({error!r}).") from error
-    if not isinstance(latest, dict) or not latest.keys() >= _ENVIRONMENT_KEYS:
-        raise InputError(f"{path}: its last start does not have all of {sorted(_ENVIRONMENT_KEYS)}.")
+    if missing:
+        raise InputError(f"{path}: its last start lacks {sorted(missing)}.")
     return latest
 
 
@@ -123,7 +119,7 @@ def _metrics(path: Path) -> list[Row]:
         wrong = [k for k, v in row.items() if k != "kind" and not isinstance(v, int | float | None)]
         if wrong or row.get("kind") not in ("step", "eval"):
             raise InputError(
-                f"{path}: the row of step {row['step']} is not one of metrics ({wrong or 'kind'})."
+                f"{path}: the row of step {row['step']} is no row of metrics ({wrong or 'kind'})."
             )
     if not any(row["kind"] == "step" for row in rows):
         raise InputError(f"{path}: no training step was finished yet; nothing to report.")
@@ -134,10 +130,8 @@ def _rollouts(path: Path) -> list[Row]:
     _require_file(path)
     rows = read_steps(path)
     for row in rows:
-        if not row.keys() >= _ROLLOUT_KEYS:
-            raise InputError(
-                f"{path}: a row of step {row['step']} lacks {sorted(_ROLLOUT_KEYS - row.keys())}."
-            )
+        if missing := _ROLLOUT_KEYS - row.keys():
+            raise InputError(f"{path}: a row of step {row['step']} lacks {sorted(missing)}.")
     return rows
 
 

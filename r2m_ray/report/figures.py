@@ -25,9 +25,18 @@ from r2m_ray.report.plots import (
 from r2m_ray.run.vocabulary import Source
 
 
-def _own(title: str, key: str, label: str, unit: str | None = None, *, logarithmic: bool = False) -> Panel:
-    """One metric of the training steps."""
-    return Panel(title, (Curve(key, label, OWN),), unit, logarithmic=logarithmic)
+def _one(
+    title: str,
+    key: str,
+    label: str,
+    unit: str | None = None,
+    *,
+    colour: str = OWN,
+    rows: Source = Source.step,
+    logarithmic: bool = False,
+) -> Panel:
+    """One metric."""
+    return Panel(title, (Curve(key, label, colour),), unit, rows, logarithmic)
 
 
 def _beside_frozen(title: str, key: str, unit: str | None = None, *, rows: Source = Source.step) -> Panel:
@@ -75,9 +84,11 @@ PLOTS = (
             _evaluated("Accuracy on value pairs", "pairs/value_accuracy", "fraction"),
             _evaluated("Agreement with gold within prompts", "gold/correlation", "correlation"),
             _evaluated("Calibration error on held-out pairs", "pairs/calibration_error", "fraction"),
-            Panel(
+            _one(
                 "Best and worst row that gold confirms",
-                (Curve("gold/pair_precision", "precision", GOLD),),
+                "gold/pair_precision",
+                "precision",
+                colour=GOLD,
                 rows=Source.evaluation,
             ),
         ),
@@ -89,7 +100,7 @@ PLOTS = (
         "changes. In long runs, faint lines are single steps and strong ones their moving average.",
         (
             REWARD,
-            Panel("Gold of sampled responses", (Curve(GOLD_SCORE, "gold", GOLD),), ""),
+            _one("Gold of sampled responses", GOLD_SCORE, "gold", "", colour=GOLD),
             Panel(
                 "Agreement within groups",
                 (
@@ -106,9 +117,9 @@ PLOTS = (
         "Distance from the reference",
         "Estimated on the step's own samples: KL at temperature 1, surprisal at the temperature of sampling.",
         (
-            _own("KL per response", "policy/kl_sequence", "KL"),
-            _own("KL per token", "policy/kl_token", "KL"),
-            _own("Surprisal of sampled tokens", "policy/entropy", "−log π"),
+            _one("KL per response", "policy/kl_sequence", "KL"),
+            _one("KL per token", "policy/kl_token", "KL"),
+            _one("Surprisal of sampled tokens", "policy/entropy", "−log π"),
         ),
     ),
     Plot(
@@ -120,7 +131,7 @@ PLOTS = (
                 "Length",
                 (Curve("response/length_mean", "mean", OWN), Curve("response/length_max", "longest", SKY)),
             ),
-            Panel("Cut off at the limit", (Curve("response/truncated_fraction", "cut off", FROZEN),)),
+            _one("Cut off at the limit", "response/truncated_fraction", "cut off", colour=FROZEN),
         ),
     ),
     Plot(
@@ -130,8 +141,8 @@ PLOTS = (
         "one shows it. The entropy of a group's standardised rewards (GRE) knows shape, not scale.",
         (
             SPREAD,
-            _own("Scale against the frozen RM", "reward/scale_ratio", "ratio", "ratio", logarithmic=True),
-            _own("Group reward entropy", "reward/group_entropy", "GRE"),
+            _one("Scale against the frozen RM", "reward/scale_ratio", "ratio", "ratio", logarithmic=True),
+            _one("Group reward entropy", "reward/group_entropy", "GRE"),
         ),
     ),
     Plot(
@@ -140,8 +151,8 @@ PLOTS = (
         "How much of the final embedding comes from the policy's hidden states, and where the head looks.",
         (
             Panel("Weight of the frozen embedding", (Curve("omega", "ω(t)", OWN, exact=True),), "ω"),
-            _own("Size of the feedback", "rm/feedback_ratio", "‖Ĥ‖ / ‖H‖", "ratio"),
-            _own("Attention over tokens", "rm/attention_entropy", "entropy", "share of log length"),
+            _one("Size of the feedback", "rm/feedback_ratio", "‖Ĥ‖ / ‖H‖", "ratio"),
+            _one("Attention over tokens", "rm/attention_entropy", "entropy", "share of log length"),
         ),
     ),
     Plot(
@@ -149,9 +160,9 @@ PLOTS = (
         "Reward model updates",
         "Winner and loser of a group are its best and worst row by the annotated reward.",
         (
-            _own("Bradley–Terry loss", "rm/bradley_terry", "BT"),
-            _own("Group reward entropy (GRE) loss", "rm/entropy", "GRE"),
-            _own("Winner minus loser", "rm/margin", "margin"),
+            _one("Bradley–Terry loss", "rm/bradley_terry", "BT"),
+            _one("Group reward entropy (GRE) loss", "rm/entropy", "GRE"),
+            _one("Winner minus loser", "rm/margin", "margin"),
             Panel(
                 "Pairs in the other order",
                 (
@@ -167,10 +178,7 @@ PLOTS = (
                     Curve("rm/gradient_norm_entropy", "GRE", GREY),
                 ),
             ),
-            Panel(
-                "Self-labelled pairs that gold confirms",
-                (Curve("gold/pair_precision", "precision", GOLD),),
-            ),
+            _one("Self-labelled pairs that gold confirms", "gold/pair_precision", "precision", colour=GOLD),
         ),
     ),
     Plot(
@@ -191,7 +199,7 @@ PLOTS = (
                 (Curve("policy/ratio_mean", "mean", OWN), Curve("policy/ratio_max", "largest", SKY)),
                 logarithmic=True,
             ),
-            _own("Gradient norm", "policy/grad_norm", "norm"),
+            _one("Gradient norm", "policy/grad_norm", "norm"),
             Panel(
                 "Learner – rollout mismatch",
                 (Curve("policy/mismatch_mean", "mean", OWN), Curve("policy/mismatch_max", "largest", ROSE)),

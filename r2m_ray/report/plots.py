@@ -34,10 +34,7 @@ STYLE = rc_params_from_file(Path(__file__).parent / "templates/figures.mplstyle"
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One metric over the steps; ``exact`` for a schedule, which has no noise to smooth.
-
-    Raises KeyError for a name that is no metric.
-    """
+    """One metric over the steps; ``exact`` for a schedule, which has no noise to smooth."""
 
     key: str
     label: str
@@ -45,15 +42,13 @@ class Curve:
     style: str = "-"
     exact: bool = False
 
-    def __post_init__(self) -> None:
-        metric(self.key)
-
 
 @dataclass(frozen=True, slots=True)
 class Panel:
     """Curves that share their axes. unit: label of the axis, by default the unit of the first metric.
 
-    rows: which rows of ``metrics.jsonl`` the curves are of. Raises ValueError for a metric that those lack.
+    rows: which rows of ``metrics.jsonl`` the curves are of. Raises ValueError for a metric that those lack,
+    KeyError for a name that is no metric.
     """
 
     title: str
@@ -64,7 +59,7 @@ class Panel:
 
     def __post_init__(self) -> None:
         for curve in self.curves:
-            if curve.key in REGISTRY and REGISTRY[curve.key].source not in (self.rows, Source.both):
+            if metric(curve.key) in REGISTRY and REGISTRY[curve.key].source not in (self.rows, Source.both):
                 raise ValueError(f"{self.title}: no {self.rows} row has {curve.key}")
 
     def present(self, run: RunRecord) -> bool:
@@ -79,12 +74,11 @@ class Panel:
             if known(rows, curve.key):
                 marked = self.rows is Source.evaluation
                 _draw_curve(axes, steps, column(rows, curve.key), curve, marked=marked)
-        finish(
-            axes, self.title, "training step", _unit(self.curves[0].key) if self.unit is None else self.unit
-        )
+        unit = REGISTRY[self.curves[0].key].unit if self.unit is None else self.unit
+        finish(axes, self.title, "training step", "" if unit == "1" else unit)
         if len(rows) == 1:
             axes.set_xlim(steps[0] - 1, steps[0] + 1)
-        axes.set_xticks(_step_ticks(np.array(axes.get_xlim())))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         if self.logarithmic:
             _use_logarithm(axes)
 
@@ -123,20 +117,20 @@ def save_plot(plot: Plot, run: RunRecord, directory: Path) -> Path | None:
 
 def grid(panels: int, columns: int) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, line by line; their margins are in inches, so that all panels align."""
-    lines = -(-panels // columns)
-    figure = blank(HEIGHT * lines)
-    width, height = WIDTH / columns, HEIGHT
+    lines, width = -(-panels // columns), WIDTH / columns
     left, right, top, bottom = 0.66, 0.12, 0.60, 0.52
-    boxes = (
-        (
-            (i % columns * width + left) / WIDTH,
-            ((lines - 1 - i // columns) * height + bottom) / (lines * height),
-            (width - left - right) / WIDTH,
-            (height - top - bottom) / (lines * height),
-        )
-        for i in range(panels)
+    figure = blank(HEIGHT * lines)
+    cells = figure.add_gridspec(
+        lines,
+        columns,
+        left=left / WIDTH,
+        right=1 - right / WIDTH,
+        bottom=bottom / (HEIGHT * lines),
+        top=1 - top / (HEIGHT * lines),
+        wspace=(left + right) / (width - left - right),
+        hspace=(top + bottom) / (HEIGHT - top - bottom),
     )
-    return figure, [figure.add_axes(box) for box in boxes]
+    return figure, [figure.add_subplot(cells[divmod(i, columns)]) for i in range(panels)]
 
 
 def blank(height: float) -> Figure:
@@ -176,7 +170,8 @@ def draw_times(axes: Axes, run: RunRecord) -> None:
     axes.set_ylim(0, max(highest, label_height + 0.05 * highest))
     room = (edges[-1] - edges[0]) * _LABEL_WIDTH / (axes.get_position().width * WIDTH - _LABEL_WIDTH)
     axes.set_xlim(edges[0], edges[-1] + room)
-    axes.set_xticks(_step_ticks(steps))
+    ticks = MaxNLocator(integer=True, nbins=6).tick_values(steps.min(), steps.max())
+    axes.set_xticks([tick for tick in ticks if steps.min() <= tick <= steps.max()])
 
 
 def draw_frontier(axes: Axes, run: RunRecord) -> None:
@@ -208,33 +203,17 @@ def _rows(run: RunRecord, source: Source) -> list[Row]:
     return run.evaluations if source is Source.evaluation else run.steps
 
 
-def _unit(name: str) -> str:
-    """Unit of a metric as an axis shows it: nothing for a number without a unit."""
-    unit = REGISTRY[name].unit if name in REGISTRY else ""
-    return "" if unit == "1" else unit
-
-
 def finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """Title, labels and legend of a panel, in the places that every panel has them."""
     axes.set_title(title, pad=24)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.margins(x=0.02)
-    handles, _ = axes.get_legend_handles_labels()
-    if handles:
+    if labels := axes.get_legend_handles_labels()[1]:
+        anchor = (-0.01, 0.98)
         axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.01, 0.98),
-            ncols=len(handles),
-            borderpad=0.2,
-            columnspacing=1.2,
+            loc="lower left", bbox_to_anchor=anchor, ncols=len(labels), borderpad=0.2, columnspacing=1.2
         )
-
-
-def _step_ticks(steps: Series) -> list[float]:
-    """Round step numbers within the range of ``steps``."""
-    ticks = MaxNLocator(integer=True, nbins=6).tick_values(steps.min(), steps.max())
-    return [tick for tick in ticks if steps.min() <= tick <= steps.max()]
 
 
 def _use_logarithm(axes: Axes) -> None:

@@ -81,7 +81,12 @@ class Checkpoints:
             building.mkdir()
             await roles.policy.save(building)
             await roles.reward.save(building)
-            _require_roles(building)
+            for part in ROLES:
+                if not any((building / part).glob("*")):
+                    raise RunError(
+                        f"{building / part}: its actor wrote nothing here; run.root must be a directory that "
+                        "every node of the cluster shares"
+                    )
             state = {"step": step, "identity": self._identity}
             (building / DRIVER_STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
             # On a thread, because signals are handled between the event loop's turns.
@@ -186,7 +191,11 @@ class Checkpoints:
             elif directory == newest:
                 continue
             elif valid >= self._keep:
-                _discard(directory)
+                # Renamed first: a half-removed directory must not look like a checkpoint.
+                doomed = commit.temporary(directory)
+                directory.rename(doomed)
+                commit.flush(doomed.parent)
+                _remove(doomed)
             else:
                 valid += _is_complete(directory)
 
@@ -263,26 +272,9 @@ def _is_complete(directory: Path) -> bool:
     return commit.fault(directory, hashed=False) is None
 
 
-def _require_roles(building: Path) -> None:
-    for part in ROLES:
-        if not any((building / part).glob("*")):
-            raise RunError(
-                f"{building / part}: its actor wrote nothing here; run.root must be a directory that "
-                "every node of the cluster shares"
-            )
-
-
 def _set_aside(directory: Path) -> None:
     directory.rename(directory.with_name(f".damaged-{directory.name}-{uuid.uuid4().hex[:8]}"))
     commit.flush(directory.parent)
-
-
-def _discard(directory: Path) -> None:
-    """Rename, then remove: a half-removed directory must not look like a checkpoint."""
-    doomed = commit.temporary(directory)
-    directory.rename(doomed)
-    commit.flush(doomed.parent)
-    _remove(doomed)
 
 
 def _remove(path: Path) -> None:

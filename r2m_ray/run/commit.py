@@ -35,15 +35,11 @@ class Entry:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a committed directory holds.
-
-    step: the training step after which it was written. version: of r2m_ray. files: by path in the directory.
-    """
+    """What a committed directory holds after the training step ``step``: its files by path."""
 
     step: int
-    version: str
     files: Mapping[str, Entry]
 
     @property
@@ -92,7 +88,7 @@ def read_manifest(directory: Path) -> Manifest:
             str(name): Entry(int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in content["files"].items()
         }
-        return Manifest(step=int(content["step"]), version=str(content["r2m_ray"]), files=entries)
+        return Manifest(int(content["step"]), entries)
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"no manifest: {type(error).__name__} {error}") from error
 

@@ -7,6 +7,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,14 +44,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries a run depends on, those that are installed."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of those of these packages that are installed."""
     found = {}
-    for package in PACKAGES:
-        try:
+    for package in packages:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -62,10 +62,9 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """Commit of the checkout that tracks this very file, with ``-dirty`` for local changes."""
-    git = shutil.which("git")
+    git, here = shutil.which("git"), Path(__file__).resolve()
     if git is None:
         return None
-    here = Path(__file__).resolve()
     found = ""
     for words in (
         ["ls-files", "--error-unmatch", here.name],

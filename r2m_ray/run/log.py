@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
@@ -28,12 +28,11 @@ from r2m_ray.run.files import (
     METRICS_FILE,
     ROLLOUTS_FILE,
     StepLines,
-    read_steps,
+    read_metrics,
     replace_file,
 )
 from r2m_ray.run.progress import PhaseClock, RunProgress
 from r2m_ray.run.trackers import WandbMirror
-from r2m_ray.run.vocabulary import current_row
 
 Kind = Literal["step", "eval"]
 """What a row of ``metrics.jsonl`` describes: a training step or an evaluation."""
@@ -67,14 +66,22 @@ class RunLog:
         config = self._config
         run_id = self._write_headers()
         with ExitStack() as stack:
-            self._metrics = stack.enter_context(StepLines(self.directory / METRICS_FILE))
-            self._rollouts = stack.enter_context(StepLines(self.directory / ROLLOUTS_FILE))
+            self._metrics = stack.enter_context(closing(StepLines(self.directory / METRICS_FILE)))
+            self._rollouts = stack.enter_context(closing(StepLines(self.directory / ROLLOUTS_FILE)))
             self._progress = RunProgress(
                 self._console, name=config.run.name, steps=config.algo.steps, clock=self._clock
             )
             stack.callback(self._progress.close)
-            self._wandb = None if config.logging.wandb is WandbMode.disabled else self._mirror(run_id)
-            if self._wandb is not None:
+            self._wandb = None
+            if config.logging.wandb is not WandbMode.disabled:
+                self._wandb = WandbMirror(
+                    self.directory,
+                    logging=config.logging,
+                    name=config.run.name,
+                    run_id=run_id,
+                    config=cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(self._yaml))),
+                    warn=self._progress.message,
+                )
                 stack.callback(self._wandb.close)
             self._open = stack.pop_all()
         return self
@@ -128,8 +135,8 @@ class RunLog:
 
     def rows(self, kind: Kind) -> list[dict[str, Any]]:
         """The rows of all steps or of all evaluations so far; a number that was not finite is None."""
-        rows = read_steps(self.directory / METRICS_FILE)
-        return [current_row(row) for row in rows if row.get("kind") == kind]
+        rows = read_metrics(self.directory / METRICS_FILE)
+        return [row for row in rows if row.get("kind") == kind]
 
     def message(self, text: str) -> None:
         """Show lines to whoever watches the run, escaped and without secrets; they are not kept."""
@@ -160,13 +167,3 @@ class RunLog:
         )
         replace_file(self.directory / CONFIG_FILE, self._yaml)
         return run_id
-
-    def _mirror(self, run_id: str) -> WandbMirror:
-        return WandbMirror(
-            self.directory,
-            logging=self._config.logging,
-            name=self._config.run.name,
-            run_id=run_id,
-            config=cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(self._yaml))),
-            warn=self._progress.message,
-        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from r2m_ray.config.fields import deciding, field_of, fields
 from r2m_ray.config.schema import RESHARD_OPTIONS, Config, Resume, TaskName
 from r2m_ray.errors import InputError, Problem, redacted, shown
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints, driver_state
+from r2m_ray.run.commit import sha256
+from r2m_ray.run.environment import versions
 from r2m_ray.run.files import CONFIG_FILE, METRICS_FILE, read_steps
 from r2m_ray.tasks.models import Models
 
-WHOLE_BYTES = 64 * 2**20
+COMPLETE_BYTES = 64 * 2**20
 """A larger file of a model counts by its size, its first and its last MiB: a header and some weights."""
 EDGE_BYTES = 2**20
 LIBRARIES = (
@@ -67,7 +68,7 @@ def run_identity(config: Config) -> dict[str, Any]:
         content = _content(config, models)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); restore it") from error
-    return {"config": flat_config(config), "content": content, "versions": library_versions()}
+    return {"config": flat_config(config), "content": content, "versions": versions(LIBRARIES)}
 
 
 def differences(stored: Identity, current: Identity, *, reshard: bool) -> Iterator[Problem]:
@@ -82,7 +83,10 @@ def differences(stored: Identity, current: Identity, *, reshard: bool) -> Iterat
         return
     yield from _config_differences(stored["config"], current["config"], reshard=reshard)
     for field in deciding(Resume.content):
-        yield from _content_differences(field, stored["content"].get(field), current["content"].get(field))
+        before, after = stored["content"].get(field, {}), current["content"].get(field, {})
+        for file, old, new in _changed(before, after):
+            message = f"{file}: {old} -> {new}; use the files that the run began with, or another run.name"
+            yield Problem(field, message)
     for library, before, after in _changed(stored["versions"], current["versions"]):
         message = f"{before} -> {after}; the run goes on, but its numbers may change by rounding"
         yield Problem(library, message, warning=True)
@@ -113,21 +117,7 @@ def model_digests(name: str) -> dict[str, str]:
 def data_digest(source: str) -> str:
     """Digest of a data file's bytes; of the id of a `datasets` dataset, the id."""
     path = Path(source)
-    if not path.is_file():
-        return source
-    with path.open("rb") as stream:
-        return f"sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide a run's numbers, those that are installed."""
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
+    return f"sha256 {sha256(path)}" if path.is_file() else source
 
 
 def _content(config: Config, models: Models) -> dict[str, dict[str, str]]:
@@ -184,14 +174,6 @@ def _config_differences(
             yield Problem(path, message)
 
 
-def _content_differences(
-    field: str, before: Mapping[str, str] | None, after: Mapping[str, str] | None
-) -> Iterator[Problem]:
-    for file, old, new in _changed(before or {}, after or {}):
-        message = f"{file}: {old} -> {new}; use the files that the run began with, or another run.name"
-        yield Problem(field, message)
-
-
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*before, *after}):
         old, new = before.get(key, ABSENT), after.get(key, ABSENT)
@@ -209,9 +191,9 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _digest(file: Path) -> str:
     size = file.stat().st_size
+    if size <= COMPLETE_BYTES:
+        return f"sha256 {sha256(file)}"
     with file.open("rb") as stream:
-        if size <= WHOLE_BYTES:
-            return f"sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}"
         edges = stream.read(EDGE_BYTES)
         stream.seek(-EDGE_BYTES, 2)
         digest = hashlib.sha256(edges + stream.read(EDGE_BYTES)).hexdigest()

@@ -97,10 +97,7 @@ class StopRequest:
             return
         assert self._task is not None
         if self._deferred:
-            print(
-                f"{self._name}: saving at the end of this step; once more to stop at once",
-                file=sys.stderr,
-            )
+            print(f"{self._name}: saving at the end of this step; once more to stop at once", file=sys.stderr)
             asyncio.get_running_loop().call_later(self._grace_s, self._task.cancel)
         else:
             self._task.cancel()

@@ -145,7 +145,7 @@ class ServerWatch:
     def __init__(self, stop: StopRequest | None, head: str | None = None) -> None:
         self._stop = stop
         self._head = head
-        own = [] if head else _children()
+        own: list[psutil.Process] = [] if head else psutil.Process().children()
         self._servers = {name: process for process in own if (name := _name(process)) in SERVERS}
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="server watch", daemon=True).start()
@@ -192,11 +192,6 @@ def _accepts(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _children() -> list[psutil.Process]:
-    found: list[psutil.Process] = psutil.Process().children()
-    return found
 
 
 def _name(process: psutil.Process) -> str:

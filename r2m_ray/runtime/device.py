@@ -38,9 +38,9 @@ def actor_environment(config: Config, gpus: float) -> dict[str, str]:
     return environment
 
 
-def free_address() -> Address:
-    """A rendezvous address on this process's node that is free now."""
-    ip: str = ray.util.get_node_ip_address()
+def free_address(ip: str | None = None) -> Address:
+    """A rendezvous address that is free now: of this process's node, as Ray knows it, or of ``ip``."""
+    ip = ip or str(ray.util.get_node_ip_address())
     with socket.socket() as probe:
         probe.bind((ip, 0))
         return ip, int(probe.getsockname()[1])

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +66,6 @@ class _Run:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Engines:
-    """The roles of a run. rebuild: replaces lost workers; None where there are no successors."""
-
-    roles: Roles
-    rebuild: Callable[[], Awaitable[None]] | None
-
-
 def run_training(config: Config) -> Path:
     """Train by ``config`` and write the report; returns the run's directory.
 
@@ -124,21 +116,20 @@ def _places(config: Config, stop: StopRequest | None = None) -> Iterator[Placeme
 
 
 async def _engines(
-    run: _Run, placement: Placement | None, notify: Notify, starting: AbstractContextManager[None]
-) -> _Engines:
-    """The engines of a run, which start within ``starting``."""
-    with starting:
-        if placement is None:
-            return _Engines(local_roles(run.config, run.models), None)
-        crew = Crew(run.config, run.models, placement, notify)
-        return _Engines(await crew.start(), crew.rebuild)
+    run: _Run, placement: Placement | None, notify: Notify
+) -> tuple[Roles, Callable[[], Awaitable[None]] | None]:
+    """The roles of a run, started, and what replaces lost workers; None where they have no successors."""
+    if placement is None:
+        return local_roles(run.config, run.models), None
+    crew = Crew(run.config, run.models, placement, notify)
+    return await crew.start(), crew.rebuild
 
 
 async def _evaluate(run: _Run, placement: Placement | None, directory: Path) -> tuple[int, dict[str, float]]:
     checkpoints = Checkpoints(directory / CHECKPOINTS, keep=run.config.checkpoint.keep)
     if checkpoints.newest() is None:
         raise InputError(f"{checkpoints.directory}: no checkpoint to evaluate; train the run first")
-    roles = (await _engines(run, placement, _warn, nullcontext())).roles
+    roles, _ = await _engines(run, placement, _warn)
     step = await checkpoints.restore(roles)
     await roles.sync(version=step)
     return step, await run.evaluator(roles).measure()
@@ -156,8 +147,9 @@ async def _train(
         log.message(f"{name}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
     replace_file(log.directory / "data.json", json.dumps(task.counts, indent=2) + "\n")
     prompts = PromptOrder(task.train_prompts, seed=config.run.seed, per_step=config.algo.prompts_per_step)
-    engines = await _engines(run, placement, log.message, log.phase("start"))
-    roles, evaluator = engines.roles, run.evaluator(engines.roles)
+    with log.phase("start"):
+        roles, rebuild = await _engines(run, placement, log.message)
+    evaluator = run.evaluator(roles)
     human = HumanPairs(config, roles, pairs=task.train_pairs, tokenizer=run.tokenizer, log=log)
 
     async def attempt() -> None:
@@ -169,12 +161,12 @@ async def _train(
             stop.check()
             raise
 
-    if engines.rebuild is None:
+    if rebuild is None:
         await attempt()
     else:
         await rolled_back(
             attempt,
-            engines.rebuild,
+            rebuild,
             finished=lambda: log.finished,
             limit=config.cluster.max_recoveries,
             notify=log.message,

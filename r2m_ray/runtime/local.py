@@ -7,21 +7,17 @@ step, and a small study needs no cluster. A failure ends the run: nothing could 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from r2m_ray.config.schema import Config, FeedbackSource
-from r2m_ray.core.roles import Ref, Roles, Rollout
-from r2m_ray.driver.feedback import LearnerFeedback
-from r2m_ray.runtime.actors import PolicyActor, ReferenceActor, RewardActor, RolloutActor
-from r2m_ray.runtime.device import actor_environment
+from r2m_ray.config.schema import Config
+from r2m_ray.core.roles import Ref, Roles
+from r2m_ray.runtime.device import actor_environment, free_address
 from r2m_ray.runtime.recovery import Once
-from r2m_ray.runtime.roles import PolicyRole, ReferenceRole, RewardRole, RolloutRole
-from r2m_ray.runtime.start import policy_width
+from r2m_ray.runtime.start import played_by, start_arguments
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
 from r2m_ray.runtime.workers import Call
 from r2m_ray.tasks.models import Models
@@ -63,33 +59,21 @@ def local_roles(config: Config, models: Models) -> Roles:
 
     Raises InputError where an engine refuses its model or options.
     """
-    cluster = config.cluster
-    os.environ.update(actor_environment(config, cluster.gpus_per_learner))
-    torch.set_num_threads(cluster.threads_per_actor)
+    os.environ.update(actor_environment(config, config.cluster.gpus_per_learner))
+    torch.set_num_threads(config.cluster.threads_per_actor)
     disable_progress_bar()
-    address = _free_address()
-    exports = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
-    width = policy_width(models.policy) if config.uses_feedback else 0
-
-    policy, rollout = PolicyActor(held), RolloutActor(held)
-    reward, reference = RewardActor(held), ReferenceActor(held)
-    policy.start(config, models.policy, 0, address, cluster.gpus_per_learner)
-    rollout.start(config, models.policy, exports)
-    reward.start(config, models.reward, width, 0, address, cluster.gpus_per_reward)
-    reference.start(config, models.reference, cluster.gpus_per_reference)
-
-    learner, engine = LocalWorker("policy-0", policy), LocalWorker("rollout-0", rollout)
-    frozen = LocalWorker("reference-0", reference)
-    policy_role = PolicyRole(learner, config)
-    sampler: Rollout = RolloutRole(engine, Once(engine))
-    if config.feedback.source is FeedbackSource.learner:
-        sampler = LearnerFeedback(sampler, policy_role)
-    return Roles(
-        rollout=sampler,
-        policy=policy_role,
-        reference=ReferenceRole(frozen, Once(frozen)),
-        reward=RewardRole(LocalWorker("reward-0", reward), verify_every=config.sync.verify_every),
-        sync=ObjectStoreSync(config.sync, policy=learner, rollout=engine),
+    address = free_address("127.0.0.1")
+    workers = {}
+    for role, (worker_class, arguments) in start_arguments(config, models).items():
+        worker = worker_class(held)
+        worker.start(*arguments(0, address))
+        workers[role] = LocalWorker(f"{role}-0", worker)
+    return played_by(
+        workers,
+        config,
+        sync=ObjectStoreSync(config.sync, policy=workers["policy"], rollout=workers["rollout"]),
+        sample=Once(workers["rollout"]),
+        score=Once(workers["reference"]),
         share=Ref,
     )
 
@@ -101,9 +85,3 @@ def held(refs: Iterable[Ref[Any]]) -> list[Any]:
 
 async def _answered(answer: Any) -> Any:
     return answer
-
-
-def _free_address() -> tuple[str, int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return "127.0.0.1", int(probe.getsockname()[1])

@@ -1,12 +1,11 @@
-"""How many actors a run needs, whether the cluster can hold them, and where each one goes."""
+"""Where each actor of a run goes on the cluster."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,63 +20,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.faults import ACTOR, fault_environment
 from r2m_ray.errors import RunError
+from r2m_ray.runtime.demand import demands, shortage
 from r2m_ray.runtime.device import actor_environment
 
-ROUNDING = 1e-9
 CONNECT_S = 2.0
 """Until a node must have accepted a connection."""
 POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What one role asks of the cluster: ``count`` actors of ``cpus`` and ``gpus`` each.
-
-    An actor lies on one node, so the tensor-parallel ranks of an engine share a node.
-    """
-
-    role: str
-    count: int
-    cpus: float
-    gpus: float
-
-    def of(self, resource: str) -> float:
-        """What one actor asks of ``CPU`` or ``GPU``."""
-        return self.cpus if resource == "CPU" else self.gpus
-
-
-def demands(config: Config) -> list[Demand]:
-    """The demand of every role, in the order in which bundles are laid out."""
-    cluster = config.cluster
-    counts = {
-        "policy": (config.policy.ranks, cluster.gpus_per_learner),
-        "rollout": (config.rollout.replicas, cluster.gpus_per_rollout),
-        "reward": (config.reward.replicas, cluster.gpus_per_reward),
-        "reference": (config.reference.replicas, cluster.gpus_per_reference),
-    }
-    return [
-        Demand(role=role, count=count, cpus=cluster.cpus_per_actor, gpus=gpus)
-        for role, (count, gpus) in counts.items()
-    ]
-
-
-def shortage(wanted: Sequence[Demand], nodes: Sequence[Mapping[str, float]], strategy: str) -> str | None:
-    """What a cluster of ``nodes``, by their resources, can never give to the demands; None if nothing."""
-    lines = []
-    for resource in ("CPU", "GPU"):
-        offers = [node.get(resource, 0.0) for node in nodes]
-        total, largest = sum(d.count * d.of(resource) for d in wanted), max(offers, default=0.0)
-        parts = ", ".join(f"{d.role} {d.count}×{d.of(resource):g}" for d in wanted)
-        if total > sum(offers) + ROUNDING:
-            lines.append(f"{resource}: {total:g} needed ({parts}), {sum(offers):g} in the cluster")
-        elif strategy == "STRICT_PACK" and total > largest + ROUNDING:
-            lines.append(f"{resource}: {total:g} needed on one node ({parts}), the largest has {largest:g}")
-        elif largest + ROUNDING < max(d.of(resource) for d in wanted):
-            lines.append(f"{resource}: an actor lies on one node, the largest has {largest:g} ({parts})")
-    actors = sum(demand.count for demand in wanted)
-    if strategy == "STRICT_SPREAD" and actors > len(nodes):
-        lines.append(f"STRICT_SPREAD puts {actors} actors on as many nodes, {len(nodes)} in the cluster")
-    return "; ".join(lines) or None
 
 
 class Placement:
@@ -92,20 +40,26 @@ class Placement:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._demands = demands(config)
-        strategy = config.cluster.placement
+        wanted = demands(config)
+        self._demands = {demand.role: demand for demand in wanted}
+        strategy = str(config.cluster.placement)
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        lacking = shortage(self._demands, [node["Resources"] for node in nodes], strategy)
+        lacking = shortage(wanted, [node["Resources"] for node in nodes], strategy)
         if lacking:
             raise RunError(
                 f"The cluster is too small for this run: {lacking}. "
                 "Lower the role's replicas or cluster.gpus_per_*/cpus_per_actor, add nodes, or use "
                 "cluster.placement=PACK."
             )
-        apart = [[d] for d in self._demands[:1]] if strategy == "PACK" else []
-        self._parts = [*apart, self._demands[len(apart) :]]
-        bundles = [[{"CPU": d.cpus, "GPU": d.gpus} for d in p for _ in range(d.count)] for p in self._parts]
+        parts = [wanted[:1], wanted[1:]] if strategy == "PACK" else [wanted]
+        bundles = [[{"CPU": d.cpus, "GPU": d.gpus} for d in p for _ in range(d.count)] for p in parts]
         self._groups: list[PlacementGroup] = [placement_group(b, strategy=strategy) for b in bundles]
+        actors = [[(d.role, rank) for d in p for rank in range(d.count)] for p in parts]
+        self._places = {
+            actor: (group, bundle)
+            for group, part in zip(self._groups, actors, strict=True)
+            for bundle, actor in enumerate(part)
+        }
         deadline = time.monotonic() + config.cluster.start_timeout_s
         if not all(group.wait(max(deadline - time.monotonic(), 0.0)) for group in self._groups):
             self.release()
@@ -117,11 +71,11 @@ class Placement:
 
     def count(self, role: str) -> int:
         """How many actors the role has."""
-        return self._demand(role).count
+        return self._demands[role].count
 
     def spawn(self, actor_class: type, role: str, rank: int) -> Any:
         """Start one actor of a role in its bundle, which whoever had it before must have left."""
-        demand, (group, bundle) = self._demand(role), self._place(role, rank)
+        demand, (group, bundle) = self._demands[role], self._places[role, rank]
         environment = actor_environment(self._config, demand.gpus)
         return (
             ray.remote(actor_class)
@@ -138,7 +92,7 @@ class Placement:
 
     def node(self, role: str, rank: int) -> str:
         """The id of the node where an actor's bundle lies; empty while Ray is moving it."""
-        group, bundle = self._place(role, rank)
+        group, bundle = self._places[role, rank]
         return str(placement_group_table(group)["bundles_to_node_id"].get(bundle, ""))
 
     async def settled(self, role: str, ranks: Sequence[int]) -> None:
@@ -161,16 +115,6 @@ class Placement:
         """End every actor of the run and give its place back."""
         for group in self._groups:
             remove_placement_group(group)
-
-    def _demand(self, role: str) -> Demand:
-        return next(demand for demand in self._demands if demand.role == role)
-
-    def _place(self, role: str, rank: int) -> tuple[PlacementGroup, int]:
-        for group, part in zip(self._groups, self._parts, strict=True):
-            roles = [demand.role for demand in part for _ in range(demand.count)]
-            if role in roles:
-                return group, roles.index(role) + rank
-        raise AssertionError(f"{role} has a place")
 
 
 async def _reachable(address: str, port: int) -> bool:

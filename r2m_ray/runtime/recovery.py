@@ -99,11 +99,8 @@ class InPlace:
                 return [answers[n] for n in range(len(jobs))]
             first = next(iter(lost.values()))
             if attempt < self._limit:
-                await self._revive(
-                    ActorLost(
-                        str(first), tuple(dict.fromkeys(name for e in lost.values() for name in e.actors))
-                    )
-                )
+                names = dict.fromkeys(name for error in lost.values() for name in error.actors)
+                await self._revive(ActorLost(str(first), tuple(names)))
         # An actor takes its jobs in turn: those behind the first are innocent.
         suspects = {jobs[n].rank: jobs[n].content for n in reversed(lost)}
         contents = "; ".join(suspects.values())
@@ -146,9 +143,9 @@ class ReliableSync:
 
 
 async def replace(group: WorkerGroup, lost: ActorLost, notify: Notify) -> None:
-    """Start successors of lost actors in their places, and tell how long it took."""
+    """Start successors of lost actors in their places, and report how long that took."""
     start = time.monotonic()
-    await group.replace(group.ranks_of(lost.actors))
+    await group.replace([group.actors.names.index(name) for name in lost.actors])
     seconds = time.monotonic() - start
     notify(f"{lost}\n{', '.join(lost.actors)} replaced after {seconds:.1f} s; the work is done again")
 
@@ -168,15 +165,17 @@ async def rolled_back(
     """
     bystanders = asyncio.all_tasks()
     furthest, in_a_row = -1, 0
-    loss: _Loss | None = None
+    loss: ActorLost | None = None
+    since = 0.0
     while True:
         try:
             if loss is not None:
                 await rebuild()
-                notify(loss.repaired())
+                seconds, names = time.monotonic() - since, ", ".join(loss.actors) or "a record"
+                notify(f"{loss}\n{names} replaced after {seconds:.1f} s; back to the last commit")
             return await attempt()
         except ActorLost as lost:
-            loss = _Loss(lost)
+            loss, since = lost, time.monotonic()
             in_a_row = in_a_row + 1 if finished() <= furthest else 1
             furthest = max(furthest, finished())
             if in_a_row > limit:
@@ -186,19 +185,6 @@ async def rolled_back(
                 ) from lost
             await _quiet(bystanders)
             await asyncio.sleep(pause_s(in_a_row))
-
-
-class _Loss:
-    """What was lost, and since when."""
-
-    def __init__(self, lost: ActorLost) -> None:
-        self._lost = lost
-        self._since = time.monotonic()
-
-    def repaired(self) -> str:
-        seconds = time.monotonic() - self._since
-        names = ", ".join(self._lost.actors) or "a record"
-        return f"{self._lost}\n{names} replaced after {seconds:.1f} s; back to the last commit"
 
 
 def pause_s(losses: int) -> float:

@@ -68,24 +68,17 @@ class Actors:
         light, *records = answer if returns > 1 else [answer]
         return (self.names[rank], light), [Ref(record) for record in records]
 
-    def each(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> list[Call]:
-        """Call a method on every actor with arguments by rank; returns the named calls, to be settled."""
-        return [
-            (name, getattr(handle, method).remote(*arguments(i)))
-            for i, (name, handle) in enumerate(zip(self.names, self.handles, strict=True))
-        ]
-
     async def all(self, phase: str, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Call a method on every actor and wait for every answer."""
-        return await self.settle(phase, self.each(method, lambda _: args), timeout_s=timeout_s)
+        calls = [self.submit(rank, method, *args)[0] for rank in range(len(self))]
+        return await self.settle(phase, calls, timeout_s=timeout_s)
 
     async def settle(self, phase: str, calls: Sequence[Call], *, timeout_s: float | None = None) -> list[Any]:
         """Wait for calls, each with its actor's name; a failure or the deadline ends the wait.
 
         Returns: the answers, in the order of the calls.
         Raises: what caused the failure: ActorLost for actors that are lost, InputError and RunError as the
-        actor
-            raised them, RunError with the traceback for anything else.
+            actor raised them, RunError with the traceback for anything else.
         """
         outcomes = await self.outcomes(phase, calls, timeout_s=timeout_s, patient=False)
         failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -170,7 +163,8 @@ class WorkerGroup:
         self.unready: set[int] = set()
         self._ranks = range(placement.count(role))
         self.actors = Actors(
-            {f"{role}-{rank}": self._spawn(rank) for rank in self._ranks}, timeout_s=phase_timeout_s
+            {f"{role}-{rank}": placement.spawn(actor_class, role, rank) for rank in self._ranks},
+            timeout_s=phase_timeout_s,
         )
 
     async def start(self, ranks: Sequence[int] | None = None) -> None:
@@ -211,15 +205,8 @@ class WorkerGroup:
             ray.kill(self.actors.handles[rank])
         await self._placement.settled(self.role, chosen)
         for rank in chosen:
-            self.actors.handles[rank] = self._spawn(rank)
+            self.actors.handles[rank] = self._placement.spawn(self._class, self.role, rank)
         await self.start(chosen)
-
-    def ranks_of(self, names: Sequence[str]) -> list[int]:
-        """The ranks of actors given by name."""
-        return [self.actors.names.index(name) for name in names]
-
-    def _spawn(self, rank: int) -> Any:
-        return self._placement.spawn(self._class, self.role, rank)
 
     async def _settle(self, names: Sequence[str], calls: Sequence[Any]) -> list[Any]:
         named = list(zip(names, calls, strict=True))
@@ -237,7 +224,7 @@ def raises_peers_lost(kind: type[Kind]) -> type[Kind]:
     """Class decorator: every public method raises PeersLost where a collective fails inside it.
 
     torch gives NCCL's failures a type, and engines raise DeviceLost for them. It gives gloo's failures none:
-    they are RuntimeErrors, so what tells them from others is the module that raised them.
+    they are RuntimeErrors, so the module that raised them distinguishes them.
     """
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -90,14 +90,13 @@ def load_preferences(source: str | None, task: TaskConfig, *, split: str) -> Pre
     pairs: list[PreferencePair] = []
     skipped = 0
     for where, row in read_rows(source, split):
-        pair = _pair(row, fields)
-        if isinstance(pair, PreferencePair):
+        try:
+            pairs.append(_pair(row, fields))
             places.append(where)
-            pairs.append(pair)
-        elif skipped < task.skip_bad_rows:
+        except ValueError as error:
+            if skipped == task.skip_bad_rows:
+                raise InputError(f"{where}: {error}; {_skipping(skipped)}") from None
             skipped += 1
-        else:
-            raise InputError(f"{where}: {pair.reason}; {_skipping(skipped)}")
     if not places and not skipped:
         raise InputError(f"{printable(source)}: no rows; give a file or dataset with preference pairs")
     found = Preferences(
@@ -124,13 +123,8 @@ def over_limit(
 def sift(found: Preferences, over: Callable[[PreferencePair], str | None], overlong: Overlong) -> Preferences:
     """The pairs within a limit; those over it are an error or dropped and counted, as ``overlong`` says.
 
-    Args:
-        found: the pairs of a source.
-        over: which limit a pair exceeds; None if none.
-        overlong: what becomes of such pairs.
-
-    Raises:
-        InputError: a pair is over the limit and that is an error, or no pair is left.
+    over: which limit a pair exceeds; None if none. Raises InputError where a pair is over the limit and that
+    is an error, and where no pair is left.
     """
     reasons = [over(pair) for pair in found.pairs]
     if overlong is Overlong.error:
@@ -198,18 +192,13 @@ class PromptOrder:
 
     def of_step(self, step: int) -> tuple[Prompt, ...]:
         """The prompts of training step 1, 2, …"""
-        first = (step - 1) * self._per_step
-        chosen: list[int] = []
-        for position in range(first, first + self._per_step):
-            turn, place = divmod(position, len(self._prompts))
-            chosen.append(self._order(turn)[place])
+        size, end = len(self._prompts), step * self._per_step
+        chosen = [self._order(place // size)[place % size] for place in range(end - self._per_step, end)]
         return tuple(Prompt(index=index, text=self._prompts[index]) for index in chosen)
 
     def _order(self, turn: int) -> list[int]:
         """The order of one pass; the last one that was asked for is kept."""
-        known, order = self._pass
-        if known > turn:
-            known, order = 0, self._shuffled(0, ())
+        known, order = self._pass if self._pass[0] <= turn else (0, self._shuffled(0, ()))
         while known < turn:
             known += 1
             begun = known * len(self._prompts) % self._per_step
@@ -225,25 +214,20 @@ class PromptOrder:
         return [i for i in order if i not in late] + [i for i in order if i in late]
 
 
-def _pair(row: Any, fields: tuple[str, str, str]) -> PreferencePair | BadRow:
+def _pair(row: Any, fields: tuple[str, str, str]) -> PreferencePair:
+    """The pair in a row; ValueError with the reason where there is none."""
     if isinstance(row, BadRow):
-        return row
+        raise ValueError(row.reason)
     if not isinstance(row, dict):
-        return BadRow(f"a JSON object with {', '.join(fields)} is needed, not {_described(row)}")
-    texts: list[str] = []
-    for field in fields:
-        text = _text(row, field)
-        if isinstance(text, BadRow):
-            return text
-        texts.append(text)
-    prompt, chosen, rejected = texts
+        raise ValueError(f"a JSON object with {', '.join(fields)} is needed, not {_described(row)}")
+    prompt, chosen, rejected = (_text(row, field) for field in fields)
     return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def _text(row: Mapping[str, Any], field: str) -> str | BadRow:
+def _text(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
         known = shown(", ".join(map(str, row)))
-        return BadRow(
+        raise ValueError(
             f"no field {field!r} among {known}; task.prompt_field, task.chosen_field and task.rejected_field "
             "name the fields"
         )
@@ -252,9 +236,9 @@ def _text(row: Mapping[str, Any], field: str) -> str | BadRow:
         # A conversation: its last turn is the response.
         value = value[-1].get("content")
     if not isinstance(value, str) or not value.strip():
-        return BadRow(f"field {field!r} must be a text that is not empty, not {_described(value)}")
+        raise ValueError(f"field {field!r} must be a text that is not empty, not {_described(value)}")
     if refused := REFUSED.search(value):
-        return BadRow(f"field {field!r} has the character {printable(refused.group())}")
+        raise ValueError(f"field {field!r} has the character {printable(refused.group())}")
     return value
 
 

@@ -93,9 +93,7 @@ def _lines(path: Path, name: str) -> Iterator[bytes | None]:
         total, number, is_cut = 0, 1, False
         while piece := stream.readline(MAX_LINE_BYTES + 1):
             total += len(piece)
-            if total > MAX_FILE_BYTES:
-                limit = f"more than {MAX_FILE_BYTES >> 30} GiB so far"
-                raise InputError(f"{name}:{number}: {limit}; split the file")
+            _check_total(f"{name}:{number}", total)
             if unpacked and total > FREE_BYTES and total > MAX_RATIO * packed.tell():
                 raise InputError(
                     f"{name}:{number}: unpacks to more than {MAX_RATIO} times its size, as a gzip bomb does; "
@@ -116,17 +114,14 @@ def _value(line: bytes, number: int) -> Any:
     try:
         # Editors of some systems mark UTF-8 at the start of a file.
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        return _object(text) if text else None
+        if not text:
+            return None
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        return BadRow("null is not a row") if value is None else value
     except RecursionError:
         return BadRow("nested too deeply; give an object of texts")
     except ValueError as error:
         return BadRow(f"not a line of JSON in UTF-8 ({shown(error)})")
-
-
-def _object(text: str) -> Any:
-    """A JSON value; ValueError for what Python's parser would let pass: NaN, and a key given twice."""
-    value = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-    return BadRow("null is not a row") if value is None else value
 
 
 def _without_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,20 +148,21 @@ def _table(path: Path, name: str) -> Iterator[PlacedRow]:
                     number += 1
                     # Rows of a dictionary column share their bytes in the file, but not here.
                     total += _size(row)
-                    if total > MAX_FILE_BYTES:
-                        message = f"more than {MAX_FILE_BYTES >> 30} GiB so far; split the file"
-                        raise InputError(f"{name}:{number}: {message}")
+                    _check_total(f"{name}:{number}", total)
                     yield f"{name}:{number}", row
     except (OSError, EOFError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise InputError(f"{name}: not a Parquet file that can be read ({shown(error)})") from error
 
 
+def _check_total(place: str, total: int) -> None:
+    if total > MAX_FILE_BYTES:
+        raise InputError(f"{place}: more than {MAX_FILE_BYTES >> 30} GiB so far; split the file")
+
+
 def _size(value: Any) -> int:
     """Characters and bytes inside a value of a table."""
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list):
-        return sum(map(_size, value))
+    if isinstance(value, dict | list):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
     return len(value) if isinstance(value, str | bytes) else 8
 
 

@@ -18,7 +18,6 @@ from jobs import record_job
 from r2m_ray import __version__
 from r2m_ray.__main__ import main
 from r2m_ray.cli import commands
-from r2m_ray.cli.checks.preflight import preflight
 from r2m_ray.cli.commands import COMMANDS, Command, objective
 from r2m_ray.config.compose import groups
 from r2m_ray.config.schema import Config
@@ -82,10 +81,7 @@ def test_documented_command_lines_compose(line: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["trian"],
-            f"trian: no such command; there are {', '.join(COMMANDS)}. Did you mean train?",
-        ),
+        (["trian"], f"trian: no such command; there are {', '.join(COMMANDS)}. Did you mean train?"),
         (["train", "algo.stepz=3"], "Did you mean algo.steps?"),
         (["train", "reward=vanilla,r2m"], "add --multirun"),
         (["train", "--multirun", "reward=vanilla,r2n"], "Did you mean r2m?"),
@@ -229,7 +225,7 @@ def test_a_grid_is_a_job_for_each_combination_with_a_name_of_its_own(
 ) -> None:
     words = ["reward=vanilla,r2m", "run.seed=0,1", "algo.steps=3", *MODELS]
     assert main(["train", "-m", *words]) == 0
-    assert ran == [job.config for job in sweep(words)]
+    assert ran == sweep(words)
     assert [(config.reward.update_steps, config.run.seed) for config in ran] == [
         (0, 0),
         (0, 1),
@@ -241,8 +237,7 @@ def test_a_grid_is_a_job_for_each_combination_with_a_name_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "jobs"),
-    [(RunError("policy-0 died"), 3, 3), (Preempted("stopped by SIGTERM"), 75, 1)],
+    ("error", "code", "jobs"), [(RunError("policy-0 died"), 3, 3), (Preempted("stopped by SIGTERM"), 75, 1)]
 )
 def test_a_failed_job_ends_alone_and_a_stopped_one_ends_the_sweep(
     error: Exception,
@@ -369,13 +364,3 @@ def test_the_objective_is_gold_where_it_is_known(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join([*rows, ""]))
     assert objective(file) == 0.5
-
-
-def test_the_checks_of_a_plain_configuration_write_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = Config()
-    config.model.policy, config.model.reward = "org/policy", "org/reward"
-    assert preflight(config) == []
-    assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from told import complaint
+from complaints import complaint
 
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
@@ -35,7 +35,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         "algo.stepz: no such field",
         "Did you mean algo.steps?",
         "Did you mean reward.omega_floor?",
-        "algo.temperature: nan is not a number > 0",
+        "algo.temperature: nan is not a number ≥ 0.01",
         "algo.responses_per_prompt: 1 is not a whole number ≥ 2",
         "policy.learning_rate: -1 is not a number ≥ 0",
         "task.overlong: eror is not one of error, drop. Did you mean error?",
@@ -57,7 +57,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         ("algo.clip_low=1.0", "algo.clip_low: 1.0 is not a number in (0, 1)"),
         ("reward.omega_floor=1.01", "reward.omega_floor: 1.01 is not a number in [0, 1]"),
         ("reward.entropy_weight=-0.1", "reward.entropy_weight: -0.1 is not a number in [0, 1]"),
-        ("algo.temperature=0", "algo.temperature: 0 is not a number > 0"),
+        ("algo.temperature=0", "algo.temperature: 0 is not a number ≥ 0.01"),
         ("algo.advantage=rlo", "Did you mean rloo?"),
         ("model.dtype=float16", "one of float32, bfloat16. Did you mean bfloat16?"),
         ("algo=7", "algo: is a section, not a value"),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from complaints import complaint
 from omegaconf import OmegaConf
-from told import complaint
 
 import r2m_ray
 from r2m_ray.config.compose import groups, load_config, load_saved

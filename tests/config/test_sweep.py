@@ -15,20 +15,15 @@ from r2m_ray.errors import InputError
 
 def test_a_sweep_is_the_cross_product_with_a_name_for_each() -> None:
     jobs = sweep(["experiment=demo", "reward=vanilla,r2m", "run.seed=0,1", "algo.steps=10"])
-    assert [job.config.run.name for job in jobs] == [
+    assert [job.run.name for job in jobs] == [
         "demo-reward-vanilla-run.seed-0",
         "demo-reward-vanilla-run.seed-1",
         "demo-reward-r2m-run.seed-0",
         "demo-reward-r2m-run.seed-1",
     ]
-    assert [(job.config.reward.update_steps, job.config.run.seed) for job in jobs] == [
-        (0, 0),
-        (0, 1),
-        (1, 0),
-        (1, 1),
-    ]
-    for job in jobs:
-        assert load_config(job.overrides) == job.config
+    assert [(job.reward.update_steps, job.run.seed) for job in jobs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    name = f"run.name={jobs[2].run.name}"
+    assert load_config(["experiment=demo", "reward=r2m", "run.seed=0", "algo.steps=10", name]) == jobs[2]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +40,7 @@ def test_a_sweep_is_the_cross_product_with_a_name_for_each() -> None:
     ],
 )
 def test_sweep_grammar_and_names(override: str, names: list[str]) -> None:
-    assert [job.config.run.name for job in sweep([override])] == names
+    assert [job.run.name for job in sweep([override])] == names
 
 
 def test_a_sweep_tells_the_mistakes_of_all_jobs_once() -> None:
@@ -71,7 +66,7 @@ def test_job_names_are_always_legal(base: str, suffix: str) -> None:
 
 
 def test_names_that_lost_characters_stay_apart() -> None:
-    names = {job.config.run.name for job in sweep(["model.attention='a b','a/b'"])}
+    names = {job.run.name for job in sweep(["model.attention='a b','a/b'"])}
     assert len(names) == 2
     assert all(name.startswith("run-model.attention-_a_b_-") for name in names)
 

@@ -34,7 +34,7 @@ def check_overrides(command: str, arguments: list[str]) -> None:
     # The lab's own settings are not the configuration's.
     overrides = [word for word in arguments if "=" in word and not word.startswith("lab.")]
     if "--multirun" in arguments:
-        configs = [job.config for job in sweep(overrides)]
+        configs = sweep(overrides)
         assert len({config.run.name for config in configs}) == len(configs) > 1
     elif command in ("train", "prepare"):
         configs = [load_config(overrides)]

@@ -1,4 +1,5 @@
-"""Alarms: their levels, when they are on, what they say, and that a resumed run has the same ones."""
+"""Alarms: their levels, when they are on, what they say, and that a resumed run has the same ones. Guards:
+what stops a run, after how many steps, and what the error says."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from fake_roles import rows_of
 
-from r2m_ray.config.schema import Config, MonitorConfig, OnAlarm
-from r2m_ray.driver.monitor import ALARMS, Watch, replay
-from r2m_ray.errors import Alarmed
+from r2m_ray.config.schema import Config, GuardConfig, MonitorConfig, OnAlarm
+from r2m_ray.core.batch import Prompt, SamplePlan
+from r2m_ray.driver.monitor import ALARMS, NONFINITE, Monitor, Reading, Watch
+from r2m_ray.errors import Alarmed, RunError
 
 BOUNDS = {"scale_ratio": 2.0, "frozen_gap": 3.0, "flip_rate": 0.35, "kl": 50.0}
 KEYS = {
@@ -45,6 +48,11 @@ def row(step: int, **values: float | None) -> dict[str, Any]:
 def rows(**values: Sequence[float | None]) -> list[dict[str, Any]]:
     (length,) = {len(series) for series in values.values()}
     return [row(t + 1, **{name: series[t] for name, series in values.items()}) for t in range(length)]
+
+
+def replay(config: MonitorConfig, steps: Sequence[dict[str, Any]]) -> list[Reading]:
+    monitor = Monitor(config)
+    return [monitor.observe(step["step"], step) for step in steps]
 
 
 def test_every_bound_has_an_alarm_and_every_alarm_a_bound() -> None:
@@ -85,10 +93,6 @@ def test_the_gap_is_its_rise_in_units_of_the_first_frozen_spread() -> None:
     assert [reading.alarms for reading in replay(config(), series)][-2:] == [(), ("frozen_gap",)]
 
 
-def test_a_gap_that_falls_is_no_alarm() -> None:
-    assert replay(config(), rows(frozen_gap=[0.0, 0.0, 0.0, -9.0, -99.0, -999.0]))[-1].alarms == ()
-
-
 @pytest.mark.parametrize("frozen", [-9.0, 9.0])
 def test_the_gap_is_neither_opened_nor_hidden_by_omega(frozen: float) -> None:
     """The frozen model times ω(t) from 1 to .6, and the same with a rise of its own at the end."""
@@ -108,40 +112,12 @@ def test_a_frozen_reward_without_spread_has_no_gap() -> None:
     assert replay(config(), flat)[-1].levels["frozen_gap"] is None
 
 
-def test_vanilla_is_silent_on_all_but_kl() -> None:
-    """Its own reward is the frozen one to the last bit, so these are its values whatever the policy does."""
-    found = replay(
-        config(),
-        rows(
-            scale_ratio=[1.0] * 9, frozen_gap=[0.0] * 9, flip_rate=[0.0] * 9, kl=[10.0 * t for t in range(9)]
-        ),
-    )
-    assert [reading.alarms for reading in found] == [()] * 7 + [("kl",)] * 2
-
-
 def test_what_is_unknown_is_no_step() -> None:
     values = [3.0, None, math.nan, 3.0, math.inf, 3.0, -math.inf]
     found = replay(config(), rows(scale_ratio=values))
     assert [reading.alarms for reading in found] == [()] * 5 + [("scale_ratio",)] * 2
     bare = [{"step": t, "kind": "step"} for t in range(1, 6)]
     assert replay(config(), bare)[-1].alarms == ()
-
-
-def test_evaluations_are_skipped() -> None:
-    series = rows(kl=[60.0] * 3)
-    mixed = [
-        {"step": 0, "kind": "eval", "kl/sequence": 0.0},
-        *series,
-        {"step": 3, "kind": "eval", "gold/mean": 1.0},
-    ]
-    assert replay(config(), mixed) == replay(config(), series)
-
-
-def test_a_collapse_like_the_pilots_is_seen_on_its_way() -> None:
-    """Own spread .6 → 3.6 against a frozen one of .6, over 40 steps, each with noise of a fifth."""
-    ratios = [(1.0 + 5.0 * t / 40) * (1.2 if t % 2 else 0.8) for t in range(40)]
-    (first, *_) = [reading for reading in replay(config(steps=5), rows(scale_ratio=ratios)) if reading.alarms]
-    assert 5 <= first.step <= 14
 
 
 def test_a_resumed_run_has_the_alarms_of_an_uninterrupted_one() -> None:
@@ -189,3 +165,66 @@ def test_an_alarm_ends_the_run_only_where_it_should() -> None:
     assert [line.split(" at step 3")[0] for line in lines[:2]] == ["alarm flip_rate", "alarm kl"]
     assert "50% of the pairs" in lines[0]
     assert "monitor.on_alarm=warn" in lines[2]
+
+
+CLEAN = dict.fromkeys(NONFINITE, 0.0) | {"policy/mismatch_mean": 0.01}
+
+
+def guarded(*, nonfinite_steps: int = 3, logprob_gap: float = 0.5) -> Watch:
+    config = Config()
+    config.guard = GuardConfig(nonfinite_steps=nonfinite_steps, logprob_gap=logprob_gap)
+    return Watch(config)
+
+
+def check(
+    watched: Watch, step: int, key: str | None = None, value: float = 2.0, rows: Sequence[str] = ()
+) -> None:
+    watched.guard(step, CLEAN | ({key: value} if key else {}), rows)
+
+
+@pytest.mark.parametrize("key", list(NONFINITE))
+def test_each_count_stops_the_run_after_so_many_steps_in_a_row(key: str) -> None:
+    watched = guarded(nonfinite_steps=3)
+    check(watched, 1, key)
+    check(watched, 2, key)
+    check(watched, 3)
+    check(watched, 4, key)
+    check(watched, 5, key)
+    with pytest.raises(RunError, match=r"3 steps in a row .*\(guard\.nonfinite_steps=3\)") as caught:
+        check(watched, 6, key)
+    assert caught.value.exit_code == 3
+    lines = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert lines[1:4] == ["step 4", "step 5", "step 6"]
+    assert str(caught.value).count(f"2 {NONFINITE[key]}") == 3
+
+
+def test_at_most_eight_rows_are_named_each_with_its_prompt() -> None:
+    prompts = tuple(Prompt(index=n, text=f"{n}\x1b[31m {'x' * 99}") for n in range(9))
+    plan = SamplePlan(prompts=prompts, group_size=1, step=1, seed=0, temperature=1.0, max_new_tokens=2)
+    rows = rows_of([math.nan] * 8 + [0.0], group_size=1).broken([plan])
+    assert rows == [rf"row {n}, prompt '{n}\x1b[31m {'x' * 53}'" for n in range(8)]
+    for more, end in (([], ")"), (["row 8"], "; …)")):
+        with pytest.raises(RunError) as caught:
+            check(guarded(nonfinite_steps=1), 7, "reward/nonfinite", 9.0, [*rows, *more])
+        assert f"step 7: 9 rewards ({'; '.join(rows)}{end}" in str(caught.value)
+
+
+def test_a_fault_without_a_row_is_a_models() -> None:
+    with pytest.raises(RunError, match="no single row is at fault"):
+        check(guarded(nonfinite_steps=1), 1, "policy/skipped_steps")
+
+
+def test_stale_weights_are_named_with_shard_and_both_versions() -> None:
+    watched = guarded()
+    watched.versions(5, [4, 4])
+    with pytest.raises(RunError, match=r"step 5: shard 1 .* version 3, and version 4 was due"):
+        watched.versions(5, [4, 3])
+
+
+def test_a_log_prob_gap_above_the_limit_stops_the_run() -> None:
+    watched = guarded(logprob_gap=0.5)
+    check(watched, 5, "policy/mismatch_mean", 0.5)
+    # Nothing to compare: every row was broken, which the other guard handles.
+    check(watched, 5, "policy/mismatch_mean", math.nan)
+    with pytest.raises(RunError, match=r"step 5: .* 0\.75 nats .* version 4; guard\.logprob_gap is 0\.5"):
+        check(watched, 5, "policy/mismatch_mean", 0.75)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from finished_run import same_run, steps
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from models import save_model
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from r2m_ray.tasks.note2answer import world as note2answer
 from r2m_ray.tasks.prepare.materials import RESPONSE_ONLY
@@ -62,16 +62,14 @@ def models(directory: Path, width: int) -> list[str]:
         ("policy", LlamaForCausalLM, None),
         ("reward", LlamaForSequenceClassification, RESPONSE_ONLY),
     ):
-        tokenizer = note2answer.tokenizer(template)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=width if name == "policy" else 64, intermediate_size=128,
-            num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256, num_labels=1,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-        kind(config).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
+        save_model(
+            directory / name,
+            kind,
+            tokenizer=note2answer.tokenizer(template),
+            width=width if name == "policy" else 64,
+            layers=1,
+            num_labels=1,
+        )
     return [f"model.policy={directory / 'policy'}", f"model.reward={directory / 'reward'}"]
 
 

@@ -1,4 +1,4 @@
-"""A process group for learners, and a policy of another architecture."""
+"""A learner's process group of one rank, and a policy whose head is its embedding."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from models import save_model
 from ranks import free_port
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +28,14 @@ def one_rank() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tied_policy_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
-) -> Path:
-    """A Qwen2 of width 48 whose head is its embedding, with biases, fp32."""
-    torch.manual_seed(3)
-    config = Qwen2Config(
-        vocab_size=160,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+def tied_policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 of width 48 whose head is its embedding, with biases."""
+    return save_model(
+        tmp_path_factory.mktemp("tied_policy"),
+        Qwen2ForCausalLM,
+        seed=3,
+        width=48,
+        heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
         tie_word_embeddings=True,
     )
-    directory = tmp_path_factory.mktemp("tied_policy")
-    Qwen2ForCausalLM(config).save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
-    return directory

@@ -17,7 +17,7 @@ import yaml
 
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config
-from r2m_ray.runtime.placement import demands, shortage
+from r2m_ray.runtime.demand import demands, shortage
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 

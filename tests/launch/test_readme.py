@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 
 from r2m_ray.cli.checks.preflight import exposure_problems
 from r2m_ray.config.compose import load_config
@@ -35,11 +35,7 @@ def test_a_documented_command_parses(line: str) -> None:
     if words[0] == "r2m-ray":
         composes(words[1:])
     elif words[0] == "python":
-        spec = importlib.util.spec_from_file_location("submit_for_readme", ROOT / words[1])
-        assert spec is not None
-        assert spec.loader is not None
-        submit = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(submit)
+        submit = load_script(ROOT / words[1])
         options, command = submit._arguments(words[2:])
         assert options.address == "http://head:8265"
         composes(command)

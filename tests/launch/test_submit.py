@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import socket
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from ray.job_submission import JobDetails
+from scripts import load_script
 
 from r2m_ray.errors import InputError
 
@@ -21,12 +21,7 @@ ROOTS = ("run.root=/shared/runs", "prepare.root=/shared/prepared")
 
 @pytest.fixture(scope="module")
 def submit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("submit", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ def test_the_smoothed_line_is_a_mean_of_what_is_known():
 
 def test_only_metrics_of_the_vocabulary_are_drawn_and_where_they_are_logged():
     with pytest.raises(KeyError, match="reward/mena"):
-        Curve("reward/mena", "reward", "black")
+        Panel("Reward", (Curve("reward/mena", "reward", "black"),))
     with pytest.raises(ValueError, match="no step row has kl/sequence"):
         Panel("KL", (Curve("kl/sequence", "KL", "black"),))
 

@@ -171,15 +171,11 @@ def test_a_checkpoint_without_a_roles_files_is_never_committed(tmp_path: Path) -
 # Requirement 8: pruning
 
 
-def test_only_the_newest_are_kept_and_nothing_else_is_left(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2, 3, 4, keep=2)
-    assert names(tmp_path) == ["step-000003", "step-000004"]
-
-
-def test_one_may_be_kept(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, 1, 2, keep=1)
-    assert names(tmp_path) == ["step-000002"]
-    assert restored(checkpoints) == (2, 2)
+@pytest.mark.parametrize("keep", [1, 2])
+def test_only_the_newest_are_kept_and_nothing_else_is_left(tmp_path: Path, keep: int) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3, 4, keep=keep)
+    assert names(tmp_path) == ["step-000003", "step-000004"][-keep:]
+    assert restored(checkpoints) == (4, 4)
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
@@ -268,26 +264,22 @@ def test_damage_is_named_and_an_older_checkpoint_is_used(
     # The run goes on and saves the damaged step again; the damaged one stays beside it.
     save(checkpoints, 2)
     assert restored(checkpoints) == (2, 2)
-    assert [name[:20] for name in names(tmp_path)] == [
-        ".damaged-step-000002",
-        "step-000001",
-        "step-000002",
-    ]
+    assert [name[:20] for name in names(tmp_path)] == [".damaged-step-000002", "step-000001", "step-000002"]
+
+
+def listing(step: Path, secret: Path, name: str) -> str:
+    """A manifest that lists a file beside the checkpoint, with its true size and digest."""
+    secret.write_text("x")
+    rewrite(step, files={**listed(step), name: {"bytes": 1, "sha256": commit.sha256(secret)}})
+    return "secret is missing"
 
 
 def outside(step: Path, tmp: Path) -> str:
-    """A manifest that lists files beside the checkpoint, with their true size and digest."""
-    (step.parent / "secret").write_text("x")
-    entry = {"bytes": 1, "sha256": commit.sha256(step.parent / "secret")}
-    rewrite(step, files={**listed(step), "../secret": entry})
-    return "../secret is missing"
+    return f"../{listing(step, step.parent / 'secret', '../secret')}"
 
 
 def absolute(step: Path, tmp: Path) -> str:
-    (tmp / "secret").write_text("x")
-    entry = {"bytes": 1, "sha256": commit.sha256(tmp / "secret")}
-    rewrite(step, files={**listed(step), str(tmp / "secret"): entry})
-    return "secret is missing"
+    return listing(step, tmp / "secret", str(tmp / "secret"))
 
 
 def linked_file(step: Path, tmp: Path) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ class TestFiles:
     def test_a_full_disk_names_the_file_and_keeps_complete_lines(self, tmp_path: Path):
         path = tmp_path / "metrics.jsonl"
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with StepLines(path) as file:
+        with closing(StepLines(path)) as file:
             file.append([{"step": 1}])
             complete = path.read_bytes()
             # The kernel writes up to the limit and then refuses, as a full disk does.

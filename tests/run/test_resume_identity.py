@@ -49,12 +49,6 @@ def test_another_policy_is_refused_by_its_digest(config: Config, tmp_path: Path)
     assert len(texts) == 2
 
 
-def test_another_reward_model_is_refused(config: Config, tmp_path: Path) -> None:
-    flip_last_byte(tmp_path / "reward" / "model.safetensors")
-    (text,) = refusals(config)
-    assert text.startswith("model.reward: model.safetensors: sha256 ")
-
-
 def test_another_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
     file = tmp_path / "policy" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{{ messages }}"}))
@@ -64,13 +58,11 @@ def test_another_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_more_or_less_is_another_model(config: Config, tmp_path: Path) -> None:
+def test_another_reward_model_is_refused(config: Config, tmp_path: Path) -> None:
     (tmp_path / "reward" / "chat_template.jinja").write_text("{{ messages }}")
     (text,) = refusals(config)
     assert text.startswith("model.reward: chat_template.jinja: (absent) -> sha256 ")
-
-
-def test_a_hub_id_counts_by_its_name(config: Config) -> None:
+    # A hub id counts by its name.
     config.model.reward = "org/reward"
     assert "model.reward: hub: (absent) -> org/reward; " in " ".join(refusals(config))
 
@@ -84,7 +76,7 @@ def test_other_data_is_refused(config: Config, tmp_path: Path, name: str) -> Non
 
 
 def test_the_ends_of_a_large_file_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(resume, "COMPLETE_BYTES", 100)
     monkeypatch.setattr(resume, "EDGE_BYTES", 10)
     file = tmp_path / "model.safetensors"
 
@@ -97,7 +89,7 @@ def test_the_ends_of_a_large_file_decide(tmp_path: Path, monkeypatch: pytest.Mon
     assert digest(b"x" + b"h" * 9 + b"m" * 100 + b"t" * 10) != plain
     assert digest(b"h" * 10 + b"m" * 100 + b"t" * 9 + b"x") != plain
     assert digest(b"h" * 10 + b"m" * 101 + b"t" * 10) != plain
-    # Up to WHOLE_BYTES, every byte counts.
+    # Up to COMPLETE_BYTES, every byte counts.
     assert digest(b"m" * 50) != digest(b"m" * 25 + b"x" + b"m" * 24)
 
 

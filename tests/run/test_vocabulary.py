@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from r2m_ray.driver.guards import NONFINITE
+from r2m_ray.driver.monitor import NONFINITE
 from r2m_ray.run.progress import HEADLINES
 from r2m_ray.run.vocabulary import (
     FAMILIES,

@@ -9,7 +9,8 @@ import ray
 
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import RunError
-from r2m_ray.runtime.placement import Demand, Placement, demands, shortage
+from r2m_ray.runtime.demand import Demand, demands, shortage
+from r2m_ray.runtime.placement import Placement
 
 
 def test_every_role_is_demanded_once_per_actor() -> None:

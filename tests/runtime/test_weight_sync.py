@@ -16,6 +16,7 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
+from spawned import calls, spawned
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config
@@ -27,7 +28,6 @@ from r2m_ray.runtime.device import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
 from r2m_ray.runtime.worker_group import Actors, first_difference, require_agreement
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 FLIPPED = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -57,11 +57,6 @@ class Receiver:
         return self.version, self.buckets, self.arrived
 
 
-def spawn(kind: type, role: str, count: int) -> Actors:
-    remote = ray.remote(kind).options(num_cpus=0, runtime_env={"env_vars": ENVIRONMENT})
-    return Actors({f"{role}-{i}": remote.remote() for i in range(count)}, timeout_s=240)
-
-
 def flip(tensor: Callable[[Any], torch.Tensor]) -> Callable[[Any], None]:
     """Flips the lowest bit of one value inside an actor."""
 
@@ -88,10 +83,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrain
 
 @pytest.fixture(scope="module")
 def ranks(local_cluster: None) -> Iterator[Actors]:
-    actors = spawn(PolicyActor, "policy", 2)
-    yield actors
-    for handle in actors.handles:
-        ray.kill(handle)
+    with spawned(PolicyActor, "policy") as actors:
+        yield actors
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +105,15 @@ def policy(
     config.policy.deepspeed = {
         "zero_optimization": {"stage": request.param, "stage3_param_persistence_threshold": 0}
     }
-    starts = ranks.each("start", lambda i: (config, str(model_dir), i, meeting_point, 0.0))
+    starts = calls(ranks, "start", *((config, str(model_dir), i, meeting_point, 0.0) for i in range(2)))
     asyncio.run(ranks.settle("start", starts))
     return ranks
 
 
 @pytest.fixture(scope="module")
 def receivers(local_cluster: None) -> Iterator[Actors]:
-    actors = spawn(Receiver, "rollout", 2)
-    yield actors
-    for handle in actors.handles:
-        ray.kill(handle)
+    with spawned(Receiver, "rollout") as actors:
+        yield actors
 
 
 def sync_of(policy: Actors, receivers: Actors) -> ObjectStoreSync:
@@ -195,19 +186,17 @@ def test_reward_replicas_that_drift_apart_are_reported_by_replica_and_parameter(
 ) -> None:
     config = Config()
     config.reward.replicas = 2
-    actors = spawn(RewardActor, "reward", 2)
-    try:
-        address = free_address()
-        starts = actors.each("start", lambda i: (config, str(tiny_reward_dir), 64, i, address, 0.0))
+    address = free_address()
+    with spawned(RewardActor, "reward") as actors:
+        starts = calls(
+            actors, "start", *((config, str(tiny_reward_dir), 64, i, address, 0.0) for i in range(2))
+        )
         asyncio.run(actors.settle("start", starts))
         asyncio.run(require_agreement(actors, "reward update", "head_digests"))
         change = flip(lambda actor: actor._engine.head.w_v)
         ray.get(actors.handles[0].__ray_call__.remote(change), timeout=60)
         with pytest.raises(RunError, match=r"reward update: w_v of reward-1 is not that of reward-0"):
             asyncio.run(require_agreement(actors, "reward update", "head_digests"))
-    finally:
-        for handle in actors.handles:
-            ray.kill(handle)
 
 
 def test_a_rank_that_sends_nothing_takes_part_in_as_many_buckets() -> None:

@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from spawned import calls, spawned
 
 from r2m_ray.errors import ActorLost, DeviceLost, InputError, Loss, PeersLost, RunError
 from r2m_ray.runtime.device import Address, free_address, interface_of, join_environment
@@ -87,30 +88,24 @@ class Rank:
 
 @pytest.fixture
 def ranks(local_cluster: None) -> Iterator[Actors]:
-    remote = ray.remote(Rank).options(num_cpus=0)
-    actors = Actors({f"policy-{i}": remote.remote() for i in range(2)}, timeout_s=120)
-    address = free_address()
-    interfaces = asyncio.run(actors.settle("start", actors.each("start", lambda i: (i, address))))
-    assert set(interfaces) == {interface_of(address[0])}
-    yield actors
-    for handle in actors.handles:
-        ray.kill(handle)
+    with spawned(Rank, "policy") as actors:
+        address = free_address()
+        starts = calls(actors, "start", *((i, address) for i in range(2)))
+        assert set(asyncio.run(actors.settle("start", starts))) == {interface_of(address[0])}
+        yield actors
 
 
 @pytest.fixture(scope="module")
 def workers(local_cluster: None) -> Iterator[Actors]:
     """Two actors; they start slowly, so the tests share them."""
-    remote = ray.remote(Worker).options(num_cpus=0)
-    actors = Actors({f"reward-{i}": remote.remote() for i in range(2)}, timeout_s=120)
-    asyncio.run(actors.all("start", "echo", 0))
-    yield actors
-    for handle in actors.handles:
-        ray.kill(handle)
+    with spawned(Worker, "reward") as actors:
+        asyncio.run(actors.all("start", "echo", 0))
+        yield actors
 
 
 def test_answers_come_back_in_rank_order(workers: Actors) -> None:
     async def ask() -> list[int]:
-        return await workers.settle("ask", workers.each("echo", lambda i: (10 + i,)))
+        return await workers.settle("ask", calls(workers, "echo", (10,), (11,)))
 
     assert asyncio.run(ask()) == [10, 11]
 
@@ -131,8 +126,8 @@ def test_a_users_mistake_stays_one(workers: Actors) -> None:
 
 def test_a_silent_actor_meets_the_deadline(workers: Actors) -> None:
     async def ask() -> None:
-        calls = [workers.each("echo", lambda i: (i,))[0], workers.each("never", lambda _: ())[1]]
-        await workers.settle("annotate", calls, timeout_s=0.5)
+        sent = [workers.submit(0, "echo", 0)[0], workers.submit(1, "never")[0]]
+        await workers.settle("annotate", sent, timeout_s=0.5)
 
     with pytest.raises(RunError, match=r"annotate: no answer from reward-1 within 0\.5 s"):
         asyncio.run(ask())
@@ -183,8 +178,8 @@ def test_a_mistake_in_a_rank_is_not_a_loss(ranks: Actors) -> None:
 
 def test_the_collectives_own_words_come_before_a_late_peer(workers: Actors) -> None:
     async def ask() -> None:
-        calls = [workers.each("lose", lambda _: ("peers",))[0], workers.each("never", lambda _: ())[1]]
-        await workers.settle("start", calls)
+        sent = [workers.submit(0, "lose", "peers")[0], workers.submit(1, "never")[0]]
+        await workers.settle("start", sent)
 
     with pytest.raises(ActorLost, match=r"reward-0 lost its peers during start: nvlink: gone") as caught:
         asyncio.run(ask())

@@ -96,9 +96,7 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_refused(template: str) -
         conversation_ids(tokenizer(template), "a", "b")
 
 
-def test_special_tokens_that_are_words_as_well_are_left_out(
-    tiny_tokenizer: PreTrainedTokenizerFast,
-) -> None:
+def test_special_tokens_that_are_words_as_well_are_left_out(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     # Its vocabulary of words holds <eos>, so that reading it letter by letter finds it again.
     w1, w2 = tiny_tokenizer("w1 w2").input_ids
     unknown = tiny_tokenizer.unk_token_id

@@ -1,7 +1,8 @@
-"""Learners, and rows for them: random tokens, with log-probs and advantages to train on."""
+"""A learner, and rows for it and the reference: random tokens, log-probs and advantages to train on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -73,20 +74,30 @@ def learner_config(stage: int = 2) -> Config:
     )
 
 
-def make_learner(config: Config, model_dir: Path, rank: int = 0, world_size: int = 1) -> PolicyLearner:
-    device = torch.device("cpu")
+IDS = (0, 1, 2)
+"""Two mini-batches: shards 0 and 1, then shard 2 alone."""
+BATCHES = [policy_batch(seed) for seed in IDS]
+
+
+def learner(config: Config, model_dir: Path, rank: int = 0, world_size: int = 1) -> PolicyLearner:
     return PolicyLearner(
-        config=config, model_dir=str(model_dir), rank=rank, world_size=world_size, device=device
+        config=config,
+        model_dir=str(model_dir),
+        rank=rank,
+        world_size=world_size,
+        device=torch.device("cpu"),
     )
 
 
-def weights_of(policy: PolicyLearner) -> dict[str, Tensor]:
+def weights(policy: PolicyLearner) -> dict[str, Tensor]:
+    """A copy of every weight, gathered in several buckets."""
     return {
         name: tensor.clone() for bucket in policy.weight_buckets(4096) for name, tensor in bucket.tensors()
     }
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names and bits."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

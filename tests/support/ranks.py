@@ -1,4 +1,4 @@
-"""A test file as a program, one process per rank of a process group."""
+"""Programs of several ranks on this machine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
-
-DEADLINE_S = 300
 
 
 def free_port() -> int:
@@ -17,28 +14,29 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(file: str, arguments: Iterable[tuple[str, ...]]) -> None:
-    """Run a file once with each tuple of arguments, side by side; every process must succeed."""
+def run_ranks(program: str, *arguments: object, ranks: int = 2, timeout_s: float = 300) -> None:
+    """Run a Python file once per rank, with the arguments and then the rank, and assert that all succeed."""
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    ranks = [
+    command = [sys.executable, program, *map(str, arguments)]
+    started = [
         subprocess.Popen(
-            [sys.executable, file, *words],
+            [*command, str(rank)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for words in arguments
+        for rank in range(ranks)
     ]
     try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=DEADLINE_S)
+        for process in started:
+            output, _ = process.communicate(timeout=timeout_s)
             assert process.returncode == 0, output[-6000:]
     finally:
-        for process in ranks:
+        for process in started:
             process.kill()

@@ -1,4 +1,4 @@
-"""What rollout engines sample in tests, and transformers' own reading of it."""
+"""A plan to sample, and transformers' own reading of the rows that were sampled."""
 
 from __future__ import annotations
 
@@ -10,30 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from r2m_ray.core.batch import Prompt, SamplePlan, Trajectories
-from r2m_ray.engines.rollout.engine import RolloutEngine
-from r2m_ray.engines.weights import WeightDigest, pack_buckets
 
 STOP_TOKENS = [2, 9]
-BUCKET_BYTES = 50_000
 
 
-def make_plan(**changes: Any) -> SamplePlan:
+def sample_plan(**changes: Any) -> SamplePlan:
     """6 prompts of 3 to 63 words in 4 rows each, at temperature 0.7."""
     prompts = tuple(
         Prompt(index=i, text=" ".join(f"w{(7 * i + j) % 150}" for j in range(3 + 12 * i))) for i in range(6)
     )
-    settings = {
-        "prompts": prompts,
-        "group_size": 4,
-        "step": 1,
-        "seed": 3,
-        "temperature": 0.7,
-        "max_new_tokens": 20,
-    }
-    return SamplePlan(**(settings | changes))
+    settings = {"group_size": 4, "step": 1, "seed": 3, "temperature": 0.7, "max_new_tokens": 20}
+    return SamplePlan(**({"prompts": prompts} | settings | changes))
 
 
-def read_rows(model: PreTrainedModel, rows: Trajectories) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def readings(model: PreTrainedModel, rows: Trajectories) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Where each row lies, its last hidden states [S−1, P] and its logits [S−1, V], row by row."""
     for n in range(rows.layout.rows):
         where = rows.layout.slice_of(n)
@@ -42,21 +32,10 @@ def read_rows(model: PreTrainedModel, rows: Trajectories) -> Iterator[tuple[slic
             yield where, hidden, model.get_output_embeddings()(hidden)
 
 
-def step_randomly(model: PreTrainedModel, seed: int) -> None:
-    """A large step of every weight in a random direction."""
+def moved(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The model after a large step in a random direction."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def update_weights(
-    engine: RolloutEngine, model: PreTrainedModel, version: int, digest: str | None = None
-) -> None:
-    """Send a model in several buckets, some of which end in the middle of a layer."""
-    hashed = WeightDigest()
-    engine.begin_weight_update()
-    for bucket in pack_buckets(model.named_parameters(), BUCKET_BYTES):
-        hashed.update(bucket)
-        engine.load_bucket(bucket)
-    engine.finish_weight_update(version=version, digest=digest or hashed.hexdigest())
+    return model

@@ -188,22 +188,6 @@ def test_the_prompts_of_a_step_do_not_depend_on_what_was_asked_before() -> None:
     ]
 
 
-def test_passes_and_seeds_differ_in_their_order() -> None:
-    texts = [f"p{i}" for i in range(20)]
-    first, second = indices(PromptOrder(texts, seed=1, per_step=20), (1, 2))
-    (other,) = indices(PromptOrder(texts, seed=2, per_step=20), (1,))
-    assert len({tuple(order) for order in (first, second, other)}) == 3
-
-
-def test_the_prompts_of_a_step_depend_on_seed_and_step_alone() -> None:
-    texts = [f"p{i}" for i in range(7)]
-    order = PromptOrder(texts, seed=3, per_step=5)
-    in_turn = {step: order.of_step(step) for step in range(1, 20)}
-    for step in (19, 4, 11, 1, 8):
-        assert order.of_step(step) == in_turn[step]
-        assert PromptOrder(texts, seed=3, per_step=5).of_step(step) == in_turn[step]
-
-
 def test_a_step_cannot_take_more_prompts_than_there_are() -> None:
     with pytest.raises(InputError, match="prompts_per_step=3 is more than the 2 distinct"):
         PromptOrder(["a", "b"], seed=0, per_step=3)

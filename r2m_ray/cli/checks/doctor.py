@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
@@ -59,7 +60,6 @@ LEAST_MEMORY = 4 * GIB
 """What the demo takes by `r2m-ray plan experiment=demo`, its object store included, rounded up."""
 FEW_FREE_BYTES = 5 * GIB
 LOOPBACK = "127.0.0.1"
-PORTS = 8
 SESSION = re.compile(r"session_[\d_-]+_(\d+)")
 """A Ray session's directory; the number is the process that started it."""
 UNFINISHED = (f"*/checkpoints/{commit.BUILDING}*", f"*/{commit.BUILDING}*")
@@ -100,12 +100,18 @@ STYLES = {Outcome.ok: "green", Outcome.warning: "yellow", Outcome.failed: "bold 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table: what was examined, what was found, and what to do about it."""
+    """One line of the table: what was examined, what was found, and what to do where that is not fine."""
 
     name: str
-    outcome: Outcome
     value: str
+    outcome: Outcome = Outcome.ok
     remedy: str = ""
+
+    @classmethod
+    def of(cls, name: str, value: str, remedy: str, *, failed: bool = False, warning: bool = False) -> Check:
+        """A check by what is wrong; one without a fault needs no remedy."""
+        outcome = Outcome.failed if failed else Outcome.warning if warning else Outcome.ok
+        return cls(name, value, outcome, remedy if failed or warning else "")
 
 
 def diagnose(root: Path, *, as_json: bool) -> int:
@@ -114,12 +120,12 @@ def diagnose(root: Path, *, as_json: bool) -> int:
     root: where runs are to be written.
     """
     with Console(stderr=True).status("examining this machine …"):
-        # Messages of libraries are in the text.
-        checks = [
-            Check(c.name, c.outcome, printable(redacted(c.value)), printable(redacted(c.remedy)))
-            for c in examine(root)
-        ]
-    counts = {outcome: sum(check.outcome is outcome for check in checks) for outcome in Outcome}
+        found = [*software_checks(), *import_checks(), *machine_checks(root), collective_check()]
+    # Messages of libraries are in the text.
+    checks = [
+        replace(c, value=printable(redacted(c.value)), remedy=printable(redacted(c.remedy))) for c in found
+    ]
+    counts = Counter(check.outcome for check in checks)
     if as_json:
         document = {"failed": counts[Outcome.failed], "checks": [asdict(check) for check in checks]}
         print(json.dumps(document, indent=2))
@@ -129,16 +135,8 @@ def diagnose(root: Path, *, as_json: bool) -> int:
             table.add_row(c.name, Text(c.outcome, STYLES[c.outcome]), Text(c.value), Text(c.remedy))
         console = Console(highlight=False)
         console.print(table)
-        console.print(", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count))
+        console.print(", ".join(f"{counts[outcome]} {outcome}" for outcome in Outcome if counts[outcome]))
     return RunError.exit_code if counts[Outcome.failed] else 0
-
-
-def examine(root: Path) -> Iterator[Check]:
-    """Every check, in the order of the table; ``root`` is where runs are to be written."""
-    yield from software_checks()
-    yield from import_checks()
-    yield from machine_checks(root)
-    yield collective_check()
 
 
 def software_checks() -> Iterator[Check]:
@@ -146,32 +144,31 @@ def software_checks() -> Iterator[Check]:
     try:
         described = metadata(PACKAGE)
     except PackageNotFoundError:
-        yield Check("packages", Outcome.failed, f"{PACKAGE} is not installed", INSTALL)
+        yield Check("packages", f"{PACKAGE} is not installed", Outcome.failed, INSTALL)
         return
     needed, found = SpecifierSet(described["Requires-Python"]), platform.python_version()
-    outside = Outcome.failed if not needed.contains(found, prereleases=True) else None
-    yield _check("Python", f"{found}, {needed} supported", outside, "make the environment with such a Python")
+    outside = not needed.contains(found, prereleases=True)
+    remedy = "make the environment with such a Python"
+    yield Check.of("Python", f"{found}, {needed} supported", remedy, failed=outside)
     yield from package_checks([Requirement(line) for line in described.get_all("Requires-Dist") or ()])
 
 
 def package_checks(requirements: Sequence[Requirement]) -> Iterator[Check]:
     """One check for all packages within their ranges, and one for each that is outside or missing."""
     plain = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    engines = [
-        r
-        for extra in ENGINE_EXTRAS
-        for r in requirements
-        if r not in plain and r.marker is not None and r.marker.evaluate({"extra": extra})
-    ]
+    marked = [(r, r.marker) for r in requirements if r.marker is not None and r not in plain]
+    engines = [r for extra in ENGINE_EXTRAS for r, marker in marked if marker.evaluate({"extra": extra})]
     installed = [r for r in engines if _version(r.name)]
-    faults = [check for requirement in (*plain, *installed) if (check := _outside(requirement))]
-    good = len(plain) + len(installed) - len(faults)
+    faults = [r for r in (*plain, *installed) if not _is_within(r)]
+    if good := len(plain) + len(installed) - len(faults):
+        yield Check("packages", f"{good} within their tested ranges")
+    for r in faults:
+        value = f"{_version(r.name) or 'not installed'}, {r.specifier} supported"
+        remedy = f'pip install "{r.name}{r.specifier}"'
+        yield Check(f"package {r.name}", value, Outcome.failed, remedy)
     if engines and not installed:
         names = " nor ".join(str(r.name) for r in engines)
-        faults.append(Check("package vllm", Outcome.failed, f"neither {names} is installed", INSTALL))
-    if good:
-        yield Check("packages", Outcome.ok, f"{good} within their tested ranges")
-    yield from faults
+        yield Check("package vllm", f"neither {names} is installed", Outcome.failed, INSTALL)
 
 
 def import_checks(deadline_s: float = IMPORT_SECONDS) -> Iterator[Check]:
@@ -186,26 +183,29 @@ def import_check(engine: str, deadline_s: float) -> Check:
     if not accelerators():
         environment["DS_ACCELERATOR"] = "cpu"
     code = _IMPORT.format(statement=ENGINES[engine], engine=engine)
-    process = _ended(_python(code, environment=environment), time.monotonic(), deadline_s)
-    value = process.reason or f"{process.output.rpartition('version ')[2].strip()}, {process.seconds:.1f} s"
+    start = time.monotonic()
+    fault, output = _ended(_python(code, environment=environment), start, deadline_s)
+    value = fault or f"{output.rpartition('version ')[2].strip()}, {time.monotonic() - start:.1f} s"
     remedy = f"install it again, and see: python -c {ENGINES[engine]!r}"
-    return _check(f"import {engine}", value, Outcome.failed if process.reason else None, remedy)
+    return Check.of(f"import {engine}", value, remedy, failed=bool(fault))
 
 
 def collective_check(deadline_s: float = COLLECTIVE_SECONDS) -> Check:
     """A sum over two gloo ranks on the loopback interface, as learner ranks compute it."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
     start = time.monotonic()
+    remedy = f"let processes of this machine connect over {LOOPBACK}; unset GLOO_SOCKET_IFNAME"
+    try:
+        with socket.create_server((LOOPBACK, 0)) as probe:
+            port = probe.getsockname()[1]
+    except OSError as error:
+        return Check("2-rank all-reduce", f"{LOOPBACK}: {error.strerror}", Outcome.failed, remedy)
     shared = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [_python(_ALL_REDUCE, str(deadline_s), environment={**shared, "RANK": str(r)}) for r in range(2)]
     # Each rank waits for the other, so both have the same deadline.
     found = [_ended(rank, start, deadline_s) for rank in ranks]
-    faults = [f"rank {rank}: {process.reason}" for rank, process in enumerate(found) if process.reason]
+    faults = [f"rank {rank}: {fault}" for rank, (fault, _) in enumerate(found) if fault]
     value = "; ".join(faults) or f"gloo on {LOOPBACK}, {time.monotonic() - start:.1f} s"
-    remedy = f"let processes of this machine connect over {LOOPBACK}; unset GLOO_SOCKET_IFNAME"
-    return _check("2-rank all-reduce", value, Outcome.failed if faults else None, remedy)
+    return Check.of("2-rank all-reduce", value, remedy, failed=bool(faults))
 
 
 def machine_checks(root: Path) -> Iterator[Check]:
@@ -217,7 +217,6 @@ def machine_checks(root: Path) -> Iterator[Check]:
     yield _disk("run.root", root)
     yield _disk("temporary files", temporary)
     yield root_check(root)
-    yield _ports()
     yield _gpus()
     yield leftovers_check(root, temporary / "ray")
 
@@ -229,17 +228,16 @@ def cgroup_number(*names: str, root: Path = Path("/sys/fs/cgroup")) -> list[floa
     period.
     """
     groups = Path("/proc/self/cgroup")
-    paths = [line.split(":", 2) for line in groups.read_text().splitlines()] if groups.is_file() else []
     found = []
-    for _, controllers, path in paths:
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
         top = root / controllers.removeprefix("name=")
         directory = top / path.lstrip("/")
-        for place in (directory, *directory.parents):
-            if not place.is_relative_to(top):
-                break
-            texts = [(place / name).read_text().split() for name in names if (place / name).is_file()]
-            limited = [words for words in texts if words and words[0] not in ("max", "-1")]
-            found += [float(words[0]) / float(words[1] if len(words) > 1 else 1) for words in limited]
+        places = [place for place in (directory, *directory.parents) if place.is_relative_to(top)]
+        for file in (place / name for place in places for name in names):
+            words = file.read_text().split() if file.is_file() else []
+            if words and words[0] not in ("max", "-1"):
+                found.append(float(words[0]) / float(words[1] if len(words) > 1 else 1))
     return found
 
 
@@ -256,16 +254,15 @@ def root_check(root: Path) -> Check:
         building.write_bytes(b"r2m_ray")
         commit.flush(building)
         commit.publish(building, final)
-        final.unlink()
     except OSError as error:
         remedy = "fix its permissions, or choose another run.root"
-        return Check("run.root writable", Outcome.failed, f"{place}: {error.strerror}", remedy)
+        return Check("run.root writable", f"{place}: {error.strerror}", Outcome.failed, remedy)
     finally:
         for path in (building, final):
-            if path.parent.is_dir():
-                path.unlink(missing_ok=True)
-    value = f"{place}: write, fsync and rename in {1000 * (time.monotonic() - start):.0f} ms"
-    return Check("run.root writable", Outcome.ok, value)
+            with suppress(OSError):
+                path.unlink()
+    milliseconds = 1000 * (time.monotonic() - start)
+    return Check("run.root writable", f"{place}: write, fsync and rename in {milliseconds:.0f} ms")
 
 
 def leftovers_check(root: Path, sessions: Path) -> Check:
@@ -273,19 +270,21 @@ def leftovers_check(root: Path, sessions: Path) -> Check:
     dead = [path for path in sessions.glob("session_*") if _is_dead(path)]
     before = time.time() - UNTOUCHED_SECONDS
     dead += [path for pattern in UNFINISHED for path in root.glob(pattern) if path.stat().st_mtime < before]
-    size = sum(_bytes(path) for path in dead)
+    files = [file for path in dead for file in ([path] if path.is_file() else path.rglob("*"))]
+    size = sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
     value = f"{len(dead)} of dead runs, {_gib(size)}" if dead else "none"
     places = " and ".join(dict.fromkeys(str(path.parent) for path in dead))
-    large = Outcome.warning if size > GIB else None
-    return _check("leftovers", value, large, f"delete what no run uses any more in {places}")
+    return Check.of("leftovers", value, f"delete what no run uses any more in {places}", warning=size > GIB)
 
 
 def _cores() -> Check:
     cores, quotas = usable_cores(), cgroup_number("cpu.max")
     quotas += [us / 100_000 for us in cgroup_number("cpu.cfs_quota_us")]
     limit = f"control group allows {min(quotas):g}" if quotas else "no control-group limit"
-    few = Outcome.warning if min([float(cores), *quotas]) < LEAST_CORES else None
-    return _check("cores", f"{cores}, {limit}", few, f"give it {LEAST_CORES} or more: actors share them")
+    few = min([float(cores), *quotas]) < LEAST_CORES
+    return Check.of(
+        "cores", f"{cores}, {limit}", f"give it {LEAST_CORES} or more: actors share them", warning=few
+    )
 
 
 def _memory() -> Check:
@@ -293,59 +292,33 @@ def _memory() -> Check:
     limits = [n for n in cgroup_number("memory.max", "memory.limit_in_bytes") if n < memory.total]
     limit = f"control group allows {_gib(min(limits))}" if limits else "no control-group limit"
     value = f"{_gib(memory.available)} of {_gib(memory.total)} available, {limit}"
-    little = Outcome.warning if min([float(memory.available), *limits]) < LEAST_MEMORY else None
+    little = min([float(memory.available), *limits]) < LEAST_MEMORY
     remedy = f"even the demo takes up to {_gib(LEAST_MEMORY)}: see `r2m-ray plan experiment=demo`"
-    return _check("memory", value, little, remedy)
+    return Check.of("memory", value, remedy, warning=little)
 
 
 def _shared_memory() -> Check:
     if not SHARED_MEMORY.is_dir():
-        return Check("shared memory", Outcome.ok, f"no {SHARED_MEMORY}; Ray uses temporary files")
+        return Check("shared memory", f"no {SHARED_MEMORY}; Ray uses temporary files")
     free, needed = shutil.disk_usage(SHARED_MEMORY).free, ClusterConfig().object_store_gb * GIB
-    little = Outcome.warning if free < needed else None
-    remedy = (
-        f"Ray's object store of {_gib(needed)} goes to a slow disk; start a container with --shm-size=2g or "
-        "--ipc=host"
-    )
-    return _check("shared memory", f"{_gib(free)} free in {SHARED_MEMORY}", little, remedy)
+    slow = f"Ray's object store of {_gib(needed)} goes to a slow disk"
+    remedy = f"{slow}; start a container with --shm-size=2g or --ipc=host"
+    return Check.of("shared memory", f"{_gib(free)} free in {SHARED_MEMORY}", remedy, warning=free < needed)
 
 
 def _disk(name: str, directory: Path) -> Check:
     existing = nearest(directory)
     free = shutil.disk_usage(existing).free
-    outcome = Outcome.warning if free < FEW_FREE_BYTES else None
-    outcome = Outcome.failed if free < LEAST_FREE_BYTES else outcome
-    return _check(f"disk of {name}", f"{_gib(free)} free at {existing}", outcome, "free some, or use another")
-
-
-def _ports() -> Check:
-    try:
-        with ExitStack() as stack:
-            for _ in range(PORTS):
-                stack.enter_context(socket.create_server((LOOPBACK, 0)))
-    except OSError as error:
-        remedy = f"let processes bind ports of {LOOPBACK}"
-        return Check("ports", Outcome.failed, f"{LOOPBACK}: {error.strerror}", remedy)
-    return Check("ports", Outcome.ok, f"{PORTS} bound on {LOOPBACK}")
+    value, remedy = f"{_gib(free)} free at {existing}", "free some, or use another"
+    full, little = free < LEAST_FREE_BYTES, free < FEW_FREE_BYTES
+    return Check.of(f"disk of {name}", value, remedy, failed=full, warning=little)
 
 
 def _gpus() -> Check:
-    names = accelerators()
-    if not names:
-        return Check("GPUs", Outcome.ok, "none; every role runs on the CPU")
-    value = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
-    blind = Outcome.warning if not torch.accelerator.is_available() else None
+    names = Counter(accelerators())
+    value = ", ".join(f"{n} × {name}" for name, n in names.items()) or "none; every role runs on the CPU"
     remedy = f"torch {torch.__version__} cannot use them; install its GPU build and vLLM's ('.[gpu]')"
-    return _check("GPUs", value, blind, remedy)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A process that ended. reason: why it failed, in one line; empty where it did not."""
-
-    reason: str
-    output: str
-    seconds: float
+    return Check.of("GPUs", value, remedy, warning=bool(names) and not torch.accelerator.is_available())
 
 
 def _python(
@@ -364,30 +337,27 @@ def _python(
     )
 
 
-def _ended(process: subprocess.Popen[str], start: float, deadline_s: float) -> _Ended:
-    """Wait until ``deadline_s`` after ``start``; then the process is killed with everything in its group."""
-    reason = ""
+def _ended(process: subprocess.Popen[str], start: float, deadline_s: float) -> tuple[str, str]:
+    """Wait until ``deadline_s`` after ``start``; then the process is killed with everything in its group.
+
+    Returns why it failed, in one line, empty where it did not, and its output.
+    """
     try:
         output, errors = process.communicate(timeout=max(0.0, start + deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        reason = f"no answer within {deadline_s:.0f} s"
-    if not reason and process.returncode < 0:
-        reason = f"killed by {signal.Signals(-process.returncode).name}"
-    elif not reason and process.returncode:
-        lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit status {process.returncode}"
-    return _Ended(reason, output, time.monotonic() - start)
+        output, _ = process.communicate()
+        return f"no answer within {deadline_s:.0f} s", output
+    if process.returncode < 0:
+        return f"killed by {signal.Signals(-process.returncode).name}", output
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    fault = lines[-1] if lines else f"exit status {process.returncode}"
+    return fault if process.returncode else "", output
 
 
-def _outside(requirement: Requirement) -> Check | None:
+def _is_within(requirement: Requirement) -> bool:
     found = _version(requirement.name)
-    if found is not None and requirement.specifier.contains(found, prereleases=True):
-        return None
-    value = f"{found or 'not installed'}, {requirement.specifier} supported"
-    remedy = f'pip install "{requirement.name}{requirement.specifier}"'
-    return Check(f"package {requirement.name}", Outcome.failed, value, remedy)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
 
 
 def _version(name: str) -> str | None:
@@ -400,16 +370,6 @@ def _version(name: str) -> str | None:
 def _is_dead(session: Path) -> bool:
     match = SESSION.fullmatch(session.name)
     return bool(match) and not session.is_symlink() and not psutil.pid_exists(int(match[1] if match else 0))
-
-
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
-
-
-def _check(name: str, value: str, problem: Outcome | None, remedy: str) -> Check:
-    """A check that is ok, without a remedy, where there is no problem."""
-    return Check(name, problem or Outcome.ok, value, remedy if problem else "")
 
 
 def _gib(size: float) -> str:

@@ -1,8 +1,8 @@
 """Batches, memory and traffic of a run by formula, from its configuration and the sizes of its models.
 
-An actor's peak is what it always holds (process, weights, gradients, optimizer, cache) and the largest of
-what its phases need for a while. The formulas assume decoder layers of the Llama kind;
-`benchmarks/memory.py` compares them with what real actors take. All sizes are bytes.
+An actor holds its process, weights, gradients, optimizer and cache, and for a while what its largest pass
+needs. The formulas assume decoder layers of the Llama kind; `benchmarks/memory.py` compares them with what
+real actors take. All sizes are bytes.
 
 P parameters, b bytes of a number in the model's dtype, R learner ranks, w policy width, D reward width, E
 attention width of the head, f feed-forward width, kv numbers of a key and a value, T packed tokens and N rows
@@ -16,11 +16,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from r2m_ray.cli.checks.preflight import GIB
-from r2m_ray.config.schema import Config, Dtype, FeedbackRefresh, FeedbackSource, OldLogprobs
+from r2m_ray.cli.checks.preflight import GIB, OPTIMIZER_BYTES, itemsize
+from r2m_ray.config.schema import Config, FeedbackRefresh, FeedbackSource, OldLogprobs
 from r2m_ray.engines.policy.causal import LOGITS_AT_ONCE
 from r2m_ray.engines.policy.deepspeed_config import deepspeed_config
 from r2m_ray.engines.policy.state import FILE_BYTES
+from r2m_ray.runtime.demand import demands
 
 MIB = 2**20
 PROCESS_BYTES = {
@@ -36,8 +37,6 @@ less what the formulas below give for those (`python benchmarks/memory.py --case
 local cluster's own processes. A GPU's libraries take more, also on the GPU, and that is not counted."""
 MASTER = 4
 """Bytes of the learner's gradients and of each of Adam's moments: float32 whatever the weights are."""
-STATE_BYTES = 12
-"""Of a parameter in a checkpoint, beside the model in its own dtype: float32 weight and two moments."""
 LOGIT_COPIES = 4
 """Logits, the same in float32, divided by the temperature, and their log-softmax or gradient."""
 BATCHED_TOKENS, SEQUENCES = 2048, 256
@@ -48,10 +47,8 @@ SOURCE_BYTES = 16
 """Token and position of a cached token, which prove whose hidden state its slot holds."""
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in numbers."""
-TEXT_BYTES = 4
-"""Characters of a token, about: records carry prompts and responses as text too."""
-TRAJECTORY_BYTES = 8 + 8 + 1 + 4
-"""Of a packed token: input, label, mask and log-prob."""
+TRAJECTORY_BYTES = 8 + 8 + 1 + 4 + 4
+"""Of a packed token: input, label, mask, log-prob, and about 4 characters of the row's text."""
 REFERENCE_BYTES = 4 + 4
 """Of a packed token: its log-prob at the sampling temperature and at 1."""
 
@@ -96,15 +93,34 @@ class ModelSizes:
     key_value: int
     vocabulary: int
 
+    def inference(self, tokens: int, b: int) -> int:
+        """Bytes of one layer's states: input, residual, query, keys, values, output, feed-forward."""
+        return tokens * b * (4 * self.width + self.key_value + 3 * self.feed_forward)
+
+    def logits(self, tokens: int) -> int:
+        """Bytes of the logits' copies at a time, float32; beyond ``LOGITS_AT_ONCE`` they are cut."""
+        return LOGIT_COPIES * 4 * min(tokens * self.vocabulary, LOGITS_AT_ONCE)
+
+    def activations(self, tokens: int, b: int, *, checkpointing: bool) -> int:
+        """What a forward pass keeps for the backward pass, and what that needs at a time.
+
+        Of a layer and token: both norms keep input, normalised input and output (6w), attention its query,
+        keys and values, and its output in two layouts (3w + kv), the gated feed-forward four states (4f). All
+        layers of that, or with gradient checkpointing one layer and the input of the others; the gradients of
+        one layer; the logits' copies.
+        """
+        layer = 9 * self.width + self.key_value + 4 * self.feed_forward
+        kept = self.layers * self.width + layer if checkpointing else self.layers * layer
+        return tokens * b * (kept + layer) + self.logits(tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActorMemory:
     """One of ``count`` actors of a role.
 
     On a CPU everything is in the machine's memory. With ``gpu``, process and buffers are in the machine's
-    memory, and the rest is on each of the actor's GPUs. slots: tokens that the rollout engine's cache holds;
-    None where vLLM takes what is left of its GPU. slot_cache, slot_export: bytes of a slot's keys and values,
-    and of its hidden state in the side buffer. phases: what each phase needs for a while, beside the model
+    memory, and the rest is on each of the actor's GPUs. cache: keys, values and exported states of all slots;
+    None where vLLM takes what is left of its GPU. phases: what each phase needs for a while, beside the model
     and in the machine's memory.
     """
 
@@ -114,9 +130,7 @@ class ActorMemory:
     weights: int
     gradients: int = 0
     optimizer: int = 0
-    slots: int | None = 0
-    slot_cache: int = 0
-    slot_export: int = 0
+    cache: int | None = 0
     phases: tuple[tuple[int, int], ...]
 
     @property
@@ -125,7 +139,7 @@ class ActorMemory:
         return PROCESS_BYTES[self.role]
 
     @property
-    def working(self) -> int:
+    def largest_pass(self) -> int:
         """Bytes of the largest phase; on a CPU its buffers too."""
         return max(there + (0 if self.gpu else host) for there, host in self.phases)
 
@@ -146,18 +160,7 @@ class ActorMemory:
 
     @property
     def _model(self) -> int:
-        slots = (self.slots or 0) * (self.slot_cache + self.slot_export)
-        return self.weights + self.gradients + self.optimizer + slots + self.working
-
-
-def replicas(config: Config) -> dict[str, int]:
-    """How many actors each role has, in the order in which they are placed."""
-    return {
-        "policy": config.policy.ranks,
-        "rollout": config.rollout.replicas,
-        "reward": config.reward.replicas,
-        "reference": config.reference.replicas,
-    }
+        return self.weights + self.gradients + self.optimizer + (self.cache or 0) + self.largest_pass
 
 
 def batch_plan(config: Config) -> BatchPlan:
@@ -176,11 +179,12 @@ def batch_plan(config: Config) -> BatchPlan:
     passes = math.ceil(rows_per_rank / max(1, config.policy.tokens_per_microbatch // row_tokens))
     # The first mini-batch's own training pass scores π_old.
     scoring = minibatches - 1 if algo.old_logp is OldLogprobs.learner else 0
+    each = {d.role: (shards // d.count, math.ceil(shards / d.count)) for d in demands(config)}
     return BatchPlan(
         rows=rows,
         shards=shards,
         rows_per_shard=rows // shards,
-        shards_per_replica={r: (shards // n, math.ceil(shards / n)) for r, n in replicas(config).items()},
+        shards_per_replica=each,
         minibatches=minibatches,
         optimizer_steps=algo.epochs * minibatches,
         rows_per_rank=rows_per_rank,
@@ -215,7 +219,9 @@ def learner(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
     reduction = (bucket if gpu and stage else min(bucket, parameters)) * (b if stage else MASTER)
     fresh = 2 * batch.tokens // ranks * feedback_width(config, models) * b
     tokens = pass_tokens(config.policy.tokens_per_microbatch, batch.rows_per_rank, batch.row_tokens)
-    state = min(STATE_BYTES * parameters, FILE_BYTES + STATE_BYTES * model.largest) if gpu or stage else 0
+    backward = model.activations(tokens, b, checkpointing=config.policy.gradient_checkpointing)
+    gathered = gpu or stage > 0
+    state = min(OPTIMIZER_BYTES * parameters, FILE_BYTES + OPTIMIZER_BYTES * model.largest) if gathered else 0
     moments = MASTER * (3 * share if stage else 2 * parameters)
     return ActorMemory(
         role="policy",
@@ -225,7 +231,7 @@ def learner(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
         gradients=MASTER * (share if stage >= 2 else parameters),
         optimizer=moments,
         phases=(
-            (activations(model, tokens, b, config.policy.gradient_checkpointing) + reduction, fresh),
+            (backward + reduction, fresh),
             (moments, fresh),
             (0, bucket_bytes(config, model)),
             (0, state + (parameters * b if gpu or stage == 3 else 0)),
@@ -236,35 +242,33 @@ def learner(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) 
 def rollout(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) -> ActorMemory:
     """One vLLM engine; on GPUs, one of its tensor × pipeline parallel ranks.
 
-    weights: P·b over the ranks. Each of `cached_tokens` slots: keys and values over the ranks; in the side
-    buffer the rank's own columns of h, w/TP, and 16 bytes. Phases: a forward pass with its logits and the
-    exports of its share of a step, twice; loading weights, a second copy of the largest tensor beside the
-    bucket.
+    weights: P·b over the ranks. cache: of each of `cached_tokens` slots, keys and values over the ranks, and
+    in the side buffer the rank's own columns of h, w/TP, and 16 bytes. Phases: a forward pass with its logits
+    and the exports of its share of a step, twice; loading weights, a second copy of the largest tensor beside
+    the bucket.
     """
     model, b = models["policy"], itemsize(config.model.dtype)
     args, gpu = config.rollout.engine_args, config.cluster.gpus_per_rollout > 0
     tensor = int(args.get("tensor_parallel_size", 1))
-    parts = tensor * int(args.get("pipeline_parallel_size", 1))
     # On a CPU all ranks are in the machine's memory.
-    divided, columns = (parts, tensor) if gpu else (1, 1)
+    divided = tensor * int(args.get("pipeline_parallel_size", 1)) if gpu else 1
     rows = min(int(args.get("max_num_seqs", SEQUENCES)), batch.rows)
     tokens = min(int(args.get("max_num_batched_tokens", BATCHED_TOKENS)), rows * batch.row_tokens)
     share = batch.shards_per_replica["rollout"][1] * batch.rows_per_shard * batch.row_tokens
-    width = feedback_width(config, models)
-    answers = 2 * share * (width * b + SOURCE_BYTES) if width else 0
-    side = width // columns * b + SOURCE_BYTES * (1 if gpu else tensor)
-    exported = config.uses_feedback and config.feedback.source is FeedbackSource.rollout
+    width, slots = feedback_width(config, models), cached_tokens(config, model)
+    slot = model.layers * model.key_value * b // divided
+    if width and config.feedback.source is FeedbackSource.rollout:
+        slot += width // tensor * b + SOURCE_BYTES if gpu else width * b + SOURCE_BYTES * tensor
     logits = LOGIT_COPIES * 4 * rows * model.vocabulary
+    answers = 2 * share * (width * b + SOURCE_BYTES) if width else 0
     return ActorMemory(
         role="rollout",
         count=config.rollout.replicas,
         gpu=gpu,
         weights=model.parameters * b // divided,
-        slots=cached_tokens(config, model),
-        slot_cache=model.layers * model.key_value * b // divided,
-        slot_export=side if exported else 0,
+        cache=None if slots is None else slots * slot,
         phases=(
-            (inference(model, tokens, b) + logits, answers),
+            (model.inference(tokens, b) + logits, answers),
             (model.largest * b, bucket_bytes(config, model)),
         ),
     )
@@ -279,7 +283,7 @@ def reference(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]
         count=config.reference.replicas,
         gpu=config.cluster.gpus_per_reference > 0,
         weights=model.parameters * b,
-        phases=((inference(model, tokens, b) + logits_bytes(model, tokens), 0),),
+        phases=((model.inference(tokens, b) + model.logits(tokens), 0),),
     )
 
 
@@ -303,31 +307,8 @@ def reward(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) -
         gradients=2 * head,
         optimizer=2 * head,
         # On a CPU h is read where it lies, in the object store.
-        phases=((inference(model, tokens, b), 0), (3 * head + noise + (states if gpu else 0), 0)),
+        phases=((model.inference(tokens, b), 0), (3 * head + noise + (states if gpu else 0), 0)),
     )
-
-
-def activations(model: ModelSizes, tokens: int, b: int, checkpointing: bool) -> int:
-    """What a forward pass keeps for the backward pass, and what that needs at a time.
-
-    Of a layer and token: both norms keep input, normalised input and output (6w), attention its query, keys
-    and values, and its output in two layouts (3w + kv), the gated feed-forward four states (4f). All layers
-    of that, or with gradient checkpointing one layer and the input of the others; the gradients of one layer;
-    the logits' copies.
-    """
-    layer = 9 * model.width + model.key_value + 4 * model.feed_forward
-    kept = model.layers * model.width + layer if checkpointing else model.layers * layer
-    return tokens * b * (kept + layer) + logits_bytes(model, tokens)
-
-
-def inference(model: ModelSizes, tokens: int, b: int) -> int:
-    """States of one layer without gradients: input, residual, query, keys, values, output, feed-forward."""
-    return tokens * b * (4 * model.width + model.key_value + 3 * model.feed_forward)
-
-
-def logits_bytes(model: ModelSizes, tokens: int) -> int:
-    """Copies of the logits that exist at a time, float32; beyond ``LOGITS_AT_ONCE`` they are cut."""
-    return LOGIT_COPIES * 4 * min(tokens * model.vocabulary, LOGITS_AT_ONCE)
 
 
 def pass_tokens(budget: int, rows: int, row_tokens: int) -> int:
@@ -369,20 +350,15 @@ def bucket_bytes(config: Config, model: ModelSizes) -> int:
     return min(max(config.sync.bucket_mb * MIB, model.largest * b), model.parameters * b)
 
 
-def itemsize(dtype: Dtype) -> int:
-    """Bytes of one number."""
-    return 2 if dtype is Dtype.bfloat16 else 4
-
-
 def record_bytes(config: Config, batch: BatchPlan, models: Mapping[str, ModelSizes]) -> dict[str, int]:
     """Bytes of a step's records in the object store, rows of full length.
 
-    trajectories 25·T (text at 4 characters a token) + 9·N; hidden T·w·b; fresh_hidden the same where the
-    learner refreshes it; annotation N·(4·D + 20); reference 8·T; human_pairs what 2 rows for each group add
-    to trajectories, hidden and annotation.
+    trajectories 25·T + 9·N; hidden T·w·b; fresh_hidden the same where the learner refreshes it; annotation
+    N·(4·D + 20); reference 8·T; human_pairs what 2 rows for each group add to trajectories, hidden and
+    annotation.
     """
     hidden = batch.tokens * feedback_width(config, models) * itemsize(config.model.dtype)
-    trajectories = batch.tokens * (TRAJECTORY_BYTES + TEXT_BYTES) + 9 * batch.rows
+    trajectories = batch.tokens * TRAJECTORY_BYTES + 9 * batch.rows
     annotation = batch.rows * (4 * models["reward"].width + 20)
     pairs = 2 * (trajectories + hidden + annotation) // config.algo.responses_per_prompt
     return {
@@ -397,5 +373,5 @@ def record_bytes(config: Config, batch: BatchPlan, models: Mapping[str, ModelSiz
 
 def checkpoint_bytes(config: Config, models: Mapping[str, ModelSizes]) -> int:
     """Bytes of one checkpoint: the policy in its own dtype, its exact state, the head and its moments."""
-    policy = models["policy"].parameters * (itemsize(config.model.dtype) + STATE_BYTES)
-    return policy + STATE_BYTES * head_parameters(config, models)
+    policy = models["policy"].parameters * (itemsize(config.model.dtype) + OPTIMIZER_BYTES)
+    return policy + OPTIMIZER_BYTES * head_parameters(config, models)

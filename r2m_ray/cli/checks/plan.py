@@ -6,9 +6,9 @@ The formulas are in `r2m_ray.cli.checks.memory`.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,21 @@ from transformers import (
 
 from r2m_ray.cli.checks import memory
 from r2m_ray.cli.checks.memory import PROCESS_BYTES, ActorMemory, BatchPlan, ModelSizes
-from r2m_ray.cli.checks.preflight import GIB, LOCAL, NO_CLUSTER, engine_problems, nearest, preflight
+from r2m_ray.cli.checks.preflight import (
+    GIB,
+    LOCAL,
+    NO_CLUSTER,
+    disk_problems,
+    engine_problems,
+    itemsize,
+    preflight,
+)
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import PREPARED, Config, SyncBackend, TaskName
 from r2m_ray.engines.hardware import accelerators
 from r2m_ray.engines.model_files import local_directory, open_model
 from r2m_ray.errors import Problem, printable, refuse, shown
+from r2m_ray.runtime.demand import demands, shortage
 from r2m_ray.tasks.note2answer import world as note2answer
 
 FEED_FORWARD = 4 / 3
@@ -72,12 +81,8 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON takes it."""
-        actors = [
-            asdict(a)
-            | {"process": a.process, "working": a.working, "buffers": a.buffers}
-            | {"host": a.host, "device": a.device}
-            for a in self.actors
-        ]
+        derived = ("process", "largest_pass", "buffers", "host", "device")
+        actors = [asdict(a) | {name: getattr(a, name) for name in derived} for a in self.actors]
         own = {"driver": PROCESS_BYTES["driver"], "ray": PROCESS_BYTES["ray"], "host": self.host}
         warnings = [str(problem) for problem in self.warnings]
         return {**asdict(self), **own, "actors": actors, "warnings": warnings}
@@ -104,7 +109,7 @@ def plan(config: Config) -> Plan:
             actors=memory.actor_memory(config, found.batch, models),
             records=records,
             store=sum(records.values()) + second + buckets,
-            sync=models["policy"].parameters * memory.itemsize(config.model.dtype),
+            sync=models["policy"].parameters * itemsize(config.model.dtype),
             checkpoint=each,
             kept=each * (config.checkpoint.keep + 1),
         )
@@ -125,7 +130,15 @@ def show(found: Plan, config: Config, *, as_json: bool) -> None:
         own = ", ".join(f"{name} {size(PROCESS_BYTES[name])}" for name in ("driver", "ray"))
         console.print(_memory_table(found.actors))
         console.print(f"all actors ({own} too): {size(found.host)} of memory, without the object store")
-    console.print(_traffic_table(found))
+    totals = {
+        "object store at its peak, two steps meeting": found.store,
+        "weights to each engine in a step": found.sync,
+        "one checkpoint": found.checkpoint,
+        "all checkpoints on the disk at a time": found.kept,
+    }
+    records = {f"{name.replace('_', ' ')} of a step": size(n) for name, n in found.records.items()}
+    rows = records | {name: size(n) or "unknown" for name, n in totals.items()}
+    console.print(_table(["records and files", "size"], rows.items()))
     for line in found.placement:
         console.print(f"placement: {line}", markup=False, soft_wrap=True)
     for problem in found.warnings:
@@ -181,10 +194,10 @@ def sizes_of(config: PretrainedConfig, *, classifier: bool) -> ModelSizes:
 
 def placement(config: Config) -> Iterator[str]:
     """Which roles share nodes, and what one node must have, in sentences."""
-    cluster, counts, gpus = config.cluster, memory.replicas(config), _gpus(config)
-    total, count = sum(counts[role] * gpus[role] for role in counts), sum(counts.values())
+    cluster, wanted = config.cluster, demands(config)
+    count, total = sum(d.count for d in wanted), sum(d.count * d.gpus for d in wanted)
     needs = f"{count} actors (CPUs {count * cluster.cpus_per_actor:g}, GPUs {total:g})"
-    listed = ", ".join(f"{role} × {n}" for role, n in counts.items())
+    listed = ", ".join(f"{d.role} × {d.count}" for d in wanted)
     if cluster.address in (LOCAL, NO_CLUSTER):
         yield f"all roles share this machine, {needs}: {listed}"
     elif cluster.placement == "STRICT_PACK":
@@ -194,23 +207,23 @@ def placement(config: Config) -> Iterator[str]:
     elif cluster.placement == "SPREAD" or not total:
         yield f"{needs} on any nodes: {listed}; {cluster.placement} decides which"
     else:
-        nodes: list[dict[str, int]] = []
+        nodes: list[Counter[str]] = []
         free = 0.0
-        for role in (role for role, n in counts.items() for _ in range(n)):
-            if not nodes or gpus[role] > free:
-                nodes, free = [*nodes, {}], max(float(NODE_GPUS), gpus[role])
-            nodes[-1][role] = nodes[-1].get(role, 0) + 1
-            free -= gpus[role]
+        for role, gpus in ((d.role, d.gpus) for d in wanted for _ in range(d.count)):
+            if not nodes or gpus > free:
+                nodes, free = [*nodes, Counter()], max(float(NODE_GPUS), gpus)
+            nodes[-1][role] += 1
+            free -= gpus
         rooms = "; ".join(", ".join(f"{role} × {n}" for role, n in node.items()) for node in nodes)
         yield f"{needs}; on nodes of {NODE_GPUS} GPUs, filled in order, {len(nodes)} nodes: {rooms}"
-    if max(gpus.values()) > 1:
-        yield f"an engine's {gpus['rollout']:g} GPUs are always on one node"
+    if cluster.gpus_per_rollout > 1:
+        yield f"an engine's {cluster.gpus_per_rollout:g} GPUs are always on one node"
 
 
-def size(nbytes: int) -> str:
+def size(nbytes: int | None) -> str:
     """Bytes in a unit that fits; empty for none."""
-    if nbytes == 0:
-        return ""
+    if not nbytes:
+        return "" if nbytes == 0 else "the rest"
     unit, name = next(
         ((u, n) for u, n in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")) if nbytes >= u), (2**10, "KiB")
     )
@@ -276,17 +289,6 @@ def _prepared(config: Config, role: str) -> PretrainedConfig:
     )
 
 
-def _gpus(config: Config) -> dict[str, float]:
-    """GPUs of one actor of each role."""
-    cluster = config.cluster
-    return {
-        "policy": cluster.gpus_per_learner,
-        "rollout": cluster.gpus_per_rollout,
-        "reward": cluster.gpus_per_reward,
-        "reference": cluster.gpus_per_reference,
-    }
-
-
 def _doubts(config: Config, found: Plan) -> Iterator[Problem]:
     """What will probably fail, or be slow, though the configuration is valid."""
     row, budget = found.batch.row_tokens, config.policy.tokens_per_microbatch
@@ -295,125 +297,82 @@ def _doubts(config: Config, found: Plan) -> Iterator[Problem]:
         yield Problem("policy.tokens_per_microbatch", message, warning=True)
     if config.cluster.address == LOCAL:
         yield from _machine_doubts(config, found)
-    place = nearest(Path(config.run.root))
-    free = shutil.disk_usage(place).free
-    if free < found.kept:
-        message = (
-            f"{place}: {size(free)} free, but {config.checkpoint.keep + 1} checkpoints take "
-            f"{size(found.kept)}; free some, lower checkpoint.keep, or choose another run.root"
-        )
-        yield Problem("run.root", message, warning=True)
+    for problem in disk_problems(config, found.checkpoint):
+        yield replace(problem, warning=True)
 
 
 def _machine_doubts(config: Config, found: Plan) -> Iterator[Problem]:
     """What this machine cannot hold, where the run's own cluster is this machine."""
-    counts, gpus, here = memory.replicas(config), _gpus(config), len(accelerators())
-    total = sum(counts[role] * gpus[role] for role in counts)
-    if total > here:
-        message = (
-            f"local, but the actors take {total:g} GPUs and this machine has {here}: they cannot be placed"
-        )
-        yield Problem(
-            "cluster.address", f"{message}; plan on that machine, or use fewer replicas", warning=True
-        )
-    if config.cluster.placement == "STRICT_SPREAD":
-        message = "STRICT_SPREAD, but one machine is one node: the actors cannot be placed; use PACK"
-        yield Problem("cluster.placement", message, warning=True)
-    store = int(config.cluster.object_store_gb * GIB)
+    cluster, total = config.cluster, psutil.virtual_memory().total
+    node = {"CPU": float(cluster.cpus), "GPU": float(len(accelerators()))}
+    if lacking := shortage(demands(config), [node], cluster.placement):
+        message = f"local, and this machine is too small: {lacking}; plan on another, or use fewer replicas"
+        yield Problem("cluster.address", message, warning=True)
+    store = int(cluster.object_store_gb * GIB)
     if found.store > store:
         message = (
-            f"{config.cluster.object_store_gb:g}, but the records of two steps and the weights on their way "
+            f"{cluster.object_store_gb:g}, but the records of two steps and the weights on their way "
             f"take up to {size(found.store)}, and what does not fit is spilled to disk; use "
             f"{found.store / GIB * 1.1:.2g}, or fewer algo.prompts_per_step"
         )
         yield Problem("cluster.object_store_gb", message, warning=True)
-    memory_here = psutil.virtual_memory().total
     needed = found.host + min(found.store, store)
-    if needed > memory_here:
+    if needed > total:
         message = (
-            f"local, but the run takes up to {size(needed)} and this machine has {size(memory_here)}; use a "
+            f"local, but the run takes up to {size(needed)} and this machine has {size(total)}; use a "
             "larger machine, smaller policy.tokens_per_microbatch, or fewer replicas"
         )
         yield Problem("cluster.address", message, warning=True)
 
 
 def _batch_table(batch: BatchPlan, config: Config) -> Table:
-    """What a step and the run consist of."""
+    """What a step and the run consist of; a count that adds up has its sum over the run."""
     algo = config.algo
-    table = _table("batches", "a step", "the run")
-    rows: dict[str, tuple[int | str, bool]] = {
-        "prompts": (algo.prompts_per_step, True),
-        f"rows, {algo.responses_per_prompt} of each prompt": (batch.rows, True),
-        "tokens": (f"{batch.rows:,} – {batch.tokens:,}", False),
-        f"shards of {batch.rows_per_shard} rows": (batch.shards, True),
+    shards = {
+        f"  of each {role} replica": f"{least}" if least == most else f"{least} – {most}"
+        for role, (least, most) in batch.shards_per_replica.items()
     }
-    for role, (least, most) in batch.shards_per_replica.items():
-        rows[f"  of each {role} replica"] = (f"{least}" if least == most else f"{least} – {most}", False)
-    rows |= {
-        "mini-batches of an epoch": (batch.minibatches, False),
-        "optimizer steps of the policy": (batch.optimizer_steps, True),
-        "forward passes of a learner rank": (f"≤ {batch.policy_passes:,}", False),
-        "updates of the R2M head": (config.reward.update_steps, True),
+    rows: dict[str, int | str] = {
+        "prompts": algo.prompts_per_step,
+        f"rows, {algo.responses_per_prompt} of each prompt": batch.rows,
+        "tokens": f"{batch.rows:,} – {batch.tokens:,}",
+        f"shards of {batch.rows_per_shard} rows": batch.shards,
+        **shards,
+        "mini-batches of an epoch": f"{batch.minibatches:,}",
+        "optimizer steps of the policy": batch.optimizer_steps,
+        "forward passes of a learner rank": f"≤ {batch.policy_passes:,}",
+        "updates of the R2M head": config.reward.update_steps,
     }
-    for name, (step, adds_up) in rows.items():
-        run = f"{int(step) * algo.steps:,}" if adds_up else ""
-        table.add_row(name, f"{step:,}" if isinstance(step, int) else step, run)
-    return table
+    cells = [
+        (name, step, "") if isinstance(step, str) else (name, f"{step:,}", f"{step * algo.steps:,}")
+        for name, step in rows.items()
+    ]
+    return _table(["batches", "a step", "the run"], cells)
 
 
 def _memory_table(actors: Sequence[ActorMemory]) -> Table:
     """Peak memory of one actor of each role, by what it is for."""
-    table = _table("one actor, peak", *(actor.role for actor in actors))
-    parts: dict[str, Callable[[ActorMemory], str]] = {
-        "process": lambda actor: size(actor.process),
-        "weights": lambda actor: size(actor.weights),
-        "gradients": lambda actor: size(actor.gradients),
-        "optimizer": lambda actor: size(actor.optimizer),
-        "KV cache": lambda actor: _slots(actor, actor.slot_cache),
-        "export buffer": lambda actor: _slots(actor, actor.slot_export),
-        "largest pass": lambda actor: size(actor.working),
-        "buffers": lambda actor: size(actor.buffers),
+    parts: dict[str, list[int | None]] = {
+        "process": [a.process for a in actors],
+        "weights": [a.weights for a in actors],
+        "gradients": [a.gradients for a in actors],
+        "optimizer": [a.optimizer for a in actors],
+        "cache": [a.cache for a in actors],
+        "largest pass": [a.largest_pass for a in actors],
+        "buffers": [a.buffers for a in actors],
+        "memory": [a.host for a in actors],
+        "memory of each GPU": [a.device for a in actors],
     }
-    for name, part in parts.items():
-        table.add_row(name, *map(part, actors))
-    table.add_section()
-    table.add_row("memory", *(size(actor.host) for actor in actors))
-    if any(actor.gpu for actor in actors):
-        rest = [" + the rest" if actor.slots is None else "" for actor in actors]
-        table.add_row(
-            "memory of each GPU", *(f"{size(a.device)}{r}" for a, r in zip(actors, rest, strict=True))
-        )
-    table.add_row("actors", *(f"× {actor.count}" for actor in actors))
-    return table
+    rows = [(name, *map(size, part)) for name, part in parts.items() if any(part)]
+    counts = ("actors", *(f"× {a.count}" for a in actors))
+    return _table(["one actor, peak", *(a.role for a in actors)], [*rows, counts])
 
 
-def _slots(actor: ActorMemory, each: int) -> str:
-    """Bytes of a part of every slot, or its share of the memory that is left for slots."""
-    if actor.slots is not None:
-        return size(actor.slots * each)
-    return f"{each / (actor.slot_cache + actor.slot_export):.1%} of the rest"
-
-
-def _traffic_table(plan: Plan) -> Table:
-    """What a step puts into the object store and a checkpoint onto the disk."""
-    table = _table("records and files", "size")
-    rows = {f"{name.replace('_', ' ')} of a step": nbytes for name, nbytes in plan.records.items()}
-    for name, nbytes in rows.items():
-        table.add_row(name, size(nbytes))
-    totals = {
-        "object store at its peak, two steps meeting": plan.store,
-        "weights to each engine in a step": plan.sync,
-        "one checkpoint": plan.checkpoint,
-        "all checkpoints on the disk at a time": plan.kept,
-    }
-    for name, nbytes in totals.items():
-        table.add_row(name, size(nbytes) or "unknown")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table with numbers in all columns but the first."""
     table = Table()
-    table.add_column(title, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table

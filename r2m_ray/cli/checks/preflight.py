@@ -55,17 +55,20 @@ def preflight(config: Config) -> list[Problem]:
 
     Raises RunError where a run to be resumed has checkpoints and none is valid.
     """
-    problems = [
-        *model_problems(config),
-        *engine_problems(config),
-        *data_problems(config),
-        *run_problems(config),
-        *exposure_problems(config.cluster),
-        *store_problems(config.cluster),
-    ]
+    problems = [*evaluation_problems(config), *engine_problems(config), *run_problems(config)]
     if config.run.resume and all(problem.warning for problem in problems):
         problems += resume_problems(config)
     return problems
+
+
+def evaluation_problems(config: Config) -> list[Problem]:
+    """Problems of a run's models, data and cluster."""
+    return [
+        *model_problems(config),
+        *data_problems(config),
+        *exposure_problems(config.cluster),
+        *store_problems(config.cluster),
+    ]
 
 
 def model_problems(config: Config) -> list[Problem]:
@@ -134,7 +137,30 @@ def run_problems(config: Config) -> list[Problem]:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         what = "cannot be written" if existing.is_dir() else "is a file"
         return [Problem("run.root", f"{existing}: {what}; choose another run.root")]
-    return [*_disk(existing, config)]
+    local = None if config.model.policy == PREPARED else local_directory(config.model.policy)
+    policy = open_model("model.policy", local) if local else None
+    each = itemsize(config.model.dtype) + OPTIMIZER_BYTES
+    return [*disk_problems(config, policy.parameters * each if isinstance(policy, ModelFiles) else 0)]
+
+
+def disk_problems(config: Config, checkpoint_bytes: int) -> Iterator[Problem]:
+    """Whether the checkpoints to be kept, and the one being written, find room; 0 bytes where unknown."""
+    directory = Path(config.run.root) / config.run.name
+    there = len(Checkpoints(directory / CHECKPOINTS, keep=config.checkpoint.keep).committed())
+    needed = LEAST_FREE_BYTES + max(1, config.checkpoint.keep + 1 - there) * checkpoint_bytes
+    existing = nearest(directory)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        message = (
+            f"{existing}: {free / GIB:.2f} GiB free, but checkpoints need {needed / GIB:.2f}; free some, "
+            "lower checkpoint.keep, or choose another run.root"
+        )
+        yield Problem("run.root", message)
+
+
+def itemsize(dtype: Dtype) -> int:
+    """Bytes of one number."""
+    return 2 if dtype is Dtype.bfloat16 else 4
 
 
 def exposure_problems(cluster: ClusterConfig, environment: Mapping[str, str] | None = None) -> list[Problem]:
@@ -181,30 +207,25 @@ def nearest(directory: Path) -> Path:
 
 def _directories(config: Config, problems: list[Problem]) -> dict[str, Path]:
     """The local directory of each model; a prepared one that is missing becomes a problem."""
-    names = {
-        "model.policy": config.model.policy,
-        "model.reward": config.model.reward,
-        "model.reference": config.model.reference,
-    }
+    model = config.model
+    names = {"model.policy": model.policy, "model.reward": model.reward, "model.reference": model.reference}
     directories = {
         field: directory
         for field, name in names.items()
         if name and name != PREPARED and (directory := local_directory(name))
     }
+    prepared = [field for field in ("model.policy", "model.reward") if names[field] == PREPARED]
     # Prepared models depend on the data: without it there is nothing to look for.
-    if PREPARED in (config.model.policy, config.model.reward) and not data_problems(config):
+    if prepared and not data_problems(config):
         from r2m_ray.tasks.prepare.store import locate
 
         try:
-            prepared = locate(config)
+            found = locate(config)
         except InputError as error:
-            field = "model.policy" if config.model.policy == PREPARED else "model.reward"
-            problems.append(Problem(field, str(error)))
+            problems.append(Problem(prepared[0], str(error)))
             return directories
-        if config.model.policy == PREPARED:
-            directories["model.policy"] = Path(prepared.policy_dir)
-        if config.model.reward == PREPARED:
-            directories["model.reward"] = Path(prepared.reward_dir)
+        made = {"model.policy": Path(found.policy_dir), "model.reward": Path(found.reward_dir)}
+        directories |= {field: made[field] for field in prepared}
     return directories
 
 
@@ -257,25 +278,6 @@ def _data_file(field: str, name: str) -> Iterator[Problem]:
         yield Problem(field, f"{path}: empty; give a file with rows")
     elif path.suffix == ".parquet" and start != PARQUET_MAGIC:
         yield Problem(field, f"{path}: not a Parquet file, whatever its name says; replace it")
-
-
-def _disk(existing: Path, config: Config) -> Iterator[Problem]:
-    """Whether the checkpoints to be kept, and the one being written, find room."""
-    needed = LEAST_FREE_BYTES
-    directory = None if config.model.policy == PREPARED else local_directory(config.model.policy)
-    policy = open_model("model.policy", directory) if directory else None
-    if isinstance(policy, ModelFiles):
-        each = OPTIMIZER_BYTES + (2 if config.model.dtype is Dtype.bfloat16 else 4)
-        kept = Path(config.run.root) / config.run.name / CHECKPOINTS
-        there = len(Checkpoints(kept, keep=config.checkpoint.keep).committed())
-        needed += max(1, config.checkpoint.keep + 1 - there) * policy.parameters * each
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        yield Problem(
-            "run.root",
-            f"{existing}: {free / GIB:.2f} GiB free, but checkpoints need {needed / GIB:.2f}; free some, "
-            "lower checkpoint.keep, or choose another run.root",
-        )
 
 
 def _unauthenticated(address: str, found: Mapping[str, str]) -> str | None:

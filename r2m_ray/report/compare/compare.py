@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from r2m_ray.errors import RunError
-from r2m_ray.report.compare.curves import Comparison, Curve, read_comparison
+from r2m_ray.report.compare.curves import Curve, read_comparison
 from r2m_ray.report.compare.matched import mean_peak
 from r2m_ray.report.compare.pictures import effects, frontiers, over_training, png, rewards
 from r2m_ray.report.compare.study import Study, study
@@ -40,8 +40,18 @@ def write_comparison(runs: Mapping[str, Sequence[Path]], baseline: str, director
         tables=tuple(tables(found)),
         figures=tuple(figures.values()),
     )
+    here = environment()
+    sources = {
+        f"Runs of {arm}": ", ".join(str(c.source) for c in curves) for arm, curves in paired.arms.items()
+    }
+    facts = {
+        "Seeds": ", ".join(map(str, paired.seeds)),
+        **sources,
+        "Commit": here["commit"] or "not in a git checkout",
+        "Command": " ".join(here["command"]),
+    }
     title = " · ".join(paired.arms)
-    text = comparison_page(title, kind="r2m_ray comparison", facts=_facts(paired), sections=[section])
+    text = comparison_page(title, kind="r2m_ray comparison", facts=facts, sections=[section])
     replace_file(directory / PAGE_FILE, text)
     return directory / PAGE_FILE
 
@@ -107,16 +117,3 @@ def write_pictures(figures: Mapping[str, Figure], directory: Path) -> None:
             path.write_bytes(figure.png)
         except OSError as error:
             raise RunError(f"{path}: cannot write it: {error.strerror}.") from error
-
-
-def _facts(paired: Comparison) -> dict[str, str]:
-    here = environment()
-    sources = {
-        f"Runs of {arm}": ", ".join(str(c.source) for c in curves) for arm, curves in paired.arms.items()
-    }
-    return {
-        "Seeds": ", ".join(map(str, paired.seeds)),
-        **sources,
-        "Commit": here["commit"] or "not in a git checkout",
-        "Command": " ".join(here["command"]),
-    }

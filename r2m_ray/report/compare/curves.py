@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +19,6 @@ from r2m_ray.report.data import Row, RunRecord, Series, column, read_run
 from r2m_ray.run.files import METRICS_FILE
 from r2m_ray.run.vocabulary import metric
 
-Scalar = TypeVar("Scalar", bound=np.generic)
-
 KL, GOLD = metric("kl/sequence"), metric("gold/mean")
 FROZEN, OWN = metric("reward/frozen_mean"), metric("reward/mean")
 START_KL = 0.1
@@ -30,14 +27,14 @@ START_KL = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """The rows of one kind in a run's ``metrics.jsonl``, as read-only series of the length of ``steps``."""
+    """The rows of one kind in a run's ``metrics.jsonl``, as series of the length of ``steps``."""
 
     steps: NDArray[np.int64]
     metrics: Mapping[str, Series]
 
     def series(self, name: str) -> Series:
         """One metric, NaN where a row lacks it or it was not finite."""
-        return self.metrics[name] if name in self.metrics else _fixed(np.full(len(self.steps), np.nan))
+        return self.metrics[name] if name in self.metrics else np.full(len(self.steps), np.nan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,11 +132,11 @@ def read_curve(directory: Path, arm: str) -> Curve:
         arm=arm,
         seed=int(settings["run.seed"]),
         source=directory,
-        settings=MappingProxyType(settings),
+        settings=settings,
         evaluations=evaluations,
         training=_rows(run.steps),
         # The estimate log π − log π_ref is below 0 now and then where the KL is close to it.
-        kl=_fixed(np.concatenate([[0.0], np.maximum(kl[1:], 0.0)])),
+        kl=np.concatenate([[0.0], np.maximum(kl[1:], 0.0)]),
     )
 
 
@@ -154,9 +151,9 @@ def require_gold(curve: Curve) -> None:
 
 
 def read_comparison(runs: Mapping[str, Sequence[Path]], baseline: str) -> Comparison:
-    """Read the run directories of each arm and compare them.
+    """Read the run directories of each arm and pair them. As soon as one run has gold, all must.
 
-    As soon as one run has gold, all must. Errors of ``read_curve``, ``require_gold`` and ``comparison``.
+    Raises the InputErrors of ``read_curve``, ``require_gold`` and ``comparison``.
     """
     curves = [read_curve(path, arm) for arm, paths in runs.items() for path in paths]
     paired = comparison(curves, baseline)
@@ -183,8 +180,7 @@ def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
         seeds[curve.seed] = curve
     every = sorted({seed for seeds in found.values() for seed in seeds})
     for arm, seeds in found.items():
-        lacking = [seed for seed in every if seed not in seeds]
-        if lacking:
+        if lacking := [seed for seed in every if seed not in seeds]:
             raise InputError(
                 f"arm {arm!r} has no run with run.seed={lacking[0]}, which others have, and arms are paired "
                 "by seed. Run it, or leave that seed out of every arm."
@@ -195,7 +191,7 @@ def comparison(curves: Iterable[Curve], baseline: str) -> Comparison:
         )
     arms = {arm: tuple(seeds[seed] for seed in every) for arm, seeds in found.items()}
     _check_alike(arms)
-    paired = Comparison(arms=MappingProxyType(arms), seeds=tuple(every), baseline=baseline)
+    paired = Comparison(arms=arms, seeds=tuple(every), baseline=baseline)
     paired.curves(baseline)
     return paired
 
@@ -223,17 +219,15 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _check_alike(arms: Mapping[str, tuple[Curve, ...]]) -> None:
-    def decided(answer: Compare) -> Callable[[str], bool]:
-        return lambda path: compared(path) is answer
-
     everyone = [curve for curves in arms.values() for curve in curves]
     rule = "runs of one comparison share their world, budget and measurement"
-    require_same(everyone, decided(Compare.always), rule)
+    require_same(everyone, lambda path: compared(path) is Compare.always, rule)
     for curves in zip(*arms.values(), strict=True):
-        require_same(curves, decided(Compare.seed), "runs of one seed start from the same policy")
+        rule = "runs of one seed start from the same policy"
+        require_same(curves, lambda path: compared(path) is Compare.seed, rule)
     for arm, curves in arms.items():
         rule = f"the runs of arm {arm!r} are one method under several seeds"
-        require_same(curves, decided(Compare.arm), rule)
+        require_same(curves, lambda path: compared(path) is Compare.arm, rule)
 
 
 def _check_steps(file: Path, run: RunRecord) -> None:
@@ -264,11 +258,6 @@ def _check_finite(file: Path, rows: Rows, name: str) -> None:
 def _rows(rows: Sequence[Row]) -> Rows:
     names = sorted({name for row in rows for name in row} - {"step", "kind", "nonfinite"})
     return Rows(
-        steps=_fixed(np.array([row["step"] for row in rows], dtype=np.int64)),
-        metrics=MappingProxyType({name: _fixed(column(rows, name)) for name in names}),
+        steps=np.array([row["step"] for row in rows], dtype=np.int64),
+        metrics={name: column(rows, name) for name in names},
     )
-
-
-def _fixed(values: NDArray[Scalar]) -> NDArray[Scalar]:
-    values.flags.writeable = False
-    return values

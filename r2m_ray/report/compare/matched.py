@@ -7,7 +7,7 @@ path that never gets as far is censored there: it has no value, and none is extr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,12 +48,7 @@ class Peak:
 
 
 def first_passage(curve: Curve, kl: float) -> Passage | None:
-    """The first place on the path with this KL (nats per response), None where the path never reaches it.
-
-    Raises ValueError for a negative or infinite KL.
-    """
-    if not 0 <= kl < np.inf:
-        raise ValueError(f"kl={kl}: a KL is finite and not negative")
+    """The first place on the path with this KL (nats per response), None where the path never reaches it."""
     beyond = np.flatnonzero(curve.kl >= kl)
     if not len(beyond):
         return None
@@ -94,19 +89,9 @@ def area(curve: Curve, kl: float) -> float | None:
 
 
 def mean_gold(curve: Curve, kl: float) -> float | None:
-    """Area under gold over [0, kl], divided by ``kl``: comparable between ranges; None where censored.
-
-    Raises ValueError for a range without extent.
-    """
-    if not kl > 0:
-        raise ValueError(f"kl={kl}: a range of KL has a positive end")
+    """Area under gold over [0, kl], divided by ``kl`` > 0: comparable between ranges; None where censored."""
     total = area(curve, kl)
     return None if total is None else total / kl
-
-
-def common_range(curves: Iterable[Curve]) -> float:
-    """The largest KL that every one of the curves reaches, nats per response."""
-    return min(curve.max_kl for curve in curves)
 
 
 def highest(curve: Curve) -> int:
@@ -123,12 +108,10 @@ def fall(curve: Curve) -> float:
 
 
 def fallen(curve: Curve, amount: float) -> Passage | None:
-    """Where the path first lies ``amount`` of gold below its highest evaluation, after that one.
+    """Where the path first lies ``amount`` > 0 of gold below its highest evaluation, after that one.
 
-    None where it never fell so far. Raises ValueError for an amount that is not positive.
+    None where it never fell so far.
     """
-    if not amount > 0:
-        raise ValueError(f"amount={amount}: a fall is positive")
     top = highest(curve)
     level = float(curve.gold[top]) - amount
     below = np.flatnonzero(curve.gold[top:] <= level)

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 
 from r2m_ray.report.compare.curves import Curve
@@ -42,7 +43,7 @@ class Line:
 
     label: str
     colour: str
-    x: Callable[[Curve], Series]
+    x: Callable[[Curve], Series | NDArray[np.int64]]
     y: Callable[[Curve], Series]
     style: str = "-"
 
@@ -63,24 +64,17 @@ def frontiers(arms: Arms, baseline: str) -> Figure | None:
 def rewards(arms: Arms, baseline: str) -> Figure | None:
     """Gold, the frozen proxy and the arm's own reward over the training steps."""
 
-    def steps(curve: Curve) -> Series:
-        return curve.steps.astype(np.float64)
-
     lines = [
-        Line("gold", GOLD, steps, lambda curve: curve.gold),
-        Line("frozen RM", FROZEN, steps, lambda curve: curve.frozen, "--"),
-        Line("own RM", OWN, steps, lambda curve: curve.own, "--"),
+        Line("gold", GOLD, lambda curve: curve.steps, lambda curve: curve.gold),
+        Line("frozen RM", FROZEN, lambda curve: curve.steps, lambda curve: curve.frozen, "--"),
+        Line("own RM", OWN, lambda curve: curve.steps, lambda curve: curve.own, "--"),
     ]
     return _multiples(arms, baseline, lines, "training step", "score")
 
 
 def over_training(arms: Arms, baseline: str, key: str, label: str) -> Figure | None:
     """One metric of the training steps; arms that lack it have no panel, thick lines are moving averages."""
-
-    def steps(curve: Curve) -> Series:
-        return curve.training.steps.astype(np.float64)
-
-    line = Line(label, OWN, steps, lambda curve: curve.training.series(key))
+    line = Line(label, OWN, lambda curve: curve.training.steps, lambda curve: curve.training.series(key))
     known = {arm: curves for arm, curves in arms.items() if _known(line, curves)}
     return _multiples(known, baseline, [line], "training step", label, smooth=True)
 
@@ -118,23 +112,16 @@ def png(figure: Figure) -> bytes:
     return compressed.getvalue()
 
 
-def mean_line(values: Sequence[Series]) -> Series:
-    """Mean over runs, entry by entry, of what is finite; NaN where nothing is."""
+def mean_line(values: Sequence[Series | NDArray[np.int64]]) -> Series:
+    """Mean over runs, entry by entry, of what is known; NaN where nothing is."""
     stacked = np.stack(list(values))
-    known = np.isfinite(stacked)
-    total, count = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
+    total, count = np.nansum(stacked, axis=0), (~np.isnan(stacked)).sum(axis=0)
     mean: Series = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return mean
 
 
 def _multiples(
-    arms: Arms,
-    baseline: str,
-    lines: Sequence[Line],
-    x_label: str,
-    y_label: str,
-    *,
-    smooth: bool = False,
+    arms: Arms, baseline: str, lines: Sequence[Line], x_label: str, y_label: str, *, smooth: bool = False
 ) -> Figure | None:
     if not arms:
         return None
@@ -145,21 +132,15 @@ def _multiples(
             if arm != baseline and baseline in arms:
                 first = next(each for each in lines if _known(each, arms[baseline]))
                 axes.plot(*_mean(first, arms[baseline], smooth), color=GREY, linewidth=1.3, label=baseline)
-            for each in lines:
-                _draw_line(axes, each, runs, smooth=smooth)
+            for each in (line for line in lines if _known(line, runs)):
+                for run in runs:
+                    axes.plot(each.x(run), each.y(run), each.style, color=each.colour, **SEED)
+                axes.plot(*_mean(each, runs, smooth), each.style, color=each.colour, label=each.label)
             finish(axes, arm, x_label, "" if i % columns else y_label)
             if i > 1 and (legend := axes.get_legend()):
                 # The first panels, the baseline's and another's, explain all.
                 legend.remove()
     return figure
-
-
-def _draw_line(axes: Axes, line: Line, runs: Sequence[Curve], *, smooth: bool) -> None:
-    if not _known(line, runs):
-        return
-    for run in runs:
-        axes.plot(line.x(run), line.y(run), line.style, color=line.colour, **SEED)
-    axes.plot(*_mean(line, runs, smooth), line.style, color=line.colour, label=line.label)
 
 
 def _known(line: Line, runs: Sequence[Curve]) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from r2m_ray.report.compare.curves import FROZEN, OWN, Comparison, Curve, requir
 from r2m_ray.report.compare.matched import (
     Peak,
     area,
-    common_range,
     fall,
     fallen,
     frozen_at,
@@ -127,7 +125,7 @@ def study(comparison: Comparison, top: Peak | None) -> Study:
         return _contrasted(comparison, UNMATCHED, top)
     found = _contrasted(comparison, endpoints(top.kl), top)
     shared = [_contrast(comparison, arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
-    return replace(found, contrasts=MappingProxyType({**found.contrasts, SHARED_NAME: _corrected(shared)}))
+    return replace(found, contrasts={**found.contrasts, SHARED_NAME: _corrected(shared)})
 
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
@@ -170,7 +168,7 @@ UNMATCHED = (
 
 def _shared(comparison: Comparison, arm: str, kl_star: float) -> Endpoint:
     both = (*comparison.curves(arm), *comparison.curves(comparison.baseline))
-    upper = min(MULTIPLES[-1] * kl_star, common_range(both))
+    upper = min(MULTIPLES[-1] * kl_star, *(curve.max_kl for curve in both))
     value = partial(mean_gold, kl=upper) if upper > 0 else lambda curve: None
     return Endpoint(SHARED_NAME, "Mean gold over the KL that both reach", value, upper)
 
@@ -181,13 +179,12 @@ def _proxy_endpoints(comparison: Comparison) -> Iterator[Endpoint]:
         rule = "without gold, runs of one seed are compared by one reward model"
         require_same(runs, lambda path: path == "model.reward", rule)
     curves = [curve for arm in comparison.arms.values() for curve in arm]
-    upper = common_range(curves)
+    upper = min(curve.max_kl for curve in curves)
     for share in SHARES if upper > 0 else ():
         kl = share * upper
         label = f"Score of the frozen reward model at {kl:.3g} nats"
-        yield Endpoint(
-            f"frozen_at_{share:g}_of_common_kl", label, partial(frozen_at, kl=kl), kl, primary=True
-        )
+        name = f"frozen_at_{share:g}_of_common_kl"
+        yield Endpoint(name, label, partial(frozen_at, kl=kl), kl, primary=True)
     yield Endpoint("final_frozen", "Final score of the frozen reward model", partial(_last, name=FROZEN))
     yield FINAL_KL
     label = "Final score of the arm's own reward model minus the frozen one's"
@@ -205,22 +202,18 @@ def _last(curve: Curve, name: str) -> float:
 def _contrasted(comparison: Comparison, endpoints: Sequence[Endpoint], top: Peak | None) -> Study:
     if not comparison.challengers:
         raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
-    values, contrasts = {}, {}
-    for endpoint in endpoints:
-        values[endpoint.name] = {
-            arm: tuple(map(endpoint.value, curves)) for arm, curves in comparison.arms.items()
-        }
-        contrasts[endpoint.name] = _corrected(
-            [_contrast(comparison, arm, endpoint) for arm in comparison.challengers]
-        )
+    arms = comparison.arms.items()
     return Study(
         baseline=comparison.baseline,
         seeds=comparison.seeds,
         gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
         peak=top,
         endpoints=tuple(endpoints),
-        values=MappingProxyType(values),
-        contrasts=MappingProxyType(contrasts),
+        values={e.name: {arm: tuple(map(e.value, curves)) for arm, curves in arms} for e in endpoints},
+        contrasts={
+            e.name: _corrected([_contrast(comparison, arm, e) for arm in comparison.challengers])
+            for e in endpoints
+        },
     )
 
 
@@ -244,4 +237,4 @@ def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint) -> Contrast:
 
 def _corrected(contrasts: Sequence[Contrast]) -> Mapping[str, Contrast]:
     adjusted = holm({contrast.arm: contrast.p for contrast in contrasts})
-    return MappingProxyType({c.arm: replace(c, p_holm=adjusted[c.arm]) for c in contrasts})
+    return {c.arm: replace(c, p_holm=adjusted[c.arm]) for c in contrasts}

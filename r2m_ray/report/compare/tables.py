@@ -80,9 +80,12 @@ def tables(study: Study) -> list[Table]:
             heading=endpoint.label,
             note=f"{'Primary' if endpoint.primary else 'Secondary'} endpoint.",
             head=("arm", *(f"seed {seed}" for seed in study.seeds), "mean", *_CONTRAST_HEAD),
-            rows=_endpoint_rows(study, endpoint.name),
+            rows=tuple(
+                (arm, *map(number, values), mean(values), *_contrast_cells(contrasts.get(arm)))
+                for arm, values in study.values[endpoint.name].items()
+            ),
         )
-        for endpoint in study.endpoints
+        for endpoint, contrasts in ((each, study.contrasts[each.name]) for each in study.endpoints)
     ]
     if SHARED_NAME in study.contrasts:
         found.append(_shared_table(study))
@@ -98,19 +101,12 @@ def record(study: Study) -> dict[str, Any]:
         "limits": limits(len(study.seeds), len(study.challengers)),
         "kl_star": None if study.peak is None else asdict(study.peak),
         "endpoints": {e.name: {"label": e.label, "primary": e.primary, "kl": e.kl} for e in study.endpoints},
-        "values": {name: dict(arms) for name, arms in study.values.items()},
+        "values": study.values,
         "contrasts": {
             name: {arm: asdict(contrast) for arm, contrast in arms.items()}
             for name, arms in study.contrasts.items()
         },
     }
-
-
-def _endpoint_rows(study: Study, name: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (arm, *map(number, values), mean(values), *_contrast_cells(study.contrasts[name].get(arm)))
-        for arm, values in study.values[name].items()
-    )
 
 
 def _shared_table(study: Study) -> Table:
@@ -133,26 +129,22 @@ def _contrast_cells(contrast: Contrast | None) -> list[str]:
     """Mean difference, interval, p and adjusted p; dashes for the baseline itself."""
     if contrast is None:
         return ["–"] * len(_CONTRAST_HEAD)
-    known = [difference for difference in contrast.differences if difference is not None]
-    if not known:
-        return [CENSORED, "–", "–", "–"]
-    part = f" ({len(known)} of {len(contrast.differences)})" if len(known) < len(contrast.differences) else ""
     interval = contrast.interval
     return [
-        f"{sum(known) / len(known):+.3f}{part}",
+        mean(contrast.differences, "+.3f"),
         "–" if interval is None else f"[{interval.low:+.3f}, {interval.high:+.3f}]",
         "–" if contrast.p is None else f"{contrast.p:.3g}",
         "–" if contrast.p_holm is None else f"{contrast.p_holm:.3g}",
     ]
 
 
-def mean(values: Values) -> str:
+def mean(values: Values, digits: str = ".3f") -> str:
     """The mean of the seeds that are not censored, and how many those are where they are not all."""
     known = [value for value in values if value is not None]
     if not known:
         return CENSORED
     part = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
-    return f"{sum(known) / len(known):.3f}{part}"
+    return f"{sum(known) / len(known):{digits}}{part}"
 
 
 def number(value: float | None) -> str:

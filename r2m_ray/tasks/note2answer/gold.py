@@ -39,28 +39,23 @@ _VALUES = frozenset(value for values in VALUES.values() for value in values)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldScore:
-    """Counts of everything that a response is scored by, and their weighted sum."""
+    """Counts of everything that a response is scored by, in the order of the table above, and their sum.
+
+    correct: distinct correct facts. wrong: facts that stay wrong. corrected: wrong facts that are corrected
+    to the truth right away. off_topic: true or not. courtesy, intensifiers: all of them, the free ones
+    included. missing_eos: 1 if the response was cut off before its end token.
+    """
 
     correct: int
-    """Distinct correct facts."""
     wrong: int
-    """Wrong facts that stay wrong."""
     corrected: int
-    """Wrong facts that are corrected to the truth right away."""
     off_topic: int
-    """Facts about anyone else than the one asked about, true or not."""
     repeats: int
-    """Correct facts said again."""
     courtesy: int
-    """Courtesies, all of them."""
     intensifiers: int
-    """Intensifiers, all of them."""
     excess_tokens: int
-    """Words beyond the 22nd."""
     unparsable: int
-    """Words that belong to no sentence."""
     missing_eos: int
-    """1 if the response hit its length limit before the end token."""
 
     @property
     def total(self) -> float:

@@ -78,15 +78,13 @@ def prepare(config: Config, *, added: Mapping[str, Any] = NOTHING, build: Build 
     """
     directory = _directory(config, added)
     with _lock(directory):
-        prepared = _complete(directory)
-        if prepared is None:
-            _build(config, added, build or _train, directory)
-            prepared = _complete(directory)
-        else:
+        if prepared := _complete(directory):
             print(f"found {directory}", flush=True)
-    if prepared is None:
-        raise RunError(f"{directory}: its files changed while they were written; prepare again")
-    return prepared
+            return prepared
+        _build(config, added, build or _train, directory)
+        if prepared := _complete(directory):
+            return prepared
+    raise RunError(f"{directory}: its files changed while they were written; prepare again")
 
 
 def find(config: Config, *, added: Mapping[str, Any] = NOTHING) -> Prepared | None:
@@ -174,12 +172,9 @@ def _complete(directory: Path) -> Prepared | None:
         sizes = facts["files"].items()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete {directory} and prepare again") from error
-    is_complete = all(_size(directory / name) == size for name, size in sizes)
+    files = [(directory / name, size) for name, size in sizes]
+    is_complete = all(file.is_file() and file.stat().st_size == size for file, size in files)
     return Prepared(directory=directory, facts=facts) if is_complete else None
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
 
 
 def _train(config: Config, directory: Path) -> dict[str, Any]:

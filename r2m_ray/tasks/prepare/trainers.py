@@ -19,7 +19,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -203,12 +202,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._start = time.monotonic()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, float], **_: Any
     ) -> None:
         if "loss" in logs:
             seconds = time.monotonic() - self._start

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from models import save_model
 from omegaconf import OmegaConf
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.overoptimization import lab as lab_module
 from benchmarks.overoptimization.arms import arms_named
@@ -144,26 +144,11 @@ def tiny_prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Random models of two layers that read and write the words of note2answer; no test may write there."""
     directory = tmp_path_factory.mktemp("world")
     tokenizer = note2answer.tokenizer()
-    torch.manual_seed(0)
     for name, width, kind in (
         ("policy", 32, LlamaForCausalLM),
         ("reward", 24, LlamaForSequenceClassification),
     ):
-        shape = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            num_labels=1,
-            initializer_range=0.3,
-        )
-        kind(shape).save_pretrained(directory / name)
-        tokenizer.save_pretrained(directory / name)
+        save_model(directory / name, kind, tokenizer=tokenizer, width=width, num_labels=1)
     return Prepared(directory=directory, facts={})
 
 

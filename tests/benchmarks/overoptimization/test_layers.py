@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from benchmarks.overoptimization import layers as layers_module
 from benchmarks.overoptimization.layers import (

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.overoptimization import rates as rates_module
+from benchmarks.overoptimization.additions import Additions
 from benchmarks.overoptimization.rates import Pairs, fitted, main, read, without_h
-from benchmarks.overoptimization.worlds import Additions, Recipe
+from benchmarks.overoptimization.worlds import Recipe
 from r2m_ray.config.schema import Config
 from r2m_ray.tasks.note2answer.samples import preference_pairs
 from r2m_ray.tasks.prepare.measurement import reward_accuracy

@@ -70,22 +70,6 @@ def test_a_layer_that_knows_gold_is_told_from_one_that_does_not() -> None:
     assert (inside.same_pairs, inside.different_pairs) == (60 * 2, 60 * 4)
 
 
-def test_the_topic_alone_makes_no_difference() -> None:
-    """Mixed, pairs of one prompt and of two would make different labels look more alike."""
-    hidden_NP, label_N, prompt_N = labelled(0.0, noise=0.0)
-    inside = similarity(hidden_NP[None], label_N, prompt_N, within_prompts=True)
-    assert inside.difference_L == pytest.approx([0.0], abs=1e-12)
-    assert inside.same_L == pytest.approx([1.0], abs=1e-12)
-
-
-def test_length_does_not_count() -> None:
-    hidden_NP, label_N, prompt_N = labelled(0.5)
-    scale_N = np.random.default_rng(2).uniform(0.1, 10.0, len(label_N))
-    plain = similarity(hidden_NP[None], label_N, prompt_N, within_prompts=False)
-    scaled = similarity((hidden_NP * scale_N[:, None])[None], label_N, prompt_N, within_prompts=False)
-    assert scaled.difference_L == pytest.approx(plain.difference_L, abs=1e-12)
-
-
 def test_halves_are_those_of_each_prompt() -> None:
     gold_N = np.array([3.0, 1.0, 2.0, -1.0, 9.0, 9.0, 7.0, 5.0, 5.0])
     prompt_N = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -53,19 +53,16 @@ def found(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-BEFORE: set[int] = set()
+@pytest.fixture
+def no_child_is_left() -> Iterator[None]:
+    """Every process that the test started is gone; zombies count as left, and other tests' processes not."""
 
+    def children() -> set[int]:
+        return {child.pid for child in psutil.Process().children(recursive=True)}
 
-@pytest.fixture(autouse=True)
-def children_before() -> None:
-    """Other tests' fixtures may still have processes."""
-    BEFORE.clear()
-    BEFORE.update(child.pid for child in psutil.Process().children(recursive=True))
-
-
-def no_child_is_left() -> bool:
-    """Whether every process that was started is gone; zombies count as left."""
-    return {child.pid for child in psutil.Process().children(recursive=True)} <= BEFORE
+    before = children()
+    yield
+    assert children() <= before
 
 
 # Packages
@@ -118,22 +115,22 @@ def test_a_library_that_crashes_on_import_fails_alone(shadow: Shadow) -> None:
     assert found(checks)["import deepspeed"].value == "killed by SIGSEGV"
 
 
+@pytest.mark.usefixtures("no_child_is_left")
 def test_a_library_that_hangs_is_ended_with_what_it_started(shadow: Shadow) -> None:
     shadow(
         ray="import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     )
     check = import_check("ray", 1.5)
     assert (check.outcome, check.value) == (Outcome.failed, "no answer within 2 s")
-    assert no_child_is_left()
 
 
 # The collective
 
 
+@pytest.mark.usefixtures("no_child_is_left")
 def test_two_ranks_add_up() -> None:
     check = collective_check()
     assert check.outcome is Outcome.ok, check.value
-    assert no_child_is_left()
 
 
 def test_an_interface_that_does_not_exist_fails_the_collective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +141,7 @@ def test_an_interface_that_does_not_exist_fails_the_collective(monkeypatch: pyte
     assert "GLOO_SOCKET_IFNAME" in check.remedy
 
 
+@pytest.mark.usefixtures("no_child_is_left")
 def test_a_collective_that_cannot_finish_is_ended(shadow: Shadow) -> None:
     # Rank 1 never arrives, so rank 0 waits for it.
     shadow(sitecustomize="import os, time\nif os.environ.get('RANK') == '1': time.sleep(600)")
@@ -152,7 +150,6 @@ def test_a_collective_that_cannot_finish_is_ended(shadow: Shadow) -> None:
     assert time.monotonic() - start < 60
     assert check.outcome is Outcome.failed
     assert "rank 1: no answer within 3 s" in check.value
-    assert no_child_is_left()
 
 
 # The machine
@@ -226,7 +223,7 @@ def test_nothing_wrong_exits_with_zero(
     shadow(**dict.fromkeys(ENGINES, STAND_IN))
     assert main(["doctor", f"run.root={tmp_path}"]) == 0
     table = capsys.readouterr().out
-    for name in ("Python", "packages", "import vllm", "cores", "memory", "ports", "GPUs", "2-rank"):
+    for name in ("Python", "packages", "import vllm", "cores", "memory", "GPUs", "2-rank"):
         assert name in table, name
     assert "failed" not in table
 

@@ -15,7 +15,6 @@ from r2m_ray.cli.checks.memory import (
     PROCESS_BYTES,
     ActorMemory,
     ModelSizes,
-    activations,
     actor_memory,
     batch_plan,
     bucket_bytes,
@@ -115,7 +114,7 @@ def test_a_learner_rank_by_zero_stage(
     learner = actor(demo(zero, f"policy.ranks={ranks}", f"model.dtype={dtype}"), "policy")
     assert (learner.count, learner.weights) == (ranks, weights)
     assert (learner.gradients, learner.optimizer) == (gradients, optimizer)
-    assert learner.host == PROCESS_BYTES["policy"] + weights + gradients + optimizer + learner.working
+    assert learner.host == PROCESS_BYTES["policy"] + weights + gradients + optimizer + learner.largest_pass
     assert learner.device == learner.buffers == 0
 
 
@@ -126,12 +125,12 @@ def test_working_memory_of_the_learner_by_hand() -> None:
     logits = 4 * 4 * 2048 * 160
     bucket = 1_000_000 * 4
     fresh = 2 * (128 * 111 // 2) * 64 * 4
-    assert learner.working == states + logits + bucket + fresh == 41_191_680
+    assert learner.largest_pass == states + logits + bucket + fresh == 41_191_680
 
 
 def test_gradient_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
     layer = 9 * 64 + 64 + 4 * 128
-    assert activations(POLICY, 10, 2, True) == 10 * 2 * (2 * 64 + 2 * layer) + 16 * 10 * 160
+    assert POLICY.activations(10, 2, checkpointing=True) == 10 * 2 * (2 * 64 + 2 * layer) + 16 * 10 * 160
 
 
 def test_a_checkpoint_in_the_making_is_the_largest_phase_of_a_large_model() -> None:
@@ -139,25 +138,24 @@ def test_a_checkpoint_in_the_making_is_the_largest_phase_of_a_large_model() -> N
     # Weight and moments of 100 M parameters, gathered by rank 0.
     models = {**MODELS, "policy": replace(POLICY, parameters=100_000_000)}
     learner = next(a for a in actor_memory(config, batch_plan(config), models) if a.role == "policy")
-    assert learner.working == 1_200_000_000
+    assert learner.largest_pass == 1_200_000_000
 
 
 def test_a_rollout_engine_holds_cache_and_exported_states() -> None:
     engine = actor(demo(), "rollout")
     # 2048 blocks of 32: keys and values of two layers; a state with its token and position.
-    assert (engine.slots, engine.slot_cache, engine.slot_export) == (2048 * 32, 2 * 64 * 4, 64 * 4 + 16)
-    assert engine.host == engine.process + engine.weights + 2048 * 32 * (768 + 16) + engine.working
+    assert engine.cache == 2048 * 32 * (2 * 64 * 4 + 64 * 4 + 16)
+    assert engine.host == engine.process + engine.weights + 2048 * 32 * (768 + 16) + engine.largest_pass
     for other in ("reward=vanilla", "feedback.source=learner"):
-        without = actor(demo(other), "rollout")
-        assert (without.slots, without.slot_cache, without.slot_export) == (2048 * 32, 2 * 64 * 4, 0)
+        assert actor(demo(other), "rollout").cache == 2048 * 32 * 2 * 64 * 4
 
 
 def test_a_tensor_parallel_rank_holds_its_own_columns() -> None:
     gpus = ("cluster.gpus_per_rollout=2", "+rollout.engine_args.distributed_executor_backend=mp")
     engine = actor(demo(*gpus, "+rollout.engine_args.tensor_parallel_size=2"), "rollout")
     assert engine.weights == 4_000_000 // 2
-    assert (engine.slot_cache, engine.slot_export) == (64 * 4, 32 * 4 + 16)
-    assert engine.device == engine.weights + 2048 * 32 * (64 * 4 + 32 * 4 + 16) + engine.working
+    assert engine.cache == 2048 * 32 * (64 * 4 + 32 * 4 + 16)
+    assert engine.device == engine.weights + 2048 * 32 * (64 * 4 + 32 * 4 + 16) + engine.largest_pass
 
 
 def test_the_cache_on_a_cpu_is_what_the_environment_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,14 +173,14 @@ def test_on_gpus_process_and_buffers_stay_in_the_machines_memory() -> None:
     config = demo("cluster.gpus_per_learner=1", "cluster.gpus_per_rollout=1", "reward=vanilla")
     config.rollout.engine_args = {}
     learner, engine = actor(config, "policy"), actor(config, "rollout")
-    assert engine.slots is None
-    assert engine.device == engine.weights + engine.working
+    assert engine.cache is None
+    assert engine.device == engine.weights + engine.largest_pass
     assert learner.host == learner.process + learner.buffers
     # What is written is copied from the GPU first: the state, then the model in its own type.
     assert learner.buffers == 12_000_000 + 4_000_000
-    assert learner.device == learner.weights + learner.gradients + learner.optimizer + learner.working
+    assert learner.device == learner.weights + learner.gradients + learner.optimizer + learner.largest_pass
     # DeepSpeed allocates the complete reduction bucket there.
-    assert learner.working > 2_000_000_000
+    assert learner.largest_pass > 2_000_000_000
 
 
 def test_a_reward_replica_holds_trunk_and_head() -> None:

@@ -95,21 +95,13 @@ def test_doubts_are_reported_where_they_are_due(
     monkeypatch.setenv("HOME", str(tmp_path))
     fine = dialogue(large, "cluster=gpu_cluster")
     assert doubts(fine).keys() <= {"run.root"}
-    tight = doubts(
-        dialogue(
-            large,
-            "cluster.object_store_gb=4",
-            "policy.tokens_per_microbatch=1000",
-            "cluster.placement=STRICT_SPREAD",
-        )
-    )
+    tight = doubts(dialogue(large, "cluster.object_store_gb=4", "policy.tokens_per_microbatch=1000"))
     assert "spilled to disk" in tight["cluster.object_store_gb"]
     assert "1535 tokens" in tight["policy.tokens_per_microbatch"]
-    assert "one machine is one node" in tight["cluster.placement"]
-    (found,) = [
-        p for p in dialogue(large, "cluster.gpus_per_learner=1").warnings if "GPUs and this" in str(p)
-    ]
-    assert "the actors take 8 GPUs and this machine has 0: they cannot be placed" in found.message
+    (small,) = [p for p in dialogue(large, "cluster.gpus_per_learner=1").warnings if "too small" in str(p)]
+    assert "GPU: 8 needed" in small.message
+    cramped = "\n".join(map(str, dialogue(large, "cluster.placement=STRICT_SPREAD").warnings))
+    assert "STRICT_SPREAD puts 8 actors on as many nodes, 1 in the cluster" in cramped
     cpus = [f"cluster.gpus_per_{role}=0" for role in ("learner", "rollout", "reference", "reward")]
     cpus += ["sync.backend=object_store", "policy.ranks=8", "algo.prompts_per_shard=4"]
     vast = doubts(dialogue(large, *cpus))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import assert_equal, learner_config, make_learner, weights_of
+from learner_rows import assert_equal, learner, learner_config, weights
 from torch import Tensor
 
 from r2m_ray.config.schema import Ratio
@@ -16,7 +16,6 @@ from r2m_ray.core.batch import PolicyBatch, ReferenceLogprobs, pack_rows
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-Weights = dict[str, Tensor]
 END = 2
 # The end token alone, one word cut off, a whole answer, and eight words without an end.
 RESPONSES = ([END], [40], [41, 42, END], list(range(50, 58)))
@@ -61,15 +60,15 @@ def test_odd_rows_and_a_reward_spike_give_one_finite_bounded_update(
     config = learner_config(0)
     config.algo.epochs, config.algo.ratio = 1, ratio
     reward_N = torch.tensor([0.0, 1.0, -1.0, 0.5, 1e12, 0.0, 1.0, 0.0])
-    policy = make_learner(config, tiny_policy_dir)
-    before = weights_of(policy)
+    policy = learner(config, tiny_policy_dir)
+    before = weights(policy)
     stats, hidden = policy.update([odd_batch(reward_N, advantage)], (0,))
     assert (stats["optimizer_steps"], stats["skipped_steps"]) == (1, 0)
     assert all(math.isfinite(value) for value in stats.values())
     assert stats["tokens"] == 26
     assert torch.isfinite(hidden[0].hidden_TP).all()
     # Adam's step, with its gradient clipped, is at most the learning rate of 1e-3.
-    moved = max(float((after - before[name]).abs().max()) for name, after in weights_of(policy).items())
+    moved = max(float((after - before[name]).abs().max()) for name, after in weights(policy).items())
     assert 0 < moved <= 1.001e-3
 
 
@@ -77,10 +76,10 @@ def test_odd_rows_and_a_reward_spike_give_one_finite_bounded_update(
 def test_equal_rewards_move_nothing(advantage: str, tiny_policy_dir: Path) -> None:
     config = learner_config(0)
     config.algo.kl_weight = 0.0
-    policy = make_learner(config, tiny_policy_dir)
-    before = weights_of(policy)
+    policy = learner(config, tiny_policy_dir)
+    before = weights(policy)
     batch = odd_batch(torch.full((8,), 1e4 / 7), advantage)
     assert batch.advantage_N.tolist() == [0.0] * 8
     stats, _ = policy.update([batch], (0,))
     assert (stats["loss"], stats["grad_norm"]) == (0, 0)
-    assert_equal(weights_of(policy), before)
+    assert_equal(weights(policy), before)

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import learner_config, make_learner, policy_batch, weights_of
+from learner_rows import BATCHES, IDS, learner, learner_config, weights
+from models import save_model
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config, Dtype
-from r2m_ray.core.batch import PolicyBatch
 from r2m_ray.engines.policy import causal
 
 Stats = dict[str, float]
@@ -38,30 +37,28 @@ SHARDS = {0: (0, 2), 1: (1,)}
 STATES = "states.safetensors"
 
 
-def run_variant(
-    config: Config, model_dir: Path, rank: int, batches: dict[int, PolicyBatch], directory: Path
-) -> dict[str, Stats]:
+def run_variant(config: Config, model_dir: Path, rank: int, directory: Path) -> dict[str, Stats]:
     """Update, save, update twice; resume and update twice; then an update that is broken on rank 1."""
     ids = SHARDS[rank]
-    mine = [batches[i] for i in ids]
-    policy = make_learner(config, model_dir, rank, 2)
+    mine = [BATCHES[i] for i in ids]
+    policy = learner(config, model_dir, rank, 2)
     report = {}
     report["first"], states = policy.update(mine, ids)
     found = {f"shard{i}": shard.hidden_TP for i, shard in zip(ids, states, strict=True)}
     for shard in policy.hidden([mine[0].trajectories] if rank == 0 else []):
         found["after"] = shard.hidden_TP
     save_file(found, directory / f"rank{rank}-{STATES}")
-    first = weights_of(policy)
+    first = weights(policy)
     policy.save(directory)
     policy.update(mine, ids)
     report["third"], _ = policy.update(mine, ids)
-    third = weights_of(policy)
+    third = weights(policy)
 
-    resumed = make_learner(config, model_dir, rank, 2)
+    resumed = learner(config, model_dir, rank, 2)
     resumed.load(directory)
     resumed.update(mine, ids)
     report["resumed"], _ = resumed.update(mine, ids)
-    left = {"first": first, "third": third, "resumed": weights_of(resumed)}
+    left = {"first": first, "third": third, "resumed": weights(resumed)}
 
     if rank == 1:
         mine = [replace(mine[0], advantage_N=mine[0].advantage_N * torch.nan)]
@@ -75,7 +72,6 @@ def run_variant(
 
 
 def rank_program(root: Path, rank: int) -> None:
-    batches = {seed: policy_batch(seed) for seed in range(3)}
     for name, (stage, dtype) in VARIANTS.items():
         config = learner_config(stage)
         config.model.dtype = dtype
@@ -83,24 +79,24 @@ def rank_program(root: Path, rank: int) -> None:
         causal.LOGITS_AT_ONCE = 64 * 160 // (4 if name.endswith("recomputed") else 1)
         directory = root / name
         directory.mkdir(exist_ok=True)
-        report = run_variant(config, root / "model", rank, batches, directory)
+        report = run_variant(config, root / "model", rank, directory)
         (directory / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the model and what both ranks left of each variant."""
     directory = tmp_path_factory.mktemp("ranks")
-    torch.manual_seed(7)
     # An odd width: two ranks cannot halve its norms, so ZeRO-3 pads the last partition.
-    model = LlamaConfig(
-        vocab_size=160, hidden_size=21, head_dim=8, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(model).save_pretrained(directory / "model")
-    tiny_tokenizer.save_pretrained(directory / "model")
-    run_ranks(__file__, [(str(directory), str(rank)) for rank in SHARDS])
+    save_model(
+        directory / "model",
+        seed=7,
+        width=21,
+        heads=3,
+        head_dim=8,
+        num_key_value_heads=1,
+    )
+    run_ranks(__file__, directory)
     return directory
 
 
@@ -126,12 +122,11 @@ def test_ranks_agree_and_resume_exactly(root: Path, variant: str) -> None:
 @pytest.fixture(scope="module")
 def alone(root: Path, one_rank: None) -> tuple[Stats, dict[str, Tensor], dict[str, Tensor]]:
     """Statistics, weights and states of one rank that holds all shards."""
-    policy = make_learner(learner_config(0), root / "model")
-    batches = [policy_batch(seed) for seed in range(3)]
-    stats, states = policy.update(batches, (0, 1, 2))
+    policy = learner(learner_config(0), root / "model")
+    stats, states = policy.update(BATCHES, IDS)
     found = {f"shard{i}": shard.hidden_TP for i, shard in enumerate(states)}
-    found["after"] = policy.hidden([batches[0].trajectories])[0].hidden_TP
-    return stats, weights_of(policy), found
+    found["after"] = policy.hidden([BATCHES[0].trajectories])[0].hidden_TP
+    return stats, weights(policy), found
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.endswith("bfloat16")])
@@ -155,15 +150,14 @@ def test_two_ranks_equal_one(
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_state_moves_to_another_stage_and_number_of_ranks(stage: int, root: Path, one_rank: None) -> None:
     saved = root / "3-float32"
-    policy = make_learner(learner_config(stage), root / "model")
+    policy = learner(learner_config(stage), root / "model")
     policy.load(saved)
     for name, tensor in load_file(saved / "first.safetensors").items():
-        assert torch.equal(weights_of(policy)[name], tensor), name
-    batches = [policy_batch(seed) for seed in range(3)]
-    policy.update(batches, (0, 1, 2))
-    policy.update(batches, (0, 1, 2))
+        assert torch.equal(weights(policy)[name], tensor), name
+    policy.update(BATCHES, IDS)
+    policy.update(BATCHES, IDS)
     for name, tensor in load_file(saved / "third.safetensors").items():
-        torch.testing.assert_close(weights_of(policy)[name], tensor, atol=1e-5, rtol=0)
+        torch.testing.assert_close(weights(policy)[name], tensor, atol=1e-5, rtol=0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_rows import assert_equal, learner_config, make_learner, weights_of
+from learner_rows import BATCHES, IDS, assert_equal, learner, learner_config, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +21,6 @@ from r2m_ray.config.schema import (
 from r2m_ray.core.batch import PolicyBatch
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-Weights = dict[str, Tensor]
-IDS = (0, 1, 2)  # Two mini-batches: shards 0 and 1, then shard 2 alone.
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float) -> None:
@@ -71,15 +68,15 @@ class PlainLoop:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_update_equals_a_plain_loop(stage: int, batches: list[PolicyBatch], tiny_policy_dir: Path) -> None:
+def test_update_equals_a_plain_loop(stage: int, tiny_policy_dir: Path) -> None:
     config = learner_config(stage)
-    policy = make_learner(config, tiny_policy_dir)
-    stats, hidden = policy.update(batches, IDS)
+    policy = learner(config, tiny_policy_dir)
+    stats, hidden = policy.update(BATCHES, IDS)
 
     plain = PlainLoop(config, tiny_policy_dir)
     norms, fresh = [], {}
     for epoch in range(2):
-        for m, shards in enumerate((batches[:2], batches[2:])):
+        for m, shards in enumerate((BATCHES[:2], BATCHES[2:])):
             if epoch == 1:
                 with torch.no_grad():
                     fresh[m] = [
@@ -91,7 +88,7 @@ def test_update_equals_a_plain_loop(stage: int, batches: list[PolicyBatch], tiny
                     ]
             norms.append(plain.step(shards))
     expected = dict(plain.model.named_parameters())
-    assert_close(weights_of(policy), {n: p.detach() for n, p in expected.items()}, atol=1e-6)
+    assert_close(weights(policy), {n: p.detach() for n, p in expected.items()}, atol=1e-6)
     assert stats["grad_norm"] == pytest.approx(sum(norms) / 4, rel=1e-4)
     assert (stats["optimizer_steps"], stats["skipped_steps"]) == (4, 0)
     found_TP = torch.cat([shard.hidden_TP for shard in hidden])
@@ -99,15 +96,13 @@ def test_update_equals_a_plain_loop(stage: int, batches: list[PolicyBatch], tiny
     torch.testing.assert_close(found_TP, expected_TP, atol=1e-5, rtol=0)
 
 
-def test_statistics_of_the_sampling_policy(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_statistics_of_the_sampling_policy(config: Config, tiny_policy_dir: Path) -> None:
     """KL, entropy and mismatch are π_old's: those of the weights before the update."""
-    stats, _ = make_learner(config, tiny_policy_dir).update(batches, IDS)
+    stats, _ = learner(config, tiny_policy_dir).update(BATCHES, IDS)
     plain = PlainLoop(config, tiny_policy_dir)
     old, unit, reference, rollout = [], [], [], []
     with torch.no_grad():
-        for batch in batches:
+        for batch in BATCHES:
             action_T = batch.trajectories.action_T
             for row in range(batch.trajectories.layout.rows):
                 old.append(plain.logp(plain.old, batch, row, config.algo.temperature))
@@ -128,40 +123,34 @@ def test_statistics_of_the_sampling_policy(
         assert stats[name] == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
 
 
-def test_token_budget_and_checkpointing_do_not_matter(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_token_budget_and_checkpointing_do_not_matter(config: Config, tiny_policy_dir: Path) -> None:
     found = []
     for budget, checkpointing in ((1, False), (10_000, False), (64, True)):
         config.policy.tokens_per_microbatch = budget
         config.policy.gradient_checkpointing = checkpointing
-        policy = make_learner(config, tiny_policy_dir)
-        stats, _ = policy.update(batches, IDS)
-        found.append((weights_of(policy), stats))
+        policy = learner(config, tiny_policy_dir)
+        stats, _ = policy.update(BATCHES, IDS)
+        found.append((weights(policy), stats))
     assert [stats["microbatches"] for _, stats in found] == [2 * 24, 2 * 2, found[2][1]["microbatches"]]
     for weight, stats in found[1:]:
         assert_close(weight, found[0][0], atol=1e-6)
         assert stats["loss"] == pytest.approx(found[0][1]["loss"], rel=1e-4)
 
 
-def test_order_of_shards_does_not_matter(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
-    first, second = make_learner(config, tiny_policy_dir), make_learner(config, tiny_policy_dir)
-    _, hidden = first.update(batches, IDS)
-    _, reversed_hidden = second.update(batches[::-1], IDS[::-1])
-    assert_equal(weights_of(second), weights_of(first))
+def test_order_of_shards_does_not_matter(config: Config, tiny_policy_dir: Path) -> None:
+    first, second = learner(config, tiny_policy_dir), learner(config, tiny_policy_dir)
+    _, hidden = first.update(BATCHES, IDS)
+    _, reversed_hidden = second.update(BATCHES[::-1], IDS[::-1])
+    assert_equal(weights(second), weights(first))
     for shard, other in zip(hidden, reversed_hidden[::-1], strict=True):
         assert torch.equal(shard.hidden_TP, other.hidden_TP)
 
 
-def test_old_log_probs_of_an_equal_engine_change_nothing(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_old_log_probs_of_an_equal_engine_change_nothing(config: Config, tiny_policy_dir: Path) -> None:
     """With one mini-batch and no mismatch the two sources of π_old are one."""
     plain = PlainLoop(config, tiny_policy_dir)
     shards = []
-    for batch in batches[:2]:
+    for batch in BATCHES[:2]:
         with torch.no_grad():
             rows = range(batch.trajectories.layout.rows)
             logp_A = torch.cat([plain.logp(plain.old, batch, row, 0.7) for row in rows])
@@ -171,16 +160,14 @@ def test_old_log_probs_of_an_equal_engine_change_nothing(
     found = []
     for source in OldLogprobs:
         config.algo.old_logp = source
-        policy = make_learner(config, tiny_policy_dir)
+        policy = learner(config, tiny_policy_dir)
         stats, _ = policy.update(shards, IDS[:2])
         assert stats["mismatch_max"] < 1e-4
-        found.append(weights_of(policy))
+        found.append(weights(policy))
     assert_close(found[1], found[0], atol=1e-6)
 
 
-def test_a_mismatched_engine_is_weighted_and_bounded(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_a_mismatched_engine_is_weighted_and_bounded(config: Config, tiny_policy_dir: Path) -> None:
     """Rows that the engine found e^100 times likelier than the learner does get no weight at all."""
     config.algo.old_logp, config.algo.kl_weight = OldLogprobs.rollout, 0.0
     shards = [
@@ -190,9 +177,9 @@ def test_a_mismatched_engine_is_weighted_and_bounded(
                 batch.trajectories, rollout_logp_T=torch.where(batch.trajectories.action_T, 100.0, 0)
             ),
         )
-        for batch in batches
+        for batch in BATCHES
     ]
-    policy = make_learner(config, tiny_policy_dir)
+    policy = learner(config, tiny_policy_dir)
     stats, _ = policy.update(shards, IDS)
     assert stats["mismatch_mean"] > 100
     # e^−20 is what the clamp of log ρ leaves.
@@ -200,33 +187,33 @@ def test_a_mismatched_engine_is_weighted_and_bounded(
 
 
 def test_the_mismatch_is_the_engines_and_not_the_policys_own_movement(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
+    config: Config, tiny_policy_dir: Path
 ) -> None:
     """With old_logp=rollout the second mini-batch is first scored after a step, and is left out."""
     config.algo.old_logp = OldLogprobs.rollout
-    stats, _ = make_learner(config, tiny_policy_dir).update(batches, IDS)
-    first, _ = make_learner(config, tiny_policy_dir).update(batches[:2], IDS[:2])
+    stats, _ = learner(config, tiny_policy_dir).update(BATCHES, IDS)
+    first, _ = learner(config, tiny_policy_dir).update(BATCHES[:2], IDS[:2])
     for name in ("mismatch_mean", "mismatch_kl", "mismatch_max"):
         assert stats[name] == first[name], name
     assert stats["tokens"] > first["tokens"]
 
 
-def test_warm_up_is_linear(batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path) -> None:
+def test_warm_up_is_linear(config: Config, tiny_policy_dir: Path) -> None:
     config.policy.warmup_steps = 8
-    policy = make_learner(config, tiny_policy_dir)
-    rates = [policy.update(batches, IDS)[0]["learning_rate"] for _ in range(3)]
+    policy = learner(config, tiny_policy_dir)
+    rates = [policy.update(BATCHES, IDS)[0]["learning_rate"] for _ in range(3)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
-def test_refreshed_states(batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path) -> None:
+def test_refreshed_states(config: Config, tiny_policy_dir: Path) -> None:
     config.algo.epochs = 1
-    records = [batch.trajectories for batch in batches]
+    records = [batch.trajectories for batch in BATCHES]
     found = {}
     for refresh in FeedbackRefresh:
         config.feedback.refresh = refresh
-        policy = make_learner(config, tiny_policy_dir)
+        policy = learner(config, tiny_policy_dir)
         before = policy.hidden(records)
-        _, fresh = policy.update(batches, IDS)
+        _, fresh = policy.update(BATCHES, IDS)
         found[refresh] = (before, fresh, policy.hidden(records))
     assert found[FeedbackRefresh.none][1] == []
     before, fresh, _ = found[FeedbackRefresh.last_epoch]
@@ -234,34 +221,30 @@ def test_refreshed_states(batches: list[PolicyBatch], config: Config, tiny_polic
     assert torch.allclose(fresh[0].hidden_TP, before[0].hidden_TP, atol=1e-5)
     assert not torch.allclose(fresh[2].hidden_TP, before[2].hidden_TP, atol=1e-3)
     _, fresh, after = found[FeedbackRefresh.exact]
-    for shard, expected, batch in zip(fresh, after, batches, strict=True):
+    for shard, expected, batch in zip(fresh, after, BATCHES, strict=True):
         assert torch.equal(shard.hidden_TP, expected.hidden_TP)
         assert torch.equal(shard.layout.offsets, batch.trajectories.layout.offsets)
 
 
-def test_a_run_without_feedback_exports_no_states(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_a_run_without_feedback_exports_no_states(config: Config, tiny_policy_dir: Path) -> None:
     config.reward.omega_floor = 1.0
-    policy = make_learner(config, tiny_policy_dir)
-    _, fresh = policy.update(batches, IDS)
-    for shard, batch in zip(fresh, batches, strict=True):
+    policy = learner(config, tiny_policy_dir)
+    _, fresh = policy.update(BATCHES, IDS)
+    for shard, batch in zip(fresh, BATCHES, strict=True):
         assert shard.hidden_TP.shape == (batch.trajectories.layout.tokens, 0)
         assert policy.hidden([batch.trajectories])[0].hidden_TP.shape == shard.hidden_TP.shape
 
 
-def test_greedy_baselines_are_no_samples(
-    batches: list[PolicyBatch], config: Config, tiny_policy_dir: Path
-) -> None:
+def test_greedy_baselines_are_no_samples(config: Config, tiny_policy_dir: Path) -> None:
     """Row 0 of each group is ReMax's baseline: its log-probs are not at the sampling temperature."""
     config.algo.advantage, config.algo.ratio = Advantage.remax, Ratio.token
-    expected, _ = make_learner(config, tiny_policy_dir).update(batches, IDS)
+    expected, _ = learner(config, tiny_policy_dir).update(BATCHES, IDS)
     shards = []
-    for batch in batches:
+    for batch in BATCHES:
         rows = batch.trajectories
         greedy_T = rows.action_T & (rows.layout.row_T % rows.layout.group_size == 0)
         absurd_T = torch.where(greedy_T, -50.0, rows.rollout_logp_T)
         shards.append(replace(batch, trajectories=replace(rows, rollout_logp_T=absurd_T)))
-    found, _ = make_learner(config, tiny_policy_dir).update(shards, IDS)
+    found, _ = learner(config, tiny_policy_dir).update(shards, IDS)
     assert found == expected
     assert found["mismatch_max"] < 40

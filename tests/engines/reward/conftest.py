@@ -1,4 +1,4 @@
-"""Reward engines on the tiny reward model, and a shard of sampled rows for them."""
+"""Reward engines on the tiny reward model, and one shard of text with hidden states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import P, make_states
+from reward_rows import P, states
 from transformers import PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config, FeedbackConfig, RewardConfig, RunConfig
@@ -18,11 +18,10 @@ from r2m_ray.tasks.task import GoldScorer
 
 PROMPTS = ("w1 w2 w3", "w4 w5 w6 w7 w8 w9")
 RESPONSES = ("w20 w21", "w22", "w20 w21", "w23 w24 w25", "w140", "w141", "w26 w27 w28 w29", "w30 w31")
-EngineFactory = Callable[..., RewardEngine]
 
 
 @pytest.fixture
-def make_engine(tiny_reward_dir: Path) -> EngineFactory:
+def make_engine(tiny_reward_dir: Path) -> Callable[..., RewardEngine]:
     """Engines on the tiny reward model; keywords are fields of ``reward``, `noise` of ``feedback``, `seed` of
     ``run``; `gold` scores rows."""
 
@@ -61,4 +60,4 @@ def trajectories(tiny_tokenizer: PreTrainedTokenizerFast) -> Trajectories:
 
 @pytest.fixture(scope="module")
 def hidden(trajectories: Trajectories) -> Hidden:
-    return make_states(trajectories.layout, seed=0)
+    return states(trajectories.layout)

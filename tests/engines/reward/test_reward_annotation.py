@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import K, literal_rewards, make_states
+from reward_rows import K, literal_rewards, states
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from r2m_ray.config.schema import PairSource
@@ -55,7 +55,7 @@ def test_omega_one_is_the_frozen_reward_exactly(
 
 def test_vanilla_takes_no_hidden_states(make_engine: EngineFactory, trajectories: Trajectories) -> None:
     engine = make_engine(omega_floor=1.0, update_steps=0)
-    empty = make_states(trajectories.layout, seed=0, width=0)
+    empty = states(trajectories.layout, seed=0, width=0)
     _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
     assert torch.equal(annotation.reward_N, annotation.frozen_reward_N)
     assert engine.head.w_k.shape == (0, 16)
@@ -99,7 +99,7 @@ def test_hidden_states_of_another_policy_are_refused(
     width: int, make_engine: EngineFactory, trajectories: Trajectories
 ) -> None:
     with pytest.raises(RunError, match=rf"h is \[\d+, {width}\] in 8 rows, but the shard needs \[\d+, 64\]"):
-        make_engine().annotate(trajectories, make_states(trajectories.layout, seed=0, width=width), 0.6, 1)
+        make_engine().annotate(trajectories, states(trajectories.layout, seed=0, width=width), 0.6, 1)
 
 
 def test_hidden_states_of_other_rows_are_refused(
@@ -107,7 +107,7 @@ def test_hidden_states_of_other_rows_are_refused(
 ) -> None:
     lengths = trajectories.layout.lengths.flip(0).tolist()
     with pytest.raises(RunError, match="exported for other rows"):
-        make_engine().annotate(trajectories, make_states(Layout.from_lengths(lengths, K), seed=0), 0.6, 1)
+        make_engine().annotate(trajectories, states(Layout.from_lengths(lengths, K), seed=0), 0.6, 1)
 
 
 def test_attention_is_the_softmax_of_equation_3(

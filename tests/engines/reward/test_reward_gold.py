@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reward_rows import K, make_batch
+from reward_rows import K, random_batch
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource
@@ -63,7 +63,7 @@ def test_gold_as_reward_leaves_the_models_own_reading_as_it_is(
 
 
 def test_gold_picks_the_pairs_that_it_orders(make_engine: EngineFactory) -> None:
-    batch = make_batch(1)
+    batch = random_batch(1)
     by_gold, by_reward = make_engine(pair_source=PairSource.gold), make_engine()
     stats = by_gold.update([batch], 0.6, 1)
     assert stats == by_reward.update([with_pairs(batch, batch.annotation.gold_N)], 0.6, 1)
@@ -74,7 +74,7 @@ def test_gold_picks_the_pairs_that_it_orders(make_engine: EngineFactory) -> None
 
 
 def test_without_gold_there_is_no_pair(make_engine: EngineFactory) -> None:
-    batch = make_batch(1)
+    batch = random_batch(1)
     unknown = replace(batch.annotation, gold_N=torch.full_like(batch.annotation.gold_N, math.nan))
     stats = make_engine(pair_source=PairSource.gold).update([replace(batch, annotation=unknown)], 0.6, 1)
     assert (stats["valid_pairs"], stats["valid_groups"], stats["nonfinite_steps"]) == (0, 1, 0)
@@ -83,7 +83,7 @@ def test_without_gold_there_is_no_pair(make_engine: EngineFactory) -> None:
 def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(make_engine: EngineFactory) -> None:
     def margins(step: int, seed: int, groups: int = 16, content: int = 3) -> float:
         engine = make_engine(pair_source=PairSource.random, learning_rate=0.0, seed=seed, update_steps=2)
-        return engine.update([make_batch(content, groups=groups)], 1.0, step)["margin"]
+        return engine.update([random_batch(content, groups=groups)], 1.0, step)["margin"]
 
     assert margins(1, 0) == margins(1, 0)
     # At ω = 1 an unseeded head is the frozen model: seed, step and content change the pairs and nothing else.
@@ -93,7 +93,7 @@ def test_random_pairs_repeat_and_depend_on_seed_step_and_shard_alone(make_engine
 def test_random_pairs_are_the_same_in_every_optimizer_step_of_a_training_step(
     make_engine: EngineFactory,
 ) -> None:
-    batch = make_batch(1)
+    batch = random_batch(1)
     ranks_N = random_ranks(batch.annotation, content_seed("0 7 pairs", batch.annotation.rte_ND))
     drawn, given = make_engine(pair_source=PairSource.random, update_steps=3), make_engine(update_steps=3)
     assert drawn.update([batch], 0.6, 7) == given.update([with_pairs(batch, ranks_N)], 0.6, 7)
@@ -101,7 +101,7 @@ def test_random_pairs_are_the_same_in_every_optimizer_step_of_a_training_step(
 
 
 def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often() -> None:
-    annotation: Annotation = make_batch(1, groups=6000).annotation
+    annotation: Annotation = random_batch(1, groups=6000).annotation
     ranks_GK = random_ranks(annotation, 5).view(-1, K)
     assert torch.equal(ranks_GK.sort(1).values, torch.arange(4.0).expand(6000, K))
     winner_G, loser_G, valid_G = group_pairs(ranks_GK, annotation.response_id_N.view(-1, K))
@@ -114,7 +114,7 @@ def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often() -> None:
 
 
 def test_pairs_below_the_margin_are_not_learned_from(make_engine: EngineFactory) -> None:
-    batch = make_batch(1, groups=3)
+    batch = random_batch(1, groups=3)
     reward_N = torch.tensor([0, 1, 2, 3, 0, 0.5, 0.2, 0, 0, 0, 0, 2.0])
     wide = with_pairs(batch, reward_N)
     found = make_engine(pair_min_margin=2.0).update([wide], 0.6, 1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from heads import grebt
-from reward_rows import K, make_batch, with_nan
+from reward_rows import K, random_batch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -35,13 +35,13 @@ def human_loss(head: R2MHead, batches: list[RewardBatch], omega: float = 0.6) ->
 
 @pytest.fixture
 def groups() -> list[RewardBatch]:
-    return [make_batch(1), make_batch(2, groups=3)]
+    return [random_batch(1), random_batch(2, groups=3)]
 
 
 @pytest.fixture
 def human() -> list[RewardBatch]:
     """Four and two pairs."""
-    return [make_batch(11, groups=4, size=2), make_batch(12, groups=2, size=2)]
+    return [random_batch(11, groups=4, size=2), random_batch(12, groups=2, size=2)]
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
@@ -95,7 +95,7 @@ def test_human_pairs_alone_leave_the_order_of_the_groups_unheard(
 ) -> None:
     engines = [make_engine(anchor_fraction=1.0, entropy_weight=0.0) for _ in range(2)]
     stats = engines[0].update(groups, 0.6, 1, human)
-    engines[1].update([make_batch(7)], 0.6, 1, human)
+    engines[1].update([random_batch(7)], 0.6, 1, human)
     assert engines[0].digests() == engines[1].digests()
     assert stats["loss"] == pytest.approx(stats["bradley_terry_human"])
 
@@ -126,8 +126,11 @@ def test_a_broken_human_row_skips_the_step_and_is_counted(
     groups: list[RewardBatch], human: list[RewardBatch], make_engine: EngineFactory
 ) -> None:
     engine = make_engine(anchor_fraction=0.5)
+    broken_TP = human[0].hidden.hidden_TP.clone()
+    broken_TP[0, 0] = math.nan
+    broken = replace(human[0], hidden=replace(human[0].hidden, hidden_TP=broken_TP))
     before = engine.digests()
-    stats = engine.update(groups, 0.6, 1, [with_nan(human[0], 0), human[1]])
+    stats = engine.update(groups, 0.6, 1, [broken, human[1]])
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (1, 1, 1)
     assert engine.digests() == before
 
@@ -166,7 +169,7 @@ def test_the_first_update_after_a_warm_up_starts_without_moments(
 def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(make_engine: EngineFactory) -> None:
     def informative(seed: int) -> RewardBatch:
         """Random embeddings; the states of chosen rows lie 2 higher in one direction than the others."""
-        batch = make_batch(seed, groups=16, size=2)
+        batch = random_batch(seed, groups=16, size=2)
         hidden_TP = batch.hidden.hidden_TP.clone()
         hidden_TP[:, 0] += 2.0 * (batch.hidden.layout.row_T % 2 == 0)
         return replace(batch, hidden=replace(batch.hidden, hidden_TP=hidden_TP))
@@ -188,7 +191,7 @@ def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(make_engine: En
 
 def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(make_engine: EngineFactory) -> None:
     engine = make_engine(omega_floor=1.0)
-    human = [make_batch(11, groups=4, size=2, width=0)]
+    human = [random_batch(11, groups=4, size=2, width=0)]
     before = {name: value.detach().clone() for name, value in engine.head.named_parameters()}
     losses = [engine.warm_up(human, 1.0)["bradley_terry_human"] for _ in range(20)]
     moved = {name for name, value in engine.head.named_parameters() if not torch.equal(value, before[name])}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import make_batch, make_states, with_nan
+from reward_rows import random_batch, states
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import PairSource
@@ -23,9 +23,11 @@ EngineFactory = Callable[..., RewardEngine]
 
 def test_update_that_is_not_finite_is_skipped_and_counted(make_engine: EngineFactory) -> None:
     engine, clean = make_engine(update_steps=2), make_engine(update_steps=2)
-    batch = make_batch(1)
+    batch = random_batch(1)
+    broken_TP = batch.hidden.hidden_TP.clone()
+    broken_TP[3, 5] = float("nan")
     before = engine.digests()
-    stats = engine.update([with_nan(batch, 3)], 0.6, 1)
+    stats = engine.update([replace(batch, hidden=replace(batch.hidden, hidden_TP=broken_TP))], 0.6, 1)
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (2, 2, 1)
     assert not math.isfinite(stats["gradient_norm"])
     assert engine.digests() == before
@@ -54,12 +56,12 @@ def test_a_broken_row_of_h_breaks_its_own_reward_alone(
 def test_a_broken_annotation_is_not_learnt_from_though_h_is_fine_by_now(
     field: str, source: PairSource, make_engine: EngineFactory
 ) -> None:
-    engine, batch = make_engine(pair_source=source), make_batch(1)
+    engine, batch = make_engine(pair_source=source), random_batch(1)
     scores_N = getattr(batch.annotation, field).clone()
     scores_N[3] = math.nan
     annotation = replace(batch.annotation, **{field: scores_N})
     before = engine.digests()
-    stats = engine.update([make_batch(2), replace(batch, annotation=annotation)], 0.6, 1)
+    stats = engine.update([random_batch(2), replace(batch, annotation=annotation)], 0.6, 1)
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (1, 1, 1)
     assert engine.digests() == before
     assert math.isfinite(stats["feedback_ratio"])
@@ -78,7 +80,7 @@ def test_a_head_that_is_not_finite_is_not_saved(
 
 
 def test_a_reward_spike_moves_the_head_by_one_bounded_step(make_engine: EngineFactory) -> None:
-    engine, batch = make_engine(learning_rate=1e-2), make_batch(1)
+    engine, batch = make_engine(learning_rate=1e-2), random_batch(1)
     spike_N = batch.annotation.reward_N.clone()
     spike_N[5] = 1e30
     before = {name: value.detach().clone() for name, value in engine.head.named_parameters()}
@@ -101,7 +103,7 @@ def test_an_empty_response_is_scored_at_its_last_real_token(
         responses,
         version=0,
     )
-    _, found = make_engine().annotate(rows, make_states(rows.layout, seed=3), 0.6, 1)
+    _, found = make_engine().annotate(rows, states(rows.layout, seed=3), 0.6, 1)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_reward_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
     with torch.no_grad():

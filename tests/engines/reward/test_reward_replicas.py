@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
-from reward_rows import K, P, make_batch, with_equal_rows, with_nan
+from reward_rows import P, broken_at, random_batch
 from safetensors.torch import load_file
 
 from r2m_ray.config.schema import Config, RewardConfig
@@ -22,15 +23,19 @@ from r2m_ray.engines.reward.engine import RewardEngine
 
 def pairs(seed: int, count: int) -> RewardBatch:
     """Human pairs."""
-    return make_batch(seed, groups=count, size=2)
+    return random_batch(seed, groups=count, size=2)
+
+
+def broken(batch: RewardBatch) -> RewardBatch:
+    return replace(batch, hidden=broken_at(batch.hidden, 0))
 
 
 # Each update's shards by rank: uneven, a replica without any, one with NaN, and an ordinary one after it.
 UPDATES = (
-    ([make_batch(1), with_equal_rows(make_batch(2), K)], [make_batch(3)]),
-    ([make_batch(4)], []),
-    ([make_batch(5)], [with_nan(make_batch(6), 0)]),
-    ([make_batch(7)], [make_batch(8), make_batch(9)]),
+    ([random_batch(1), random_batch(2, tied=1)], [random_batch(3)]),
+    ([random_batch(4)], []),
+    ([random_batch(5)], [broken(random_batch(6))]),
+    ([random_batch(7)], [random_batch(8), random_batch(9)]),
 )
 # Human pairs by rank: of the warm-up's two batches, and of each update; uneven, and a replica without any.
 WARM_UP = (([pairs(21, 3)], [pairs(22, 1)]), ([], [pairs(23, 2)]))
@@ -69,8 +74,8 @@ def replica(model_dir: str, rank: int, directory: Path) -> None:
 
 
 def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
+    run_ranks(__file__, tiny_reward_dir, tmp_path)
     directories = [tmp_path / "rank0", tmp_path / "rank1"]
-    run_ranks(__file__, [(str(tiny_reward_dir), str(n), str(path)) for n, path in enumerate(directories)])
     reports = [json.loads((directory / "report.json").read_text()) for directory in directories]
 
     alone = engine(str(tiny_reward_dir), 0, world_size=1)
@@ -91,4 +96,5 @@ def test_two_replicas_equal_one(tiny_reward_dir: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    replica(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    rank = int(sys.argv[3])
+    replica(sys.argv[1], rank, Path(sys.argv[2]) / f"rank{rank}")

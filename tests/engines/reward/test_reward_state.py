@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import make_batch
+from reward_rows import random_batch
 
 from r2m_ray.core.batch import Hidden, Trajectories
 from r2m_ray.engines.reward.engine import RewardEngine
@@ -22,7 +22,7 @@ def test_saved_head_loads_in_three_lines(
     make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden, tmp_path: Path
 ) -> None:
     engine = make_engine()
-    engine.update([make_batch(1)], 0.7, 1)
+    engine.update([random_batch(1)], 0.7, 1)
     _, annotation = engine.annotate(trajectories, hidden, 0.7, 2)
     engine.save(tmp_path)
     head, info = load_head(tmp_path / "reward_head")
@@ -37,18 +37,18 @@ def test_resumed_updates_are_bit_identical(
 ) -> None:
     engine = make_engine()
     for step in range(steps_before):
-        engine.update([make_batch(step)], 0.7, step)
+        engine.update([random_batch(step)], 0.7, step)
     engine.save(tmp_path / "now")
     # One fresh engine, one that has to forget what it did since.
     astray = make_engine()
-    astray.update([make_batch(9)], 0.7, 9)
+    astray.update([random_batch(9)], 0.7, 9)
     resumed = [make_engine(), astray]
     for other in resumed:
         other.load(tmp_path / "now")
         assert other.digests() == engine.digests()
     for step in (5, 6):
         for each in (engine, *resumed):
-            each.update([make_batch(step)], 0.6, step)
+            each.update([random_batch(step)], 0.6, step)
     engine.save(tmp_path / "later")
     for i, other in enumerate(resumed):
         other.save(tmp_path / f"resumed{i}")
@@ -58,10 +58,10 @@ def test_resumed_updates_are_bit_identical(
 
 def test_optimizer_state_matters_to_resume(make_engine: EngineFactory, tmp_path: Path) -> None:
     engine, forgetful = make_engine(), make_engine()
-    engine.update([make_batch(1)], 0.7, 1)
+    engine.update([random_batch(1)], 0.7, 1)
     forgetful.head.load_state_dict(engine.head.state_dict())
     for each in (engine, forgetful):
-        each.update([make_batch(2)], 0.7, 2)
+        each.update([random_batch(2)], 0.7, 2)
     assert engine.digests() != forgetful.digests()
 
 
@@ -79,7 +79,7 @@ def test_damaged_files_are_refused_by_name(
     name: str, damage: str, make_engine: EngineFactory, tmp_path: Path
 ) -> None:
     engine = make_engine()
-    engine.update([make_batch(1)], 0.7, 1)
+    engine.update([random_batch(1)], 0.7, 1)
     engine.save(tmp_path)
     path = tmp_path / "reward_head" / name
     content = path.read_bytes()

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from models import save_model, word_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
+    BertForSequenceClassification,
+    GPTNeoXForSequenceClassification,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    Qwen2Config,
+    PreTrainedModel,
+    Qwen2ForSequenceClassification,
 )
 
 from r2m_ray.engines.reward.trunk import RewardTrunk
@@ -31,18 +31,18 @@ TEMPLATE = (
     "{% for m in messages %}{{ 'w100 ' if m.role == 'user' else 'w101 ' }}{{ m.content }} w102 {% endfor %}"
 )
 RESPONSE_ONLY = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
-SIZES = {
-    "vocab_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-    "initializer_range": 0.3, "num_labels": 1,
-}  # fmt: skip
-
-
-FAMILIES = {
-    "llama": LlamaConfig(**SIZES, hidden_size=32, num_key_value_heads=2),
-    "qwen2": Qwen2Config(**SIZES, hidden_size=48, num_key_value_heads=4),
-    "gpt_neox": GPTNeoXConfig(**SIZES, hidden_size=64),
-    "bert": BertConfig(**SIZES, hidden_size=32),
+FAMILIES: dict[str, tuple[type[PreTrainedModel], dict[str, int]]] = {
+    "llama": (LlamaForSequenceClassification, {"width": 32, "num_key_value_heads": 2}),
+    "qwen2": (Qwen2ForSequenceClassification, {"width": 48, "num_key_value_heads": 4}),
+    "gpt_neox": (GPTNeoXForSequenceClassification, {"width": 64}),
+    "bert": (BertForSequenceClassification, {"width": 32}),
 }
+
+
+def reward_model(directory: Path, kind: type[PreTrainedModel], **fields: object) -> Path:
+    """A model of one label whose configuration names no padding token."""
+    options = {"heads": 4, "num_labels": 1, "pad_token_id": None} | fields
+    return save_model(directory, kind, tokenizer=word_tokenizer(128), **options)  # type: ignore[arg-type]
 
 
 def trunk_of(directory: Path, **changes: object) -> RewardTrunk:
@@ -65,28 +65,28 @@ def direct_score(directory: Path, ids: list[int]) -> float:
         return float(model(torch.tensor([ids])).logits[0, 0])
 
 
-def changed(source: Path, target: Path, file: str, **fields: object) -> Path:
-    """A copy of a model directory with other fields in one of its JSON files."""
+def with_tokenizer(source: Path, target: Path, **fields: object) -> Path:
+    """A copy of a model directory whose tokenizer has other fields; None deletes one."""
     shutil.copytree(source, target)
-    path = target / file
+    path = target / "tokenizer_config.json"
+    stored = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
+    return target
+
+
+def with_config(source: Path, target: Path, **fields: object) -> Path:
+    shutil.copytree(source, target)
+    path = target / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     return target
 
 
-with_tokenizer = partial(changed, file="tokenizer_config.json")
-with_config = partial(changed, file="config.json")
-
-
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory, tiny_reward_dir: Path) -> dict[str, Path]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
-    directories = {}
-    for seed, (family, config) in enumerate(FAMILIES.items()):
-        torch.manual_seed(seed)
-        directories[family] = tmp_path_factory.mktemp(family)
-        AutoModelForSequenceClassification.from_config(config).save_pretrained(directories[family])
-        tokenizer.save_pretrained(directories[family])
-    return directories
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: reward_model(tmp_path_factory.mktemp(name), kind, seed=seed, **fields)
+        for seed, (name, (kind, fields)) in enumerate(FAMILIES.items())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -201,19 +201,15 @@ def test_missing_score_layer_lists_candidates(directories: dict[str, Path]) -> N
         trunk_of(directories["bert"])
 
 
-def test_layer_that_does_not_make_the_score_is_refused(tmp_path: Path, tiny_reward_dir: Path) -> None:
-    config = LlamaConfig(**SIZES | {"intermediate_size": 1}, hidden_size=32)
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path)
+def test_layer_that_does_not_make_the_score_is_refused(tmp_path: Path) -> None:
+    reward_model(tmp_path, LlamaForSequenceClassification, width=32, intermediate_size=1)
     trunk_of(tmp_path)
     with pytest.raises(InputError, match=r"model.score_layer at the last token gives .* own logit is"):
         trunk_of(tmp_path, score_layer="model.layers.1.mlp.up_proj")
 
 
-def test_causal_language_model_is_refused(tmp_path: Path, tiny_reward_dir: Path) -> None:
-    config = LlamaConfig(**SIZES, hidden_size=32)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_reward_dir).save_pretrained(tmp_path)
+def test_causal_language_model_is_refused(tmp_path: Path) -> None:
+    reward_model(tmp_path, LlamaForCausalLM, width=32)
     with pytest.raises(InputError, match=r"lack score.weight"):
         trunk_of(tmp_path)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from heads import grebt
-from reward_rows import K, literal_rewards, make_batch, make_states, with_equal_rows
+from reward_rows import K, literal_rewards, random_batch, states
 from torch import Tensor
 
 from r2m_ray.config.schema import PairSource, WoInit
@@ -29,7 +29,7 @@ def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
     pair_source: PairSource, entropy_weight: float, make_engine: EngineFactory
 ) -> None:
     engine = make_engine(pair_source=pair_source, entropy_weight=entropy_weight)
-    batches = [make_batch(1), make_batch(2, groups=3)]
+    batches = [random_batch(1), random_batch(2, groups=3)]
     oracle = make_engine().head
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
 
@@ -58,7 +58,7 @@ def test_update_is_one_adamw_step_on_grebt_of_the_whole_batch(
 
 def test_update_statistics_are_those_of_its_rewards(make_engine: EngineFactory) -> None:
     engine = make_engine(learning_rate=0.0, pair_source=PairSource.frozen_rm)
-    batches = [make_batch(1), make_batch(2, groups=3)]
+    batches = [random_batch(1), random_batch(2, groups=3)]
     reward_GK = torch.cat(
         [literal_rewards(engine.head, b.annotation.rte_ND, b.hidden, 0.6) for b in batches]
     ).view(-1, K)
@@ -76,7 +76,7 @@ def test_update_statistics_are_those_of_its_rewards(make_engine: EngineFactory) 
 
 
 def test_gradient_norms_are_those_of_the_single_losses(make_engine: EngineFactory) -> None:
-    batch = [make_batch(1)]
+    batch = [random_batch(1)]
     both = make_engine().update(batch, 0.6, 1)
     only_bt = make_engine(entropy_weight=0.0).update(batch, 0.6, 1)
     only_gre = make_engine(entropy_weight=1.0).update(batch, 0.6, 1)
@@ -85,7 +85,7 @@ def test_gradient_norms_are_those_of_the_single_losses(make_engine: EngineFactor
 
 
 def test_attention_statistics_of_known_cases(make_engine: EngineFactory) -> None:
-    batch = make_batch(1)
+    batch = random_batch(1)
     equal = replace(batch, hidden=replace(batch.hidden, hidden_TP=torch.ones_like(batch.hidden.hidden_TP)))
     lengths = batch.hidden.layout.lengths
     stats = make_engine(wo_init=WoInit.zero).update([equal], 0.6, 1)
@@ -93,6 +93,13 @@ def test_attention_statistics_of_known_cases(make_engine: EngineFactory) -> None
     assert stats["attention_entropy"] == pytest.approx((lengths > 1).double().mean().item(), abs=1e-6)
     assert stats["feedback_ratio"] == 0.0
     assert make_engine().update([batch], 0.6, 1)["feedback_ratio"] > 0.1
+
+
+def test_recomputed_pairs_never_flip(make_engine: EngineFactory) -> None:
+    batches = [random_batch(seed) for seed in range(4)]
+    stats = make_engine(pair_source=PairSource.recomputed).update(batches, 0.6, 1)
+    assert stats["flip_rate"] == 0.0
+    assert stats["margin"] > 0
 
 
 def test_update_never_runs_the_trunk_and_moves_the_head_alone(
@@ -123,7 +130,7 @@ def test_paper_learning_rate_moves_nearly_all_weights(make_engine: EngineFactory
     # At the paper's 0.02, where a float32 step of 1e-6 is not lost.
     engine = make_engine(learning_rate=1e-6, init_std=0.02)
     before = parameters(engine)
-    engine.update([make_batch(1)], 0.6, 1)
+    engine.update([random_batch(1)], 0.6, 1)
     after = parameters(engine)
     moved = torch.cat([(after[name] != before[name]).flatten() for name in before])
     assert moved.double().mean() > 0.99
@@ -132,9 +139,9 @@ def test_paper_learning_rate_moves_nearly_all_weights(make_engine: EngineFactory
 def test_frozen_head_is_measured_and_not_changed(make_engine: EngineFactory) -> None:
     frozen = make_engine(update_steps=0)
     before = frozen.digests()
-    stats = frozen.update([make_batch(1)], 0.6, 1)
+    stats = frozen.update([random_batch(1)], 0.6, 1)
     assert frozen.digests() == before
-    expected = make_engine().update([make_batch(1)], 0.6, 1)
+    expected = make_engine().update([random_batch(1)], 0.6, 1)
     assert stats.items() <= expected.items()
     assert expected.keys() - stats.keys() == {
         "gradient_norm",
@@ -146,14 +153,14 @@ def test_frozen_head_is_measured_and_not_changed(make_engine: EngineFactory) -> 
 
 
 def test_a_head_that_reads_nothing_and_learns_nothing_has_no_statistics(make_engine: EngineFactory) -> None:
-    assert make_engine(update_steps=0, omega_floor=1.0).update([make_batch(1)], 1.0, 1) == {}
+    assert make_engine(update_steps=0, omega_floor=1.0).update([random_batch(1)], 1.0, 1) == {}
 
 
 def test_without_feedback_only_the_scoring_head_moves(
     make_engine: EngineFactory, trajectories: Trajectories
 ) -> None:
     engine = make_engine(omega_floor=1.0)
-    empty = make_states(trajectories.layout, seed=0, width=0)
+    empty = states(trajectories.layout, seed=0, width=0)
     _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
     before = parameters(engine)
     stats = engine.update([RewardBatch(hidden=empty, annotation=annotation)], 1.0, 1)
@@ -164,26 +171,26 @@ def test_without_feedback_only_the_scoring_head_moves(
 
 def test_several_update_steps_are_repeated_single_ones(make_engine: EngineFactory) -> None:
     twice, once = make_engine(update_steps=2), make_engine()
-    stats = twice.update([make_batch(1)], 0.6, 1)
-    first = once.update([make_batch(1)], 0.6, 1)
-    once.update([make_batch(1)], 0.6, 1)
+    stats = twice.update([random_batch(1)], 0.6, 1)
+    first = once.update([random_batch(1)], 0.6, 1)
+    once.update([random_batch(1)], 0.6, 1)
     assert twice.digests() == once.digests()
     assert stats == first
 
 
 def test_update_does_not_depend_on_the_cut_into_shards(make_engine: EngineFactory) -> None:
-    one, other = make_batch(1), make_batch(2)
+    one, other = random_batch(1), random_batch(2)
     notes = (one.annotation, other.annotation)
     layout = Layout.from_lengths([*one.hidden.layout.lengths, *other.hidden.layout.lengths], K)
     joined = RewardBatch(
         hidden=Hidden(layout=layout, hidden_TP=torch.cat([one.hidden.hidden_TP, other.hidden.hidden_TP])),
         annotation=Annotation(
             layout=layout,
-            **{
-                field.name: torch.cat([getattr(note, field.name) for note in notes])
-                for field in fields(Annotation)
-                if field.name != "layout"
-            },
+            reward_N=torch.cat([note.reward_N for note in notes]),
+            frozen_reward_N=torch.cat([note.frozen_reward_N for note in notes]),
+            gold_N=torch.cat([note.gold_N for note in notes]),
+            rte_ND=torch.cat([note.rte_ND for note in notes]),
+            response_id_N=torch.cat([note.response_id_N for note in notes]),
         ),
     )
     whole, cut = make_engine(), make_engine()
@@ -195,9 +202,20 @@ def test_update_does_not_depend_on_the_cut_into_shards(make_engine: EngineFactor
 
 def test_groups_that_teach_nothing_move_nothing_even_by_momentum(make_engine: EngineFactory) -> None:
     engine = make_engine()
-    engine.update([make_batch(1)], 0.6, 1)
+    engine.update([random_batch(1)], 0.6, 1)
     before = engine.digests()
-    stats = engine.update([with_equal_rows(make_batch(2), 2 * K)], 0.6, 2)
+    batch = random_batch(2)
+    layout = Layout.from_lengths([5] * 2 * K, K)
+    tied = RewardBatch(
+        hidden=Hidden(layout=layout, hidden_TP=states(layout, seed=0).hidden_TP[:5].repeat(2 * K, 1)),
+        annotation=replace(
+            batch.annotation,
+            layout=layout,
+            rte_ND=batch.annotation.rte_ND[:1].repeat(2 * K, 1),
+            response_id_N=torch.zeros(2 * K, dtype=torch.int64),
+        ),
+    )
+    stats = engine.update([tied], 0.6, 2)
     assert engine.digests() == before
     assert (stats["skipped_steps"], stats["nonfinite_steps"]) == (1, 0)
     assert stats["valid_pairs"] == stats["loss"] == 0.0

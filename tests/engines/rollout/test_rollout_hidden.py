@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_rows import make_plan, read_rows
+from rollout_rows import readings, sample_plan
 from transformers import PreTrainedModel
 
 from r2m_ray.core.batch import Trajectories
@@ -28,7 +28,7 @@ ENGINES = {
 def without_export(start_engine: Callable[..., Any], policy_dir: Path) -> Trajectories:
     """The plan's rows from an engine that exports nothing."""
     with start_engine(policy_dir, export_hidden=False) as engine:
-        ((rows, hidden),) = engine.sample([make_plan(greedy_first=True)])
+        ((rows, hidden),) = engine.sample([sample_plan(greedy_first=True)])
     assert hidden.hidden_TP.shape == (rows.layout.tokens, 0)
     return rows
 
@@ -54,14 +54,14 @@ def test_every_row_equals_transformers_and_no_token_changes(
     with start_engine(policy_dir, engine_args=engine_args) as engine:
         preempted = count_preemptions(engine)
         # The second time, long prompts come from the prefix cache where there is one.
-        shards = [engine.sample([make_plan(greedy_first=True)])[0] for _ in range(2)]
+        shards = [engine.sample([sample_plan(greedy_first=True)])[0] for _ in range(2)]
         assert engine.stats()["regenerated_rows"] == 0
     assert bool(preempted) == ("num_gpu_blocks_override" in engine_args)
     for rows, hidden in shards:
         assert torch.equal(rows.label_T, without_export.label_T)
         assert torch.equal(rows.rollout_logp_T, without_export.rollout_logp_T)
         assert hidden.hidden_TP.dtype == torch.float32
-        for where, expected, _ in read_rows(policy, rows):
+        for where, expected, _ in readings(policy, rows):
             torch.testing.assert_close(hidden.hidden_TP[where], expected, atol=1e-4, rtol=0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_rows import STOP_TOKENS, make_plan, read_rows
+from rollout_rows import STOP_TOKENS, readings, sample_plan
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from r2m_ray.core.batch import Prompt, Trajectories
@@ -32,8 +32,8 @@ def assert_same(one: Trajectories, other: Trajectories) -> None:
 
 
 def test_logprobs_are_those_of_the_tempered_logits(engine: RolloutEngine, policy: PreTrainedModel) -> None:
-    ((rows, _),) = engine.sample([make_plan(greedy_first=True)])
-    for n, (where, _, logits) in enumerate(read_rows(policy, rows)):
+    ((rows, _),) = engine.sample([sample_plan(greedy_first=True)])
+    for n, (where, _, logits) in enumerate(readings(policy, rows)):
         greedy = n % 4 == 0
         logp = (logits if greedy else logits / 0.7).log_softmax(-1)
         logp = logp.gather(1, rows.label_T[where, None])[:, 0]
@@ -45,8 +45,8 @@ def test_logprobs_are_those_of_the_tempered_logits(engine: RolloutEngine, policy
 
 
 def test_temperature_zero_is_greedy_in_every_row(engine: RolloutEngine) -> None:
-    ((greedy, _),) = engine.sample([make_plan(temperature=0.0, group_size=2)])
-    ((mixed, _),) = engine.sample([make_plan(greedy_first=True)])
+    ((greedy, _),) = engine.sample([sample_plan(temperature=0.0, group_size=2)])
+    ((mixed, _),) = engine.sample([sample_plan(greedy_first=True)])
     for group in range(6):
         first = greedy.label_T[greedy.layout.slice_of(2 * group)]
         assert torch.equal(first, greedy.label_T[greedy.layout.slice_of(2 * group + 1)])
@@ -54,19 +54,21 @@ def test_temperature_zero_is_greedy_in_every_row(engine: RolloutEngine) -> None:
 
 
 def test_a_plan_gives_the_same_rows_in_any_batch(engine: RolloutEngine) -> None:
-    plan = make_plan()
+    plan = sample_plan()
     ((alone, alone_hidden),) = engine.sample([plan])
-    shards = engine.sample([make_plan(seed=9, temperature=1.3), plan, make_plan(step=2, greedy_first=True)])
+    shards = engine.sample(
+        [sample_plan(seed=9, temperature=1.3), plan, sample_plan(step=2, greedy_first=True)]
+    )
     assert_same(alone, shards[1][0])
     # Hidden states pass through kernels that block by batch size: equal values, not equal bits.
     torch.testing.assert_close(alone_hidden.hidden_TP, shards[1][1].hidden_TP, atol=1e-5, rtol=1e-5)
 
 
 def test_seed_step_and_row_each_change_the_sample(engine: RolloutEngine) -> None:
-    plans = [make_plan(), make_plan(seed=4), make_plan(step=2)]
+    plans = [sample_plan(), sample_plan(seed=4), sample_plan(step=2)]
     labels = [tuple(rows.label_T.tolist()) for rows, _ in engine.sample(plans)]
     assert len(set(labels)) == 3
-    ((rows, _),) = engine.sample([make_plan(temperature=1.5)])
+    ((rows, _),) = engine.sample([sample_plan(temperature=1.5)])
     assert len({rows.responses[n] for n in range(4)}) == 4
 
 
@@ -94,7 +96,7 @@ def test_row_seeds_are_pinned_and_distinct() -> None:
 def test_responses_end_with_any_end_token_or_are_truncated(
     engine: RolloutEngine, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    ((rows, _),) = engine.sample([make_plan(group_size=32, temperature=1.5, max_new_tokens=60)])
+    ((rows, _),) = engine.sample([sample_plan(group_size=32, temperature=1.5, max_new_tokens=60)])
     last = set()
     for n in range(rows.layout.rows):
         where = rows.layout.slice_of(n)
@@ -111,7 +113,7 @@ def test_responses_end_with_any_end_token_or_are_truncated(
 
 
 def test_an_end_token_alone_is_a_response(engine: RolloutEngine) -> None:
-    ((rows, hidden),) = engine.sample([make_plan(group_size=128, temperature=2.0, max_new_tokens=2)])
+    ((rows, hidden),) = engine.sample([sample_plan(group_size=128, temperature=2.0, max_new_tokens=2)])
     empty = [n for n in range(rows.layout.rows) if rows.response_lengths[n] == 1]
     assert empty
     for n in empty:
@@ -122,7 +124,7 @@ def test_an_end_token_alone_is_a_response(engine: RolloutEngine) -> None:
 
 
 def test_records_carry_prompts_layout_and_version(engine: RolloutEngine) -> None:
-    plan = make_plan(group_size=2)
+    plan = sample_plan(group_size=2)
     ((rows, hidden),) = engine.sample([plan])
     assert rows.prompts == tuple(prompt.text for prompt in plan.prompts)
     assert rows.version == engine.version == 0
@@ -135,11 +137,11 @@ def test_records_carry_prompts_layout_and_version(engine: RolloutEngine) -> None
 
 
 def test_torn_rows_are_sampled_again(engine: RolloutEngine) -> None:
-    ((before, before_hidden),) = engine.sample([make_plan()])
+    ((before, before_hidden),) = engine.sample([sample_plan()])
     count = engine.stats()["regenerated_rows"]
     # Now the prefix cache holds the long prompts, but their hidden states are invalid.
     engine._vllm._llm.collective_rpc("forget_hidden")
-    ((after, after_hidden),) = engine.sample([make_plan()])
+    ((after, after_hidden),) = engine.sample([sample_plan()])
     # Prompts of 39, 51 and 63 tokens fill a block of 32.
     assert engine.stats()["regenerated_rows"] - count == 3 * 4
     assert_same(before, after)
@@ -178,7 +180,7 @@ def test_hidden_states_torn_twice_are_an_error(
     take = HiddenStatesConnector.take_exports
     monkeypatch.setattr(HiddenStatesConnector, "take_exports", lambda self: fault(take(self)))
     with pytest.raises(RunError, match=message):
-        engine.sample([make_plan(group_size=1)])
+        engine.sample([sample_plan(group_size=1)])
 
 
 def test_the_export_shares_the_memory_of_keys_and_values(
@@ -193,10 +195,10 @@ def test_the_export_shares_the_memory_of_keys_and_values(
 
 def test_prompts_that_are_empty_or_too_long_are_refused(engine: RolloutEngine) -> None:
     with pytest.raises(InputError, match="prompt 7 has 0 tokens"):
-        engine.sample([make_plan(prompts=(Prompt(index=7, text=""),))])
+        engine.sample([sample_plan(prompts=(Prompt(index=7, text=""),))])
     long = Prompt(index=8, text=" ".join(["w1"] * 109))
     with pytest.raises(InputError, match="prompt 8 has 109 tokens, where 1 to 108"):
-        engine.sample([make_plan(prompts=(long,))])
+        engine.sample([sample_plan(prompts=(long,))])
 
 
 def test_a_second_exporting_engine_in_this_process_is_refused(
@@ -215,7 +217,10 @@ def test_a_second_exporting_engine_in_this_process_is_refused(
     ],
 )
 def test_engine_arguments_that_cannot_work_are_refused(
-    start_engine: Callable[..., Any], policy_dir: Path, engine_args: dict[str, Any], message: str
+    start_engine: Callable[..., Any],
+    policy_dir: Path,
+    engine_args: dict[str, Any],
+    message: str,
 ) -> None:
     with (
         pytest.raises(InputError, match=message),

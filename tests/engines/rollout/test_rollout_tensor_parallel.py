@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_rows import make_plan, read_rows, step_randomly, update_weights
+from rollout_rows import moved, readings, sample_plan
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from r2m_ray.core.batch import Trajectories
+from r2m_ray.engines.rollout.engine import RolloutEngine
+from r2m_ray.engines.weights import WeightDigest, pack_buckets
 from r2m_ray.errors import DeviceLost, RunError
 
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -30,7 +32,7 @@ def one_thread_a_rank() -> Iterator[None]:
 
 
 def assert_states(policy: PreTrainedModel, rows: Trajectories, hidden: torch.Tensor) -> None:
-    for where, expected, _ in read_rows(policy, rows):
+    for where, expected, _ in readings(policy, rows):
         torch.testing.assert_close(hidden[where], expected, atol=1e-4, rtol=0)
 
 
@@ -39,22 +41,21 @@ def test_hidden_states_and_weights(
 ) -> None:
     with start_engine(policy_dir, engine_args=TWO_RANKS) as engine:
         for _ in range(2):
-            ((rows, hidden),) = engine.sample([make_plan(greedy_first=True)])
+            ((rows, hidden),) = engine.sample([sample_plan(greedy_first=True)])
             assert_states(policy, rows, hidden.hidden_TP)
         assert engine.stats()["regenerated_rows"] == 0
         shapes = engine._vllm._llm.collective_rpc(_buffer_shape)
         assert [width for _, width in shapes] == [32, 32]
-        model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).eval()
-        step_randomly(model, 1)
-        update_weights(engine, model, 1)
-        ((rows, hidden),) = engine.sample([make_plan(temperature=0.0)])
+        model = moved(AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).eval(), seed=1)
+        update(engine, model, 1)
+        ((rows, hidden),) = engine.sample([sample_plan(temperature=0.0)])
         assert rows.version == 1
         assert_states(model, rows, hidden.hidden_TP)
-        for where, _, logits in read_rows(model, rows):
+        for where, _, logits in readings(model, rows):
             action = rows.action_T[where]
             assert torch.equal(logits.argmax(-1)[action], rows.label_T[where][action])
         with pytest.raises(RunError, match="sha256"):
-            update_weights(engine, model, 2, digest="0" * 64)
+            update(engine, model, 2, digest="0" * 64)
 
 
 @pytest.mark.slow
@@ -74,7 +75,7 @@ def test_hidden_states_however_they_come(
         pytest.skip("refused; see test_rollout_hidden")
     with start_engine(policy_dir, engine_args=TWO_RANKS | engine_args) as engine:
         for _ in range(2):
-            ((rows, hidden),) = engine.sample([make_plan()])
+            ((rows, hidden),) = engine.sample([sample_plan()])
             assert_states(policy, rows, hidden.hidden_TP)
         assert engine.stats()["regenerated_rows"] == 0
 
@@ -84,7 +85,16 @@ def test_a_dead_rank_is_a_lost_device(start_engine: Callable[..., Any], policy_d
     with start_engine(policy_dir, engine_args=TWO_RANKS) as engine:
         os.kill(engine._vllm._llm.llm_engine.model_executor.workers[1].proc.pid, signal.SIGKILL)
         with pytest.raises(DeviceLost, match="rollout engine: one of its workers failed"):
-            engine.sample([make_plan()])
+            engine.sample([sample_plan()])
+
+
+def update(engine: RolloutEngine, model: PreTrainedModel, version: int, digest: str | None = None) -> None:
+    hashed = WeightDigest()
+    engine.begin_weight_update()
+    for bucket in pack_buckets(model.named_parameters(), 50_000):
+        hashed.update(bucket)
+        engine.load_bucket(bucket)
+    engine.finish_weight_update(version=version, digest=digest or hashed.hexdigest())
 
 
 def _buffer_shape(worker: Any) -> tuple[int, ...]:

@@ -13,29 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollout_rows import step_randomly, update_weights
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from models import save_model
+from rollout_rows import moved
+from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from r2m_ray.core.batch import Prompt, SamplePlan
 from r2m_ray.engines.rollout.engine import RolloutEngine
+from r2m_ray.engines.weights import WeightDigest, pack_buckets
 
 
 @pytest.mark.slow
-def test_gpt_neox_exports_and_updates(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+def test_gpt_neox_exports_and_updates(tmp_path: Path) -> None:
+    save_model(tmp_path, GPTNeoXForCausalLM)
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -88,8 +77,13 @@ def measured(model_dir: str) -> dict[str, float]:
         return rows.layout.rows, float(max(hidden_errors)), float(max(logp_errors)), float(min(greedy))
 
     rows, hidden_error, logp_error, _ = sample(0.7)
-    step_randomly(model, 1)
-    update_weights(engine, model, 1)
+    digest = WeightDigest()
+    moved(model, seed=1)
+    engine.begin_weight_update()
+    for bucket in pack_buckets(model.named_parameters(), 50_000):
+        digest.update(bucket)
+        engine.load_bucket(bucket)
+    engine.finish_weight_update(version=1, digest=digest.hexdigest())
     _, updated_error, _, agreement = sample(0.0)
     engine.close()
     return {

@@ -9,39 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_rows import BUCKET_BYTES, make_plan, read_rows, step_randomly, update_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
-from transformers import Qwen3ForCausalLM as TiedForCausalLM
+from models import save_model
+from rollout_rows import moved, readings, sample_plan
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3ForCausalLM
 
 from r2m_ray.core.batch import SamplePlan
 from r2m_ray.engines.rollout.engine import RolloutEngine
 from r2m_ray.engines.weights import WeightBucket, WeightDigest, pack_buckets
 from r2m_ray.errors import RunError
 
+GREEDY = sample_plan(temperature=0.0, group_size=1)
+
 
 @pytest.fixture(scope="module")
-def tied_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+def tied_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy whose output layer is its embedding."""
-    torch.manual_seed(2)
-    config = Qwen3Config(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+    return save_model(
+        tmp_path_factory.mktemp("tied"),
+        Qwen3ForCausalLM,
+        seed=2,
         num_key_value_heads=1,
         head_dim=32,
-        max_position_embeddings=256,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
     )
-    directory = tmp_path_factory.mktemp("tied")
-    TiedForCausalLM(config).save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -57,47 +47,50 @@ def engine(start_engine: Callable[..., Any], model_dir: Path) -> Iterator[Rollou
 
 
 def changed(model_dir: Path, seed: int) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    step_randomly(model, seed)
-    return model
+    """The policy of the directory after a large step in a random direction."""
+    return moved(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval(), seed)
 
 
 def buckets(model: PreTrainedModel) -> list[WeightBucket]:
-    packed = list(pack_buckets(model.named_parameters(), BUCKET_BYTES))
+    """Several, some of which end in the middle of a layer."""
+    packed = list(pack_buckets(model.named_parameters(), 50_000))
     assert len(packed) > 3
     return packed
+
+
+def update(engine: RolloutEngine, sent: list[WeightBucket], version: int) -> None:
+    digest = WeightDigest()
+    engine.begin_weight_update()
+    for bucket in sent:
+        digest.update(bucket)
+        engine.load_bucket(bucket)
+    engine.finish_weight_update(version=version, digest=digest.hexdigest())
 
 
 def assert_is(engine: RolloutEngine, model: PreTrainedModel, plan: SamplePlan, version: int) -> None:
     """Greedy tokens, log-probs and hidden states are the model's, and the version is stamped."""
     ((rows, hidden),) = engine.sample([plan])
     assert rows.version == engine.version == version
-    for where, expected, logits in read_rows(model, rows):
+    for where, expected, logits in readings(model, rows):
         action = rows.action_T[where]
         assert torch.equal(logits.argmax(-1)[action], rows.label_T[where][action])
         torch.testing.assert_close(hidden.hidden_TP[where], expected, atol=1e-4, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def greedy() -> SamplePlan:
-    return make_plan(temperature=0.0, group_size=1)
-
-
-def test_after_an_update_the_engine_is_the_new_policy(
-    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan
-) -> None:
+def test_after_an_update_the_engine_is_the_new_policy(engine: RolloutEngine, model_dir: Path) -> None:
     # The first sample leaves the old policy's prefixes in the cache.
-    engine.sample([greedy])
+    engine.sample([GREEDY])
     for version in (1, 2):
         model = changed(model_dir, version)
+        sent = buckets(model)
         before = engine.stats()["sync_bytes"]
-        update_weights(engine, model, version)
-        assert engine.stats()["sync_bytes"] - before == sum(bucket.data.numel() for bucket in buckets(model))
-        assert_is(engine, model, greedy, version)
+        update(engine, sent, version)
+        assert engine.stats()["sync_bytes"] - before == sum(bucket.data.numel() for bucket in sent)
+        assert_is(engine, model, GREEDY, version)
 
 
 def test_a_corrupted_tensor_is_caught_and_the_engine_quarantined(
-    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan
+    engine: RolloutEngine, model_dir: Path
 ) -> None:
     model = changed(model_dir, 3)
     sent = buckets(model)
@@ -114,13 +107,13 @@ def test_a_corrupted_tensor_is_caught_and_the_engine_quarantined(
         engine.finish_weight_update(version=3, digest=digest.hexdigest())
     assert engine.version == version
     with pytest.raises(RunError, match="complete update"):
-        engine.sample([greedy])
-    update_weights(engine, model, 3)
-    assert_is(engine, model, greedy, 3)
+        engine.sample([GREEDY])
+    update(engine, sent, 3)
+    assert_is(engine, model, GREEDY, 3)
 
 
 def test_an_incomplete_update_is_refused_and_leaves_nothing_behind(
-    engine: RolloutEngine, model_dir: Path, greedy: SamplePlan
+    engine: RolloutEngine, model_dir: Path
 ) -> None:
     other, model = changed(model_dir, 4), changed(model_dir, 5)
     engine.begin_weight_update()
@@ -129,7 +122,7 @@ def test_an_incomplete_update_is_refused_and_leaves_nothing_behind(
     with pytest.raises(RunError, match=r"lacks \d+ parameters"):
         engine.finish_weight_update(version=4, digest=None)
     with pytest.raises(RunError, match="complete update"):
-        engine.sample([greedy])
+        engine.sample([GREEDY])
     # Abandoned before its end, in the middle of a layer; once by us, once by vLLM.
     for broken in (False, True):
         engine.begin_weight_update()
@@ -139,9 +132,9 @@ def test_an_incomplete_update_is_refused_and_leaves_nothing_behind(
             with pytest.raises(ValueError, match="update_info"):
                 engine.receive_weights({"bucket": None})
     with pytest.raises(RunError, match="complete update"):
-        engine.sample([greedy])
-    update_weights(engine, model, 5)
-    assert_is(engine, model, greedy, 5)
+        engine.sample([GREEDY])
+    update(engine, buckets(model), 5)
+    assert_is(engine, model, GREEDY, 5)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +147,6 @@ def test_an_incomplete_update_is_refused_and_leaves_nothing_behind(
 def test_weights_that_do_not_belong_are_refused(
     engine: RolloutEngine,
     model_dir: Path,
-    greedy: SamplePlan,
     change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]],
     message: str,
 ) -> None:
@@ -166,8 +158,8 @@ def test_weights_that_do_not_belong_are_refused(
         engine.load_bucket(bucket)
     with pytest.raises(RunError, match="no weight update is open"):
         engine.finish_weight_update(version=6, digest=None)
-    update_weights(engine, model, 6)
-    assert_is(engine, model, greedy, 6)
+    update(engine, buckets(model), 6)
+    assert_is(engine, model, GREEDY, 6)
 
 
 def test_a_parameter_sent_twice_is_refused(engine: RolloutEngine, model_dir: Path) -> None:
@@ -176,7 +168,7 @@ def test_a_parameter_sent_twice_is_refused(engine: RolloutEngine, model_dir: Pat
     engine.load_bucket(buckets(model)[0])
     with pytest.raises(RunError, match="sent twice"):
         engine.load_bucket(buckets(model)[0])
-    update_weights(engine, model, 7)
+    update(engine, buckets(model), 7)
     assert engine.version == 7
 
 

@@ -38,15 +38,6 @@ def test_a_curve_is_what_the_run_logged(make_run: MakeRun) -> None:
     assert np.isnan(curve.training.series("y")).all()
 
 
-def test_a_curve_cannot_be_changed(make_run: MakeRun) -> None:
-    curve = read_curve(make_run("a"), "vanilla")
-    for series in (curve.steps, curve.kl, curve.evaluations.series("x"), *curve.training.metrics.values()):
-        with pytest.raises(ValueError, match="read-only"):
-            series[0] = 1
-    with pytest.raises(AttributeError):
-        curve.arm = "other"  # type: ignore[misc]
-
-
 def test_flat_names_every_value() -> None:
     assert dict(flat({"a": {"b": 1, "c": {"d": None}}, "e": [2]})) == {"a.b": 1, "a.c.d": None, "e": [2]}
 

@@ -1,4 +1,4 @@
-"""What is told about a configuration."""
+"""What is reported about a configuration."""
 
 from __future__ import annotations
 
