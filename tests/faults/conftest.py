@@ -62,6 +62,12 @@ class Finished:
         files = sorted(newest.rglob("*.safetensors"))
         return {str(f.relative_to(newest.parent)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
+    def assert_same(self, undisturbed: Finished) -> None:
+        """SAME: equal metrics but for times, equal sha256 of all final tensors."""
+        assert self.code == 0, self.text
+        assert self.rows == undisturbed.rows
+        assert self.tensors == undisturbed.tensors
+
     @property
     def commits(self) -> list[str]:
         return sorted(path.name for path in (self.directory / "checkpoints").glob("step-*"))
@@ -249,15 +255,3 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def undisturbed(lab: Lab) -> Finished:
     """The run that every other one must equal."""
     return lab.once("undisturbed")
-
-
-@pytest.fixture(scope="session")
-def same() -> Callable[[Finished, Finished], None]:
-    """SAME: equal metrics but for times, equal sha256 of all final tensors."""
-
-    def check(run: Finished, undisturbed: Finished) -> None:
-        assert run.code == 0, run.text
-        assert run.rows == undisturbed.rows
-        assert run.tensors == undisturbed.tensors
-
-    return check

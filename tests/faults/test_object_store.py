@@ -45,14 +45,12 @@ def train_here(lab: Any, name: str, *overrides: str) -> Path:
     return launch.run_training(load_config(settings))
 
 
-def test_a_full_store_spills_and_the_run_is_the_same(
-    lab: Any, undisturbed: Any, same: Any, small_store: None
-) -> None:
+def test_a_full_store_spills_and_the_run_is_the_same(lab: Any, undisturbed: Any, small_store: None) -> None:
     hog = [ray.put(np.full(8 * 2**20, n, dtype=np.uint8)) for n in range(16)]
     assert stored("Spilled") > 0
     directory = train_here(lab, "spill")
     assert [int(ray.get(held)[0]) for held in hog] == list(range(16))
-    same(lab.read(directory), undisturbed)
+    lab.read(directory).assert_same(undisturbed)
 
 
 def test_the_stores_use_is_flat(lab: Any, small_store: None, monkeypatch: pytest.MonkeyPatch) -> None:
