@@ -101,12 +101,16 @@ def encoded(record: Record) -> str:
     return json.dumps(clean | {"nonfinite": count}, ensure_ascii=False, allow_nan=False)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, which holds either its old or its new content at every moment."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file, which holds either its old or its new content at every moment.
+
+    Its directory is made where it is absent. Raises RunError naming what cannot be written.
+    """
     building = path.with_name(f".tmp-{path.name}")
     try:
-        with building.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with building.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         building.replace(path)
