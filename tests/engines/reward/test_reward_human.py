@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from heads import grebt
 from reward_rows import K, broken_at, parameters, random_batch, with_annotation, with_hidden
 from torch import Tensor
 from torch.nn.functional import logsigmoid

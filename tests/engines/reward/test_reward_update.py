@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from heads import grebt
 from reward_rows import K, literal_rewards, parameters, random_batch, states, with_hidden
 
 from r2m_ray.config.schema import PairSource, WoInit
