@@ -28,7 +28,7 @@ def mean_group_std(reward_GK: Tensor) -> Tensor:
 
 def match_frozen(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
     """The factor that gives own rewards the frozen model's spread: mean group std of `frozen_N` over that of
-    `reward_N`, ddof 0, over the groups of a whole step whose rewards are all finite.
+    `reward_N`, ddof 0, over the groups of a complete step whose rewards are all finite.
 
     It is 1 where there is no such group, or where either spread is below 1e-6: no spread is no scale.
     """
