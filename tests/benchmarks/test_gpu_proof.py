@@ -44,6 +44,7 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> Any:
     return setup
 
 
+@pytest.mark.engine  # Its processes import the engines one after the other.
 def test_parts_lie_side_by_side_in_one_file(tmp_path: Path) -> None:
     out = tmp_path / "proof.json"
     assert list(parts(out, "head")) == ["head"]
