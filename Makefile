@@ -18,10 +18,10 @@ demo: $(STAMP)
 	$(BIN)/r2m-ray prepare experiment=demo
 	$(BIN)/r2m-ray train experiment=demo run.name=demo-$$(date +%Y%m%d-%H%M%S)
 
-# Lint, types and every test that starts no engine. Such tests share nothing, so that two processes run them.
-# The models are tiny: a second thread costs more than it does.
+# The tests' models are tiny: waiting for a second thread costs more than it saves.
 check test test-slow: export OMP_NUM_THREADS = 1
 
+# Lint, types and every test that starts no engine. Such tests share nothing, so that two processes run them.
 check: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engine and not slow"
 

@@ -67,6 +67,7 @@ def test_the_loss_is_the_mean_square_error_at_the_last_token(
     assert trained.losses == ((1, pytest.approx(expected.item(), rel=1e-5)),)
 
 
+@pytest.mark.engine
 def test_the_trunk_learns_and_the_score_layer_stays(reward: PreTrainedModel, tiny_reward_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_dir)
     random = Random(0)
