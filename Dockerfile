@@ -17,8 +17,8 @@ WORKDIR /opt/r2m-ray
 # without it every process of every run compiles all that it imports.
 COPY pyproject.toml constraints.txt ./
 RUN if [ "$DEVICE" = gpu ]; \
-    then uv pip install --system --no-cache --compile-bytecode --requirements pyproject.toml --extra gpu; \
-    else uv pip install --system --no-cache --compile-bytecode --requirements pyproject.toml --extra cpu \
+    then uv pip install --system --no-cache --compile-bytecode --requirements pyproject.toml --extra gpu --extra sweep; \
+    else uv pip install --system --no-cache --compile-bytecode --requirements pyproject.toml --extra cpu --extra sweep \
            --torch-backend=cpu --constraint constraints.txt; \
     fi
 

@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both set up .venv by themselves.
+# `make demo` shows the system, `make check` is for every edit, `make test` for every change. All set up .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,14 +12,21 @@ else
 TORCH := --torch-backend=cpu
 endif
 
-.PHONY: demo test test-slow test-cluster lint format clean
+.PHONY: demo check test test-slow test-cluster lint format clean
 
 demo: $(STAMP)
 	$(BIN)/r2m-ray prepare experiment=demo
 	$(BIN)/r2m-ray train experiment=demo run.name=demo-$$(date +%Y%m%d-%H%M%S)
 
-test: lint
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not cluster"
+# Lint, types and every test that starts no engine. Such tests share nothing, so that two processes run them.
+# The models are tiny: a second thread costs more than it does.
+check test test-slow: export OMP_NUM_THREADS = 1
+
+check: lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not engine and not slow"
+
+test: check
+	$(BIN)/python -m pytest -q -m "engine and not slow and not gpu and not cluster"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not cluster"

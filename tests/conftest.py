@@ -1,14 +1,28 @@
-"""Tiny real models that every test may use."""
+"""Which tests start an engine, and tiny real models that every test may use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from models import save_model, word_tokenizer
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+TESTS = Path(__file__).resolve().parent
+ENGINE_ROOMS = {"cluster", "e2e", "faults", "runtime"}
+ENGINE_FIXTURES = {"local_cluster", "make_engine", "one_rank", "prepared", "start_engine"}
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)  # Before the selection by -m reads the markers.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``engine`` what starts Ray, vLLM or DeepSpeed or trains models, by its room or its fixtures."""
+    for item in items:
+        room = item.path.relative_to(TESTS).parts[0]
+        fixtures = ENGINE_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if room in ENGINE_ROOMS or fixtures or item.get_closest_marker("e2e"):
+            item.add_marker("engine")
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +48,17 @@ def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads=4,
         num_labels=1,
     )
+
+
+@pytest.fixture(scope="module")
+def few_measures() -> Iterator[None]:
+    """No test asks whether a tiny prepared model is good, and asking takes most of its preparation."""
+    from r2m_ray.tasks.prepare import materials, measurement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "GOLD_PROMPTS", 64)
+        patch.setattr(materials, "HELD_OUT_PAIRS", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ranks import run_python
 
 PACKAGE = Path(__file__).resolve().parents[1] / "r2m_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -103,10 +103,7 @@ def circles() -> list[str]:
 def loaded_after(statement: str) -> set[str]:
     """Top-level modules in ``sys.modules`` of a fresh interpreter after a statement."""
     code = f"{statement}\nimport sys\nprint(' '.join({{m.split('.')[0] for m in sys.modules}}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    return set(done.stdout.split())
+    return set(run_python("-c", code)[0].split())
 
 
 def test_the_package_has_twelve_entries() -> None:

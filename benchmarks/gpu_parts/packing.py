@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from r2m_ray.core.batch import Trajectories, pack_rows
-from r2m_ray.engines.policy.blocks import Block, Rows, blocks, packs_lines
+from r2m_ray.engines.policy.blocks import Block, Rows
 from r2m_ray.engines.policy.causal import CausalScorer, label_logprobs, load_causal
 
 FLASH = "flash_attention_2"
@@ -36,8 +36,8 @@ def run(sizes: setup.Sizes, scratch: Path) -> dict[str, Any]:
         str(policy), field="model.policy", dtype=dtype, attention=attention, device=setup.device()
     )
     budget = 4 * sizes.max_model_len
-    scorer = CausalScorer(model.eval(), temperature=1.0, token_budget=budget)
-    laid = blocks(Rows.of([rows]), token_budget=budget, packed=packs_lines(attention), device=setup.device())
+    scorer = CausalScorer(model.eval(), attention=attention, temperature=1.0, token_budget=budget)
+    laid = scorer.blocks(Rows.of([rows]))
     alone = setup.exact_model(policy, dtype)
     logp_T, state_TP = packed(scorer, laid, rows)
     same = one_by_one(alone, rows)
@@ -54,7 +54,7 @@ def run(sizes: setup.Sizes, scratch: Path) -> dict[str, Any]:
     return {
         "passed": all(error["within_rounding"] for error in errors.values()),
         "attention": attention,
-        "layout": "lines" if packs_lines(attention) else "grids",
+        "layout": "lines" if attention == FLASH else "grids",
         "rows": rows.layout.rows,
         "tokens": rows.layout.tokens,
         "passes": len(laid),

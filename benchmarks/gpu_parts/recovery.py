@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -22,7 +23,7 @@ def run(sizes: setup.Sizes, scratch: Path) -> dict[str, Any]:
     """Seconds that the loss cost, and the largest relative difference of any metric of the two runs."""
     del sizes  # The actor's start is what a recovery costs; the models are tiny on every machine.
     quiet, killed = (_trained(scratch, name, fault) for name, fault in (("quiet", ""), ("killed", FAULT)))
-    difference, where = _largest_difference(quiet["rows"], killed["rows"])
+    difference, where = largest_difference(quiet["rows"], killed["rows"])
     replaced = re.search(r"rollout-0 replaced after ([\d.]+) s", killed["text"])
     return {
         "passed": killed["struck"] and replaced is not None,
@@ -59,14 +60,15 @@ def _trained(scratch: Path, name: str, fault: str) -> dict[str, Any]:
     return {"rows": rows, "sampling": sampling[0], "text": done.stderr, "struck": any(evidence.iterdir())}
 
 
-def _largest_difference(quiet: list[dict[str, Any]], killed: list[dict[str, Any]]) -> tuple[float, str]:
+def largest_difference(quiet: list[dict[str, Any]], killed: list[dict[str, Any]]) -> tuple[float, str]:
     """Of all metrics that the machine does not decide: the largest relative difference, and its name."""
     largest, where = 0.0, ""
     for one, other in zip(quiet, killed, strict=True):
         for name, value in one.items():
-            if name.startswith(MACHINE_PREFIXES) or not isinstance(value, int | float):
+            if name.startswith(MACHINE_PREFIXES) or value == other.get(name):
                 continue
-            difference = abs(value - other[name]) / max(abs(value), abs(other[name]), 1e-12)
+            numbers = isinstance(value, float) and isinstance(other.get(name), float)
+            difference = abs(value - other[name]) / max(abs(value), abs(other[name])) if numbers else math.inf
             if difference > largest:
                 largest, where = difference, name
     return largest, where

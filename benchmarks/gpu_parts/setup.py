@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
 )
 
 from r2m_ray.config.compose import load_config
@@ -73,7 +73,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    # The shape of Qwen2.5-0.5B.
+    # The shape of Qwen2.5-0.5B, in a Llama: transformers gives Qwen2 models no tokenizer but their own.
     layers=24,
     width=896,
     heads=14,
@@ -129,12 +129,12 @@ def device() -> torch.device:
 
 def policy_dir(scratch: Path, sizes: Sizes, seed: int = 0) -> Path:
     """A policy of random weights with a tokenizer of numbered words; made when it is first asked for."""
-    return _saved(scratch / f"policy-{seed}", Qwen2ForCausalLM, sizes, seed)
+    return _saved(scratch / f"policy-{seed}", LlamaForCausalLM, sizes, seed)
 
 
 def reward_dir(scratch: Path, sizes: Sizes) -> Path:
     """A reward model of random weights that has the policy's shape and tokenizer."""
-    return _saved(scratch / "reward", Qwen2ForSequenceClassification, sizes, seed=7)
+    return _saved(scratch / "reward", LlamaForSequenceClassification, sizes, seed=7)
 
 
 def preference_file(scratch: Path, sizes: Sizes) -> Path:
@@ -253,7 +253,7 @@ def _saved(directory: Path, kind: Any, sizes: Sizes, seed: int) -> Path:
         return directory
     torch.manual_seed(seed)
     model = kind(
-        Qwen2Config(
+        LlamaConfig(
             vocab_size=sizes.vocabulary,
             hidden_size=sizes.width,
             intermediate_size=sizes.mlp_width,

@@ -14,14 +14,12 @@ from matplotlib import rc_context
 
 from benchmarks.overoptimization.arms import BASELINE
 from benchmarks.overoptimization.presets import INFORMATIVE, SELF_CORRECT
-from r2m_ray.report.compare.compare import write_pictures
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.matched import Peak, gold_at, mean_peak
-from r2m_ray.report.compare.pictures import png
 from r2m_ray.report.compare.study import MULTIPLES, Values, of_kl_star
 from r2m_ray.report.compare.tables import mean, number
-from r2m_ray.report.html import Figure, Section, Table
-from r2m_ray.report.plots import GOLD, OWN, STYLE, finish, grid
+from r2m_ray.report.html import Figure, Section, Table, write_pictures
+from r2m_ray.report.plots import GOLD, OWN, STYLE, finish, grid, png
 from r2m_ray.run.files import replace_file
 
 COLOURS = (OWN, GOLD)

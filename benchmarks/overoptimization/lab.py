@@ -230,7 +230,6 @@ def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Inform
     print(f"{world.name}, seed {seed}: the information pre-check", flush=True)
     config = recipe(world_overrides(world, seed, lab.extra)).config
     found = lab.precheck(config, prepared, world.precheck_prompts, world.precheck_responses)
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps({"asked": asked, "information": asdict(found)}, indent=1) + "\n")
     return found
 
@@ -238,7 +237,6 @@ def information(lab: Lab, world: World, seed: int, prepared: Prepared) -> Inform
 def _closed(lab: Lab, world: World, verdicts: Sequence[Verdict]) -> bool:
     """Keep the verdicts, and say whether the world ends here."""
     path = lab.root / world.name / GATES_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = [verdict.record() for verdict in verdicts]
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     failed = [verdict for verdict in verdicts if not verdict.passed]

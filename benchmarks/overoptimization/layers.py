@@ -43,9 +43,9 @@ from r2m_ray.config.schema import Config
 from r2m_ray.engines.reward.trunk import RewardTrunk
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError, RunError, printable, redacted
-from r2m_ray.report.compare.pictures import SEED, mean_line, png
+from r2m_ray.report.compare.pictures import SEED, mean_line
 from r2m_ray.report.data import Series
-from r2m_ray.report.plots import FROZEN, GREY, OWN, STYLE, finish, grid
+from r2m_ray.report.plots import FROZEN, GREY, OWN, STYLE, finish, grid, png
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
 from r2m_ray.run.files import CONFIG_FILE
 from r2m_ray.tasks.models import Models

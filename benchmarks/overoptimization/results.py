@@ -19,13 +19,13 @@ from benchmarks.overoptimization.doses import dose_sections
 from benchmarks.overoptimization.paper import paper_tables
 from benchmarks.overoptimization.presets import Preset, World
 from benchmarks.overoptimization.runs import Run, State, read_ticket, standing
-from r2m_ray.errors import InputError, RunError
-from r2m_ray.report.compare.compare import effects_figure, gallery, write_pictures
+from r2m_ray.errors import InputError
+from r2m_ray.report.compare.compare import effects_figure, gallery
 from r2m_ray.report.compare.curves import Curve, comparison, read_curve, require_gold
 from r2m_ray.report.compare.matched import Peak, mean_peak
 from r2m_ray.report.compare.study import Study, study
 from r2m_ray.report.compare.tables import markdown, preface, record, tables
-from r2m_ray.report.html import Section, Table, comparison_page
+from r2m_ray.report.html import Section, Table, comparison_page, write_pictures
 from r2m_ray.run.environment import environment, versions
 from r2m_ray.run.files import replace_file
 
@@ -122,12 +122,7 @@ def write_results(preset: Preset, root: Path, out: Path, made: Mapping[str, Any]
     every = {world.name: find(preset, world, root) for world in preset.worlds}
     for world in preset.worlds:
         found = every[world.name]
-        directory = out / world.name
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{directory}: cannot make this directory: {error.strerror}.") from error
-        sections += _world_sections(preset, found, root, directory)
+        sections += _world_sections(preset, found, root, out / world.name)
         runs[world.name] = {
             "finished": {name: _cost(ticket) for name, ticket in found.tickets.items()
                          if name not in dict(found.missing)},

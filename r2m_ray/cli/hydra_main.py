@@ -36,7 +36,17 @@ from r2m_ray.config.compose import (
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
 from r2m_ray.config.sweep import fixed_overrides, named, sweep
-from r2m_ray.errors import ActorLost, InputError, Preempted, Problem, RunError, printable, redacted, refuse
+from r2m_ray.errors import (
+    ActorLost,
+    InputError,
+    Preempted,
+    Problem,
+    RunError,
+    printable,
+    redacted,
+    redacted_command,
+    refuse,
+)
 
 HELP = """\
 hydra's own options:
@@ -47,6 +57,9 @@ hydra's own options:
   --cfg job, --info       the configuration, and what it comes from
   --hydra-help            the others; `eval "$(r2m-ray -sc install=bash)"` completes words
 """
+
+SHOWING = ("hydra_help", "cfg", "info", "shell_completion")
+"""hydra's options that show something and run no job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,11 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
             name = f"--{flag.replace('_', '-')}"
             raise InputError(f"{name}: not taken; add options of your own by hydra.searchpath=[file:///dir]")
     overrides = [*parsed.overrides]
+    if parsed.multirun and redacted_command(overrides) != overrides:
+        raise InputError(
+            "an override holds a secret, and a sweep's own files keep overrides as they are; give it by an "
+            "environment variable"
+        )
     flags = [word for word in arguments if word not in overrides]
     fixed, plugins = fixed_overrides(parse_overrides(overrides)[0]), SweepPlugins()
     if parsed.multirun:
@@ -88,9 +106,10 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
         if plugins.sweeper == "basic":
             jobs = sweep([*plugins.overrides, *overrides])
             check(jobs, work.problems, work.subject)
+            _refuse_one_process(command, jobs)
         else:
-            load_config(fixed)
-    elif flags in ([], ["--run"], ["-r"]):
+            _refuse_one_process(command, [load_config(fixed)])
+    elif not any(vars(parsed)[flag] for flag in SHOWING):
         check([load_config(overrides)], work.problems, work.subject)
     ended: list[Exception] = []
 
@@ -110,6 +129,13 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
     if ended:
         raise ended[0]
     return 0
+
+
+def _refuse_one_process(command: str, jobs: Sequence[Config]) -> None:
+    """One process holds the engines of one run, so a sweep cannot train in it."""
+    if command == "train" and any(job.cluster.address == "none" for job in jobs):
+        message = "none holds one run, and a sweep has several; use local, or start each run by itself"
+        refuse([Problem("cluster.address", message)], "the sweep")
 
 
 def complete(arguments: Sequence[str], commands: Sequence[str]) -> int:

@@ -118,7 +118,9 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
         elif _is_choice(override):
             lines.append(_line(override))
         else:
-            lines.append(f"{'' if path in fields() else '++'}{path}={value}")
+            # hydra adds no key to a mapping that a field holds unless it is told to.
+            known = path in fields() and not isinstance(override.value(), dict)
+            lines.append(f"{'' if known else '++'}{path}={value}")
     return lines
 
 

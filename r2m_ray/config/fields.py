@@ -82,8 +82,14 @@ def deciding(*answers: Resume | Prepares | Compare) -> tuple[str, ...]:
     )
 
 
+FORMER_FREE = ("prepare.policy",)
+"""Fields of earlier versions in which compared runs may differ."""
+
+
 def compared(path: str) -> Compare:
     """In which compared runs a setting must agree; an unknown one answers as its section does."""
+    if path in FORMER_FREE:
+        return Compare.never
     field = fields().get(field_of(path))
     section = _infos(Config).get(path.partition(".")[0])
     return field.compare if field else _answer(Compare.never, *filter(None, (section,)))

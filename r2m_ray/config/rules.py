@@ -97,6 +97,22 @@ def _data_files(config: Config) -> Iterator[Problem]:
             )
 
 
+@rule(
+    "cluster.address", "policy.ranks", "rollout.replicas", "reward.replicas", "reference.replicas",
+    "sync.backend",
+)  # fmt: skip
+def _one_process(config: Config) -> Iterator[Problem]:
+    if config.cluster.address != "none":
+        return
+    counts = values(config, "policy.ranks", "rollout.replicas", "reward.replicas", "reference.replicas")
+    for path, count in counts.items():
+        if count != 1:
+            yield Problem(path, f"{count}, but cluster.address=none runs one worker of each role; use 1")
+    if config.sync.backend is not SyncBackend.object_store:
+        backend = config.sync.backend.value
+        yield Problem("sync.backend", f"{backend}, but cluster.address=none has no peers; use object_store")
+
+
 @rule("algo.prompts_per_step", "algo.prompts_per_shard")
 def _complete_shards(config: Config) -> Iterator[Problem]:
     step, shard = config.algo.prompts_per_step, config.algo.prompts_per_shard

@@ -397,13 +397,13 @@ class ClusterConfig:
     """CPU threads of each actor; 1 makes runs repeat exactly."""
     cpus_per_actor: NonNegative = 0.25
     """Logical CPUs that each actor reserves; a fraction lets several share one."""
-    gpus_per_rollout: NonNegative = 0.0
+    gpus_per_rollout: Annotated[NonNegative, Resume.reshard] = 0.0
     """GPUs of each rollout engine; 0 runs it on the CPU."""
-    gpus_per_learner: NonNegative = 0.0
+    gpus_per_learner: Annotated[NonNegative, Resume.reshard] = 0.0
     """GPUs of each learner rank; 0 runs it on the CPU."""
-    gpus_per_reference: NonNegative = 0.0
+    gpus_per_reference: Annotated[NonNegative, Resume.reshard] = 0.0
     """GPUs of each reference replica; 0 runs it on the CPU."""
-    gpus_per_reward: NonNegative = 0.0
+    gpus_per_reward: Annotated[NonNegative, Resume.reshard] = 0.0
     """GPUs of each reward replica; 0 runs it on the CPU."""
     placement: Placement = Placement.PACK
     """Ray's placement strategy."""

@@ -38,6 +38,12 @@ def sweep(overrides: Sequence[str]) -> list[Config]:
             faults |= dict.fromkeys(str(error).splitlines()[1:])
     if faults:
         raise InputError("\n".join(["problems in the sweep:", *faults]))
+    names = [job.run.name for job in jobs]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    both = {o.key_or_group for o in swept} & {o.key_or_group for o in parsed if not o.is_sweep_override()}
+    problems = [Problem(name, "is the name of two jobs; leave out one of the equal values") for name in twice]
+    problems += [Problem(field, "has one value and several; give it once") for field in sorted(both)]
+    refuse(problems, "the sweep")
     return jobs
 
 

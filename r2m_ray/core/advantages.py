@@ -45,8 +45,8 @@ def dr_grpo(reward_N: Tensor, group_size: int) -> Tensor:
 def reinforce_pp(reward_N: Tensor, group_size: int) -> Tensor:
     """REINFORCE++: `A_j = (r_j − batch mean) / batch std`, ddof 0 (arXiv:2501.03262).
 
-    The batch is all of reward_N, so the caller passes the rewards of the whole training step, not of a shard;
-    group_size only has to divide their number.
+    The batch is all of reward_N, so the caller passes the rewards of the complete training step, not of a
+    shard; group_size only has to divide their number.
     """
     batch_1N = _groups(reward_N, group_size, smallest=1).reshape(1, -1)
     std = batch_1N.std(correction=0)

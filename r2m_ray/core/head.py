@@ -5,8 +5,7 @@ E attention width; B rows of about one length, padded to L states.
 
 A row asks a single query, so keys and values of the T states need never be formed: with
 `u = (H_last W_q) W_kᵀ / √E`, the scores are `h u` and the feedback is `(a h) W_v W_o`, which is Eq. 3
-with its products in another order. Rows of about one length are attended to together, so that the number of
-operations does not grow with the number of rows.
+with its products in another order.
 """
 
 from __future__ import annotations
@@ -146,10 +145,9 @@ class R2MHead(nn.Module):
     """Cross-attention and scoring head, `r = φ((1−ω) Ĥ + ω H_last)` (Eqs. 3–4); all of R2M that is trained.
 
     policy_width P may be 0, for a run without feedback: then hidden_TP is [T, 0] and Ĥ is 0.
-    score_weight ([D] or [1, D]) and score_bias (one number, or None where the reward model has none) are
-    those of the reward model's own final layer. W_q, W_k, W_v and W_o are drawn from N(0, init_std), W_o is 0
-    with wo_init "zero"; `generator` makes the draw repeatable. Parameters are float32 whatever the reward
-    model's type: at learning rates near 1e-6 bfloat16 would round most updates away. `.double()` works too.
+    score_weight ([D] or [1, D]) and score_bias (one number or None) are the reward model's own. W_q, W_k, W_v
+    and W_o are drawn from N(0, init_std), W_o is 0 with wo_init "zero". Parameters are float32 whatever the
+    reward model's type: at learning rates near 1e-6 bfloat16 would round most updates away.
 
     Raises ValueError where score_weight does not have D numbers, score_bias not one, or wo_init is unknown.
     """

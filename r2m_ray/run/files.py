@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from r2m_ray.errors import InputError, RunError
-from r2m_ray.run.commit import flush
 from r2m_ray.run.vocabulary import current_row
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
+DATA_FILE = "data.json"
 METRICS_FILE = "metrics.jsonl"
 ROLLOUTS_FILE = "rollouts.jsonl"
 LOCK_FILE = ".lock"
@@ -102,12 +102,18 @@ def encoded(record: Record) -> str:
     return json.dumps(clean | {"nonfinite": count}, ensure_ascii=False, allow_nan=False)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, which holds either its old or its new content at every moment."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file, which holds either its old or its new content at every moment.
+
+    Its directory is made where it is absent. Raises RunError naming what cannot be written.
+    """
     building = path.with_name(f".tmp-{path.name}")
     try:
-        building.write_text(text, encoding="utf-8", newline="")
-        flush(building)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with building.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
         building.replace(path)
     except OSError as error:
         raise RunError(

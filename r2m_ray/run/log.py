@@ -7,6 +7,7 @@ run equal an uninterrupted run's, but for keys below ``time/`` and ``memory/``.
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -24,6 +25,7 @@ from r2m_ray.errors import InputError, RunError, redacted
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import (
     CONFIG_FILE,
+    DATA_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
     ROLLOUTS_FILE,
@@ -54,6 +56,7 @@ class RunLog:
         self._console = console or Console(stderr=True)
         self._clock = PhaseClock()
         self._logged = 0
+        self._written = False
         self.finished = 0
         """The furthest step that this start has restored or logged."""
         if (directory / METRICS_FILE).exists() and not config.run.resume:
@@ -90,6 +93,15 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.close()
+        if isinstance(error, InputError | RunError) and not self._config.run.resume and not self._written:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Remove what this start wrote: a run that never began leaves its name free."""
+        for name in (CONFIG_FILE, ENVIRONMENT_FILE, DATA_FILE, METRICS_FILE, ROLLOUTS_FILE):
+            (self.directory / name).unlink(missing_ok=True)
+        if self._wandb is not None:
+            shutil.rmtree(self.directory / "wandb", ignore_errors=True)
 
     def rewind(self, step: int) -> None:
         """Forget every row after ``step``, all of them when it is 0: those steps will be computed again."""
@@ -144,6 +156,7 @@ class RunLog:
             self._progress.message(line)
 
     def _write(self, step: int, kind: Kind, metrics: Mapping[str, float]) -> None:
+        self._written = True
         row = {"step": step, "kind": kind, **metrics}
         self._metrics.append([row])
         if self._wandb is not None:

@@ -22,7 +22,7 @@ from r2m_ray.driver.step import omega_at
 from r2m_ray.errors import ActorLost, InputError, printable, redacted
 from r2m_ray.report.run_page import write_report
 from r2m_ray.run.checkpoint import CHECKPOINTS, Checkpoints
-from r2m_ray.run.files import replace_file, run_lock
+from r2m_ray.run.files import DATA_FILE, encoded, replace_file, run_lock
 from r2m_ray.run.log import RunLog
 from r2m_ray.run.resume import run_identity
 from r2m_ray.run.stop import StopRequest
@@ -97,7 +97,7 @@ def run_evaluation(config: Config, directory: Path) -> Path:
     with _places(config) as placement:
         step, metrics = asyncio.run(_evaluate(run, placement, directory))
     path = directory / f"evaluation-step-{step:06d}.json"
-    replace_file(path, json.dumps({"step": step, **metrics}, indent=2) + "\n")
+    replace_file(path, json.dumps(json.loads(encoded({"step": step, **metrics})), indent=2) + "\n")
     return path
 
 
@@ -145,7 +145,7 @@ async def _train(
     config, task = run.config, run.task
     for name, counts in task.counts.items():
         log.message(f"{name}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    replace_file(log.directory / "data.json", json.dumps(task.counts, indent=2) + "\n")
+    replace_file(log.directory / DATA_FILE, json.dumps(task.counts, indent=2) + "\n")
     prompts = PromptOrder(task.train_prompts, seed=config.run.seed, per_step=config.algo.prompts_per_step)
     with log.phase("start"):
         roles, rebuild = await _engines(run, placement, log.message)

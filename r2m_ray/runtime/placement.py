@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from r2m_ray.config.schema import Config
+from r2m_ray.config.schema import Config, SyncBackend
 from r2m_ray.engines.faults import ACTOR, fault_environment
 from r2m_ray.errors import RunError
 from r2m_ray.runtime.demand import demands, shortage
@@ -51,7 +51,9 @@ class Placement:
                 "Lower the role's replicas or cluster.gpus_per_*/cpus_per_actor, add nodes, or use "
                 "cluster.placement=PACK."
             )
-        parts = [wanted[:1], wanted[1:]] if strategy == "PACK" else [wanted]
+        # Weights by ipc need learner and engine on one GPU, so these stay in one group.
+        apart = strategy == "PACK" and config.sync.backend is not SyncBackend.ipc
+        parts = [wanted[:1], wanted[1:]] if apart else [wanted]
         bundles = [[{"CPU": d.cpus, "GPU": d.gpus} for d in p for _ in range(d.count)] for p in parts]
         self._groups: list[PlacementGroup] = [placement_group(b, strategy=strategy) for b in bundles]
         actors = [[(d.role, rank) for d in p for rank in range(d.count)] for p in parts]

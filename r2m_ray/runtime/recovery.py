@@ -89,9 +89,10 @@ class InPlace:
             outcomes = await actors.outcomes(phase, [call for call, _ in sent])
             lost: dict[int, ActorLost] = {}
             for n, outcome, (_, records) in zip(waiting, outcomes, sent, strict=True):
-                if isinstance(outcome, ActorLost):
+                if isinstance(outcome, ActorLost) and outcome.actors:
                     lost[n] = outcome
                 elif isinstance(outcome, Exception):
+                    # Also a record that went with its node: a successor could not read it either.
                     raise outcome
                 else:
                     answers[n] = outcome, records

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from r2m_ray.core.roles import Ref
@@ -31,7 +32,7 @@ PEER_GRACE_S = 5.0
 """After a failure, how long to wait for its cause: a rank that died makes its peers fail too."""
 DEATH_GRACE_S = 0.5
 """After a death, how long to wait for others that died with it."""
-COLLECTIVES = ("torch.distributed.", "deepspeed.")
+COLLECTIVES = "torch.distributed."
 """Modules that start collectives, or wait for them."""
 CAUSES = (Loss.died, Loss.device, Loss.peers, Loss.silent, Loss.record)
 """Losses that came together, from what causes others to what others cause."""
@@ -232,6 +233,8 @@ def raises_peers_lost(kind: type[Kind]) -> type[Kind]:
         def called(*args: Any, **options: Any) -> Any:
             try:
                 return method(*args, **options)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 *_, (last, _) = traceback.walk_tb(error.__traceback__)
                 peers = int(os.environ.get("WORLD_SIZE", "1")) - 1

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from r2m_ray.config.rules import validate
+from r2m_ray.engines.text import policy_prompt_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,6 +75,35 @@ def test_a_result_is_within_rounding_or_not(setup: Any) -> None:
     mixed_TP = rounded_TP.clone()
     mixed_TP[3] = rounded_TP[4]
     assert not setup.compared_errors(mixed_TP, rounded_TP, exact_TP)["within_rounding"]
+
+
+def test_states_of_other_weights_are_not_exact(setup: Any, tmp_path: Path) -> None:
+    """What a prefix cache that outlived its weights would give."""
+    from gpu_parts.export import compared_states, transformers_states
+
+    policies = [setup.policy_dir(tmp_path, setup.DRY, seed) for seed in (0, 1)]
+    rows = {"input_T": torch.arange(4, 34), "offsets": torch.tensor([0, 9, 12, 30])}
+    found = {**rows, "hidden_TP": transformers_states(policies[0], torch.float32, *rows.values())}
+    assert compared_states(policies[0], setup.DRY, found)["within_rounding"]
+    assert not compared_states(policies[1], setup.DRY, found)["within_rounding"]
+
+
+def test_a_prompt_has_as_many_tokens_as_the_sizes_say(setup: Any, tmp_path: Path) -> None:
+    pairs = [json.loads(line) for line in setup.preference_file(tmp_path, setup.DRY).read_text().splitlines()]
+    prompts = [prompt.text for prompt in setup.plan(setup.DRY).prompts] + [pair["prompt"] for pair in pairs]
+    for directory in (setup.policy_dir(tmp_path, setup.DRY), setup.reward_dir(tmp_path, setup.DRY)):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        lengths = {len(policy_prompt_ids(tokenizer, prompt)) for prompt in prompts}
+        assert lengths == {setup.DRY.prompt_words}
+
+
+def test_the_largest_difference_of_two_runs_is_named(setup: Any) -> None:
+    from gpu_parts.recovery import largest_difference
+
+    quiet = [{"step": 1, "kind": "step", "reward/mean": 2.0, "gold/mean": None, "time/step": 1.0}]
+    assert largest_difference(quiet, [{**quiet[0], "time/step": 9.0}]) == (0.0, "")
+    assert largest_difference(quiet, [{**quiet[0], "reward/mean": 1.0}]) == (0.5, "reward/mean")
+    assert largest_difference(quiet, [{**quiet[0], "gold/mean": 1.0}]) == (float("inf"), "gold/mean")
 
 
 def test_runs_on_a_gpu_are_valid(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,6 +316,42 @@ def test_all_runs_of_a_grid_are_checked_before_the_first_starts(
     assert ran == []
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reward.omega_floor=0.5,0.50"], "is the name of two jobs"),
+        (["run.seed=3", "run.seed=0,1"], "run.seed: has one value and several"),
+        (["cluster.address=none", "run.seed=0,1"], "cluster.address: none holds one run"),
+        (["run.seed=0,1", "+rollout.engine_args.hf_token=hf_canary123456"], "an override holds a secret"),
+    ],
+)
+def test_a_sweep_that_could_not_end_well_does_not_begin(
+    words: list[str], message: str, ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", *words, *MODELS]) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert "hf_canary" not in text
+    assert ran == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mapping_can_be_given_at_once(ran: list[Config]) -> None:
+    assert main(["train", "policy.deepspeed={zero_optimization: {stage: 2}}", *MODELS]) == 0
+    assert ran[0].policy.deepspeed == {"zero_optimization": {"stage": 2}}
+
+
+def test_a_job_is_checked_whatever_hydra_is_asked_beside(
+    ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "config.yaml").touch()
+    for flags in (["-p", "algo"], ["--run"]):
+        assert main(["train", *flags, *MODELS]) == 2
+        assert "holds a run" in capsys.readouterr().err
+    assert ran == []
+
+
 def test_a_grid_in_a_file_is_checked_and_run(
     ran: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

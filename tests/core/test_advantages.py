@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r2m_ray.core.advantages import ADVANTAGES, dr_grpo, grpo, reinforce_pp, remax, rloo
+from r2m_ray.core.advantages import ADVANTAGES, dr_grpo, reinforce_pp, rloo
 
 REWARDS = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 0.0, 4.0], dtype=torch.float64)
 GROUPED = ["rloo", "grpo", "dr_grpo", "remax"]
@@ -17,28 +17,23 @@ def close(actual: torch.Tensor, expected: list[float]) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype))
 
 
-def test_rloo_by_hand() -> None:
-    close(rloo(REWARDS, 4), [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3, -4 / 3, -4 / 3, -4 / 3, 4.0])
+# Deviations −2 −1 0 3 give Σ² = 14; −1 −1 −1 3 give 12; both over K − 1 = 3.
+STD = [math.sqrt(14 / 3) + 1e-4] * 4 + [math.sqrt(12 / 3) + 1e-4] * 4
 
 
-def test_grpo_by_hand() -> None:
-    # Deviations −2 −1 0 3 give Σ² = 14; −1 −1 −1 3 give 12; both over K − 1 = 3.
-    first, second = math.sqrt(14 / 3) + 1e-4, math.sqrt(12 / 3) + 1e-4
-    close(grpo(REWARDS, 4), [d / first for d in (-2, -1, 0, 3)] + [d / second for d in (-1, -1, -1, 3)])
-
-
-def test_dr_grpo_by_hand() -> None:
-    close(dr_grpo(REWARDS, 4), [-2, -1, 0, 3, -1, -1, -1, 3])
-
-
-def test_reinforce_pp_by_hand() -> None:
-    # Batch mean 2; deviations −1 0 1 4 −2 −2 −2 2 give Σ² = 34 over 8.
-    std = math.sqrt(34 / 8)
-    close(reinforce_pp(REWARDS, 4), [d / std for d in (-1, 0, 1, 4, -2, -2, -2, 2)])
-
-
-def test_remax_by_hand() -> None:
-    close(remax(REWARDS, 4), [0, 1, 2, 5, 0, 0, 0, 4])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rloo", [1 - 11 / 3, 2 - 10 / 3, 3 - 9 / 3, 6 - 6 / 3, -4 / 3, -4 / 3, -4 / 3, 4.0]),
+        ("grpo", [d / std for d, std in zip((-2, -1, 0, 3, -1, -1, -1, 3), STD, strict=True)]),
+        ("dr_grpo", [-2, -1, 0, 3, -1, -1, -1, 3]),
+        # Batch mean 2; deviations −1 0 1 4 −2 −2 −2 2 give Σ² = 34 over 8.
+        ("reinforce_pp", [d / math.sqrt(34 / 8) for d in (-1, 0, 1, 4, -2, -2, -2, 2)]),
+        ("remax", [0, 1, 2, 5, 0, 0, 0, 4]),
+    ],
+)
+def test_advantages_by_hand(name: str, expected: list[float]) -> None:
+    close(ADVANTAGES[name](REWARDS, 4), expected)
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)

@@ -77,20 +77,6 @@ def test_attend_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda u: module.attend(u, hidden_TP, offsets), (u_NP,))
 
 
-def test_whole_head_gradcheck() -> None:
-    module = head(4, 3, 2).double()
-    rte_ND, hidden_TP, offsets = random(3, 3).double(), random(8, 4, seed=1).double(), packed([4, 1, 3])
-    names, values = zip(*module.named_parameters(), strict=True)
-
-    def rewards(*parameters: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(
-            module, dict(zip(names, parameters, strict=True)), (rte_ND, hidden_TP, offsets, 0.6)
-        )
-        return result
-
-    assert torch.autograd.gradcheck(rewards, values)
-
-
 def test_rows_without_states_have_no_feedback() -> None:
     module = head()
     context_NP = module.attend(random(3, P), random(4, P, seed=1), packed([3, 0, 1]))

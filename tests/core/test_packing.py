@@ -77,13 +77,6 @@ def test_selected_rows_keep_their_tokens(data: st.DataObject, lengths: list[int]
     assert value_T[index].tolist() == expected
 
 
-def test_microbatches_cover_the_packed_axis() -> None:
-    lengths = [5, 1, 4, 2, 6, 3]
-    offsets = packed(lengths)
-    tokens = [select_rows(offsets, batch)[0] for batch in microbatches(offsets.diff(), 8)]
-    assert torch.cat(tokens).sort().values.tolist() == list(range(sum(lengths)))
-
-
 @settings(deadline=None, max_examples=50)
 @given(lengths=lengths_of_rows, trailing=st.sampled_from([(), (3,), (2, 2)]), seed=st.integers(0, 99))
 def test_sums_equal_loops(lengths: list[int], trailing: tuple[int, ...], seed: int) -> None:

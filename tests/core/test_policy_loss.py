@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -28,19 +29,23 @@ OLD_T = torch.linspace(-3, -0.5, 7, dtype=torch.float64)
 ADVANTAGE_N = torch.tensor([2.0, -1.0, -1.0], dtype=torch.float64)
 
 
+def clipped(logp_T: Tensor, ratio: str, **changes: Any) -> Surrogate:
+    """The surrogate of these three rows, or of what the changes say, clipped at 0.2."""
+    arguments = {
+        "old_logp_T": OLD_T,
+        "advantage_N": ADVANTAGE_N,
+        "action_T": ACTION_T,
+        "offsets": packed(LENGTHS),
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    }
+    return clipped_surrogate(logp_T, ratio=ratio, **(arguments | changes))
+
+
 def surrogate(ratio: str, **options: Tensor) -> tuple[Surrogate, list[float]]:
+    """The same, and its slope."""
     logp_T = (OLD_T + DELTA_T).requires_grad_()
-    result = clipped_surrogate(
-        logp_T,
-        OLD_T,
-        ADVANTAGE_N,
-        ACTION_T,
-        packed(LENGTHS),
-        ratio=ratio,
-        clip_low=0.2,
-        clip_high=0.2,
-        **options,
-    )
+    result = clipped(logp_T, ratio, **options)
     return result, torch.autograd.grad(result.objective_N.sum(), logp_T)[0].tolist()
 
 
@@ -88,25 +93,14 @@ def test_approximate_kl_by_hand(ratio: str) -> None:
 
 
 def test_clip_bounds_are_separate() -> None:
-    result = clipped_surrogate(
-        OLD_T + DELTA_T,
-        OLD_T,
-        ADVANTAGE_N,
-        ACTION_T,
-        packed(LENGTHS),
-        ratio="sequence",
-        clip_low=0.4,
-        clip_high=0.3,
-    )
+    result = clipped(OLD_T + DELTA_T, "sequence", clip_low=0.4, clip_high=0.3)
     assert result.objective_N.tolist() == pytest.approx([2.6, -0.6, -1.5])
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "token", "geometric"])
 def test_on_policy_the_gradient_is_that_of_reinforce(ratio: str) -> None:
     logp_T = OLD_T.clone().requires_grad_()
-    result = clipped_surrogate(
-        logp_T, OLD_T, ADVANTAGE_N, ACTION_T, packed(LENGTHS), ratio=ratio, clip_low=0.2, clip_high=0.2
-    )
+    result = clipped(logp_T, ratio)
     assert result.objective_N.tolist() == pytest.approx(ADVANTAGE_N.tolist())
     first = 2.0 if ratio == "sequence" else 1.0
     slope = torch.autograd.grad(result.objective_N.sum(), logp_T)[0]
@@ -120,9 +114,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(ratio: str) -> None:
 def test_prompt_tokens_are_never_read(ratio: str, garbage: float) -> None:
     clean, clean_slope = surrogate(ratio)
     logp_T = torch.where(ACTION_T, OLD_T + DELTA_T, garbage).requires_grad_()
-    dirty = clipped_surrogate(
-        logp_T, OLD_T, ADVANTAGE_N, ACTION_T, packed(LENGTHS), ratio=ratio, clip_low=0.2, clip_high=0.2
-    )
+    dirty = clipped(logp_T, ratio)
     assert torch.equal(dirty.objective_N, clean.objective_N)
     assert dirty.approx_kl == clean.approx_kl
     assert torch.autograd.grad(dirty.objective_N.sum(), logp_T)[0].tolist() == clean_slope
@@ -133,15 +125,13 @@ def test_prompt_tokens_are_never_read(ratio: str, garbage: float) -> None:
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_far_policies_stay_finite_in_float32(ratio: str, delta: float, advantage: float) -> None:
     logp_T = torch.full((4,), delta, requires_grad=True)
-    result = clipped_surrogate(
+    result = clipped(
         logp_T,
-        torch.zeros(4),
-        torch.tensor([advantage]),
-        torch.ones(4, dtype=torch.bool),
-        packed([4]),
-        ratio=ratio,
-        clip_low=0.2,
-        clip_high=0.2,
+        ratio,
+        old_logp_T=torch.zeros(4),
+        advantage_N=torch.tensor([advantage]),
+        action_T=torch.ones(4, dtype=torch.bool),
+        offsets=packed([4]),
     )
     assert result.objective_N.isfinite().all()
     assert torch.autograd.grad(result.objective_N.sum(), logp_T)[0].isfinite().all()
@@ -150,15 +140,13 @@ def test_far_policies_stay_finite_in_float32(ratio: str, delta: float, advantage
 @pytest.mark.parametrize("ratio", ["sequence", "token", "geometric"])
 def test_a_row_without_response_adds_nothing(ratio: str) -> None:
     logp_T = torch.tensor([-1.0, -2.0], requires_grad=True)
-    result = clipped_surrogate(
+    result = clipped(
         logp_T,
-        torch.tensor([-1.5, -1.5]),
-        torch.zeros(2),
-        torch.zeros(2, dtype=torch.bool),
-        packed([2, 0]),
-        ratio=ratio,
-        clip_low=0.2,
-        clip_high=0.2,
+        ratio,
+        old_logp_T=torch.tensor([-1.5, -1.5]),
+        advantage_N=torch.zeros(2),
+        action_T=torch.zeros(2, dtype=torch.bool),
+        offsets=packed([2, 0]),
     )
     assert result.objective_N.tolist() == [0, 0]
     assert torch.autograd.grad(result.objective_N.sum(), logp_T)[0].tolist() == [0, 0]
@@ -183,15 +171,13 @@ def test_microbatches_add_up_to_the_whole(ratio: str, seed: int, order: list[int
 
     def loss(rows: Sequence[int]) -> Tensor:
         index, selected = select_rows(offsets, rows)
-        part = clipped_surrogate(
+        part = clipped(
             logp_T[index],
-            old_T[index],
-            advantage_N[list(rows)],
-            action_T[index],
-            selected,
-            ratio=ratio,
-            clip_low=0.2,
-            clip_high=0.2,
+            ratio,
+            old_logp_T=old_T[index],
+            advantage_N=advantage_N[list(rows)],
+            action_T=action_T[index],
+            offsets=selected,
         )
         kl_T = kl_penalty(logp_T[index], ref_T[index], "k3")
         return (0.04 * row_total(kl_T, action_T[index], selected) - part.objective_N).sum() / 6
@@ -206,9 +192,7 @@ def test_microbatches_add_up_to_the_whole(ratio: str, seed: int, order: list[int
 @pytest.mark.parametrize("ratio", ["sequence", "token", "geometric"])
 def test_gradcheck_away_from_the_clip(ratio: str) -> None:
     def objective(logp_T: Tensor) -> Tensor:
-        return clipped_surrogate(
-            logp_T, OLD_T, ADVANTAGE_N, ACTION_T, packed(LENGTHS), ratio=ratio, clip_low=0.2, clip_high=0.2
-        ).objective_N
+        return clipped(logp_T, ratio).objective_N
 
     assert torch.autograd.gradcheck(objective, ((OLD_T + DELTA_T).requires_grad_(),))
     assert torch.autograd.gradcheck(objective, ((OLD_T + 0.01 * DELTA_T).requires_grad_(),))

@@ -28,11 +28,8 @@ def test_weight_zero_leaves_every_bit_of_the_reward() -> None:
     assert torch.equal(gold_mixture(reward_N, gold_N, 0.0).view(torch.int32), reward_N.view(torch.int32))
 
 
-def test_every_scale_of_the_configuration_has_its_factor() -> None:
+def test_every_scale_and_shape_of_the_configuration_is_computed() -> None:
     assert list(SCALES) == [scale.value for scale in RewardScale]
-
-
-def test_every_shape_of_the_configuration_is_computed() -> None:
     assert list(SHAPES) == [shape.value for shape in RewardShape]
 
 

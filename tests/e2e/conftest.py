@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from small_run import SMALL
 
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import ClusterConfig
@@ -14,25 +15,10 @@ from r2m_ray.runtime.launch import run_training
 from r2m_ray.tasks.prepare import measurement
 from r2m_ray.tasks.prepare.store import prepare
 
-SMALL = [
-    "experiment=demo",
-    "logging=disabled",
-    "prepare.sft_rows=512",
-    "prepare.sft_steps=6",
-    "prepare.pair_rows=128",
-    "prepare.reward_steps=4",
-    "algo.steps=3",
-    "algo.prompts_per_step=4",
-    "algo.prompts_per_shard=1",
-    "algo.responses_per_prompt=4",
-    "algo.minibatch_prompts=2",
-    "task.max_new_tokens=24",
-    "evaluate.every=2",
-    "evaluate.prompts=8",
-    "evaluate.pairs=8",
-    "checkpoint.every=1",
-    "checkpoint.keep=3",
-]
+SETTINGS = (
+    *SMALL, "algo.steps=3", "task.max_new_tokens=24", "evaluate.every=2", "evaluate.prompts=8",
+    "evaluate.pairs=8", "checkpoint.every=1", "checkpoint.keep=3",
+)  # fmt: skip
 
 Train = Callable[..., Path]
 
@@ -41,7 +27,7 @@ Train = Callable[..., Path]
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a small run whose models are prepared."""
     root = tmp_path_factory.mktemp("e2e")
-    found = [*SMALL, f"prepare.root={root / 'prepared'}", f"run.root={root / 'runs'}"]
+    found = [*SETTINGS, f"prepare.root={root / 'prepared'}", f"run.root={root / 'runs'}"]
     with pytest.MonkeyPatch.context() as patch:
         # Whether these models are good is not asked, and asking takes most of so small a preparation.
         patch.setattr(measurement, "GOLD_PROMPTS", 64)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from finished_run import rows, same_run, steps
+from small_run import ask_for_faults
 
 from r2m_ray.config.compose import load_saved
 from r2m_ray.errors import RunError
@@ -78,15 +79,13 @@ def test_every_role_dies_once_and_the_run_is_the_same(
         "reference-0@3:logprobs:kill",
         "policy-0@3:optimizer:kill",
     )
-    monkeypatch.setenv("R2M_TESTING", "1")
-    monkeypatch.setenv("R2M_FAULTS", ",".join(faults))
-    monkeypatch.setenv("R2M_FAULTS_DIR", str(tmp_path))
+    ask_for_faults(monkeypatch, tmp_path, *faults)
     struck = train("struck")
     assert len(list(tmp_path.iterdir())) == len(faults)
     same_run(struck, r2m, 3)
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for role in ("rollout", "reward", "reference", "policy"):
-        assert f"{role}-0 replaced after" in told
+        assert f"{role}-0 replaced after" in printed
 
 
 @pytest.mark.slow
@@ -100,9 +99,7 @@ def test_human_pairs_come_again_alike_after_the_loss_of_a_role(
         assert row["rm/gradient_norm_human"] > 0
     # In the warm-up, which begins again, and in a step, which goes on from the last commit without one.
     faults = ("reward-0@0:warm_up:kill", "policy-0@2:optimizer:kill")
-    monkeypatch.setenv("R2M_TESTING", "1")
-    monkeypatch.setenv("R2M_FAULTS", ",".join(faults))
-    monkeypatch.setenv("R2M_FAULTS_DIR", str(tmp_path))
+    ask_for_faults(monkeypatch, tmp_path, *faults)
     struck = train("anchored-struck", *arm)
     assert len(list(tmp_path.iterdir())) == len(faults)
     same_run(struck, calm, 3)

@@ -18,35 +18,18 @@ from typing import Any
 
 import psutil
 import pytest
+from small_run import SMALL
 
 from r2m_ray.config.compose import load_config
 from r2m_ray.run.vocabulary import MACHINE_PREFIXES
 from r2m_ray.tasks.prepare.store import prepare
 
-SMALL = (
-    "experiment=demo",
-    "logging=disabled",
-    "prepare.sft_rows=512",
-    "prepare.sft_steps=6",
-    "prepare.pair_rows=128",
-    "prepare.reward_steps=4",
-    "algo.steps=6",
-    "algo.prompts_per_step=4",
-    "algo.prompts_per_shard=1",
-    "algo.responses_per_prompt=4",
-    "algo.minibatch_prompts=2",
-    "task.max_new_tokens=16",
-    "evaluate.every=3",
-    "evaluate.prompts=4",
-    "evaluate.pairs=4",
-    "checkpoint.every=2",
-    "checkpoint.keep=2",
-    "cluster.cpus=4",
-    "cluster.object_store_gb=0.2",
-    "cluster.phase_timeout_s=120",
-    "cluster.stop_grace_s=100",
+SETTINGS = (
+    *SMALL, "algo.steps=6", "task.max_new_tokens=16", "evaluate.every=3", "evaluate.prompts=4",
+    "evaluate.pairs=4", "checkpoint.every=2", "checkpoint.keep=2", "cluster.cpus=4",
+    "cluster.object_store_gb=0.2", "cluster.phase_timeout_s=120", "cluster.stop_grace_s=100",
     "cluster.start_timeout_s=240",
-)
+)  # fmt: skip
 DEADLINE_S = 900.0
 MARK = "R2M_RUN_MARK"
 """An environment variable that every process of a run inherits, by which none is overlooked afterwards."""
@@ -78,6 +61,12 @@ class Finished:
         newest = sorted((self.directory / "checkpoints").glob("step-*"))[-1]
         files = sorted(newest.rglob("*.safetensors"))
         return {str(f.relative_to(newest.parent)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+    def assert_same(self, undisturbed: Finished) -> None:
+        """SAME: equal metrics but for times, equal sha256 of all final tensors."""
+        assert self.code == 0, self.text
+        assert self.rows == undisturbed.rows
+        assert self.tensors == undisturbed.tensors
 
     @property
     def commits(self) -> list[str]:
@@ -164,7 +153,7 @@ class Lab:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.common = [*SMALL, f"prepare.root={root / 'prepared'}"]
+        self.common = [*SETTINGS, f"prepare.root={root / 'prepared'}"]
         self._count = 0
         self._undisturbed: dict[str, Finished] = {}
         self._temporary: list[Path] = []
@@ -266,15 +255,3 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def undisturbed(lab: Lab) -> Finished:
     """The run that every other one must equal."""
     return lab.once("undisturbed")
-
-
-@pytest.fixture(scope="session")
-def same() -> Callable[[Finished, Finished], None]:
-    """SAME: equal metrics but for times, equal sha256 of all final tensors."""
-
-    def check(run: Finished, undisturbed: Finished) -> None:
-        assert run.code == 0, run.text
-        assert run.rows == undisturbed.rows
-        assert run.tensors == undisturbed.tensors
-
-    return check

@@ -32,11 +32,11 @@ def chosen(seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_chaos(lab: Any, same: Any, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chaos(lab: Any, seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     whole = lab.once("long", *LONG, deadline_s=1800)
     run = lab.run(f"chaos-{seed}", *LONG, faults=chosen(seed), deadline_s=3000)
     assert len(run.evidence) == FAULTS, run.text
-    same(run, whole)
+    run.assert_same(whole)
     repairs: dict[str, list[float]] = {}
     for role, seconds in re.findall(r"(\w+)-\d+ replaced after ([\d.]+) s", run.text):
         repairs.setdefault(role, []).append(float(seconds))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,16 +39,18 @@ def stored(kind: str) -> float:
     return float(found.group(1))
 
 
-def test_a_full_store_spills_and_the_run_is_the_same(
-    lab: Any, undisturbed: Any, same: Any, small_store: None
-) -> None:
+def train_here(lab: Any, name: str, *overrides: str) -> Path:
+    """A run that this process drives."""
+    settings = [*lab.common, f"run.root={lab.root / 'runs'}", f"run.name={name}", *overrides]
+    return launch.run_training(load_config(settings))
+
+
+def test_a_full_store_spills_and_the_run_is_the_same(lab: Any, undisturbed: Any, small_store: None) -> None:
     hog = [ray.put(np.full(8 * 2**20, n, dtype=np.uint8)) for n in range(16)]
     assert stored("Spilled") > 0
-    directory = launch.run_training(
-        load_config([*lab.common, f"run.root={lab.root / 'runs'}", "run.name=spill"])
-    )
+    directory = train_here(lab, "spill")
     assert [int(ray.get(held)[0]) for held in hog] == list(range(16))
-    same(lab.read(directory), undisturbed)
+    lab.read(directory).assert_same(undisturbed)
 
 
 def test_the_stores_use_is_flat(lab: Any, small_store: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,17 +62,7 @@ def test_the_stores_use_is_flat(lab: Any, small_store: None, monkeypatch: pytest
         used.append(stored("Plasma memory usage"))
 
     monkeypatch.setattr(launch.RunLog, "step", measured)
-    directory = launch.run_training(
-        load_config(
-            [
-                *lab.common,
-                f"run.root={lab.root / 'runs'}",
-                "run.name=flat",
-                "algo.steps=20",
-                "algo.responses_per_prompt=32",
-            ]
-        )
-    )
+    directory = train_here(lab, "flat", "algo.steps=20", "algo.responses_per_prompt=32")
     assert len(read_steps(directory / "metrics.jsonl")) >= 20
     assert max(used) > 0
     # Two steps' records may overlap; what a twentieth step adds to a fifth would be a leak.

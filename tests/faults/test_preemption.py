@@ -13,17 +13,15 @@ from r2m_ray.run.stop import REPEAT_S
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(
-    lab: Any, undisturbed: Any, same: Any
-) -> None:
+def test_a_signal_in_a_step_saves_it_and_the_resumed_run_is_the_same(lab: Any, undisturbed: Any) -> None:
     stopped = lab.run("signal", faults=["driver@3:annotate:term"])
     assert stopped.code == 75, stopped.text
     assert stopped.commits[-1] == "step-000003"
     assert "run.resume=true" in stopped.text
-    same(lab.run("signal", again=True), undisturbed)
+    lab.run("signal", again=True).assert_same(undisturbed)
 
 
-def test_signals_in_every_phase(lab: Any, undisturbed: Any, same: Any) -> None:
+def test_signals_in_every_phase(lab: Any, undisturbed: Any) -> None:
     points = {
         "1:start": None,
         "1:evaluate": None,
@@ -42,22 +40,20 @@ def test_signals_in_every_phase(lab: Any, undisturbed: Any, same: Any) -> None:
         assert stopped.code == 75, stopped.text
         commit = expected or commit
         assert stopped.commits[-1:] == ([commit] if commit else []), point
-    same(lab.run("phases", again=True), undisturbed)
+    lab.run("phases", again=True).assert_same(undisturbed)
 
 
-def test_the_terminals_interrupt_reaches_the_whole_group_and_is_the_same(
-    lab: Any, undisturbed: Any, same: Any
-) -> None:
+def test_the_terminals_interrupt_reaches_the_whole_group_and_is_the_same(lab: Any, undisturbed: Any) -> None:
     running = lab.start("interrupt")
     running.until(lambda: running.finished_steps() >= 2)
     running.signal_group(signal.SIGINT)
     stopped = running.wait()
     lab.clean(running)
     assert stopped.code == 75, stopped.text
-    same(lab.run("interrupt", again=True), undisturbed)
+    lab.run("interrupt", again=True).assert_same(undisturbed)
 
 
-def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any, same: Any) -> None:
+def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any) -> None:
     running = lab.start("twice", faults=["rollout-0@2:sample:stop"])
     running.until(lambda: list(running.faults.iterdir()))
     running.signal(signal.SIGTERM)
@@ -70,10 +66,10 @@ def test_a_second_signal_ends_the_run_at_once(lab: Any, undisturbed: Any, same: 
     assert time.monotonic() - start < 10
     lab.clean(running, killed=True)
     assert stopped.code == 75
-    same(lab.run("twice", again=True), undisturbed)
+    lab.run("twice", again=True).assert_same(undisturbed)
 
 
-def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undisturbed: Any, same: Any) -> None:
+def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undisturbed: Any) -> None:
     running = lab.start("grace", "cluster.stop_grace_s=5", faults=["rollout-0@3:sample:stop"])
     running.until(lambda: list(running.faults.iterdir()))
     running.signal(signal.SIGTERM)
@@ -81,10 +77,10 @@ def test_a_step_that_does_not_end_is_given_up_after_the_grace(lab: Any, undistur
     lab.clean(running)
     assert stopped.code == 75, stopped.text
     assert stopped.commits == ["step-000002"]
-    same(lab.run("grace", again=True), undisturbed)
+    lab.run("grace", again=True).assert_same(undisturbed)
 
 
-def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturbed: Any, same: Any) -> None:
+def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturbed: Any) -> None:
     # Stopped, so that it still writes when the other one asks.
     running = lab.start("killed", faults=["driver@4:annotate:stop"])
     running.until(lambda: list(running.faults.iterdir()))
@@ -94,12 +90,11 @@ def test_a_killed_driver_leaves_no_actor_and_its_run_goes_on(lab: Any, undisturb
     running.process.kill()
     running.wait()
     lab.clean(running, killed=True)
-    resumed = lab.run("killed", again=True)
-    same(resumed, undisturbed)
+    lab.run("killed", again=True).assert_same(undisturbed)
 
 
 @pytest.mark.parametrize("server", ["raylet", "gcs_server"])
-def test_a_lost_server_is_a_clear_error(lab: Any, undisturbed: Any, same: Any, server: str) -> None:
+def test_a_lost_server_is_a_clear_error(lab: Any, undisturbed: Any, server: str) -> None:
     running = lab.start(f"server-{server}")
     running.until(lambda: running.finished_steps() >= 3)
     next(p for p in running.processes() if p.name() == server).kill()
@@ -107,4 +102,4 @@ def test_a_lost_server_is_a_clear_error(lab: Any, undisturbed: Any, same: Any, s
     lab.clean(running, killed=True)
     assert stopped.code == 3, stopped.text
     assert "error: " in stopped.text
-    same(lab.run(f"server-{server}", again=True), undisturbed)
+    lab.run(f"server-{server}", again=True).assert_same(undisturbed)

@@ -20,13 +20,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
         ["policy-0@2:save:kill", "reward-0@4:save:kill", "policy-0@6:all_reduce:kill"],
     ],
 )
-def test_busy_actors_die(lab: Any, undisturbed: Any, same: Any, faults: list[str]) -> None:
+def test_busy_actors_die(lab: Any, undisturbed: Any, faults: list[str]) -> None:
     run = lab.run(f"busy-{faults[0].replace('@', '-').split(':')[0]}", faults=faults)
     assert len(run.evidence) == len(faults)
-    same(run, undisturbed)
+    run.assert_same(undisturbed)
 
 
-def test_idle_actors_die(lab: Any, same: Any) -> None:
+def test_idle_actors_die(lab: Any) -> None:
     settings = ["algo.steps=40"]
     whole = lab.once("forty", *settings)
     running = lab.start("idle", *settings)
@@ -38,21 +38,21 @@ def test_idle_actors_die(lab: Any, same: Any) -> None:
         running.until(lambda name=name: f"{name}-0 replaced after" in running.output.read_text())
     run = running.wait()
     lab.clean(running)
-    same(run, whole)
+    run.assert_same(whole)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_one_of_two_learner_ranks_dies(lab: Any, same: Any, stage: int) -> None:
+def test_one_of_two_learner_ranks_dies(lab: Any, stage: int) -> None:
     wide = ["policy.ranks=2", f"+policy.deepspeed.zero_optimization.stage={stage}", "algo.steps=4"]
     whole = lab.once(f"ranks-{stage}", *wide)
     faults = ["policy-1@1:forward:kill", "policy-1@2:all_reduce:kill", "policy-1@3:optimizer:kill"]
     run = lab.run(f"ranks-{stage}-killed", *wide, faults=faults)
     assert len(run.evidence) == len(faults)
     assert run.text.count("policy-1 died during policy update") == len(faults)
-    same(run, whole)
+    run.assert_same(whole)
 
 
-def test_actors_that_hang_are_replaced_at_the_deadline(lab: Any, undisturbed: Any, same: Any) -> None:
+def test_actors_that_hang_are_replaced_at_the_deadline(lab: Any, undisturbed: Any) -> None:
     limits = ["cluster.phase_timeout_s=20", "cluster.stop_grace_s=15"]
     faults = [
         "rollout-0@1:sample:stop",
@@ -63,16 +63,16 @@ def test_actors_that_hang_are_replaced_at_the_deadline(lab: Any, undisturbed: An
     run = lab.run("hang", *limits, faults=faults)
     assert len(run.evidence) == len(faults)
     assert run.text.count("within 20 s") == len(faults)
-    same(run, undisturbed)
+    run.assert_same(undisturbed)
 
 
-def test_one_of_two_ranks_hangs(lab: Any, same: Any) -> None:
+def test_one_of_two_ranks_hangs(lab: Any) -> None:
     wide = ["policy.ranks=2", "+policy.deepspeed.zero_optimization.stage=2", "algo.steps=4"]
     whole = lab.once("ranks-2", *wide)
     limits = ["cluster.phase_timeout_s=20", "cluster.stop_grace_s=15"]
     run = lab.run("rank-hangs", *wide, *limits, faults=["policy-1@2:forward:stop"])
     assert "policy-1" in run.text
-    same(run, whole)
+    run.assert_same(whole)
 
 
 def test_a_poisoned_chunk_is_named(lab: Any) -> None:

@@ -28,10 +28,10 @@ def cut(lab: Any, whole: Any, name: str, step: int) -> Path:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
-def test_resume_after_every_step(lab: Any, same: Any, step: int) -> None:
+def test_resume_after_every_step(lab: Any, step: int) -> None:
     whole = lab.once("zero2", *EVERY)
     cut(lab, whole, f"zero2-{step}", step)
-    same(lab.run(f"zero2-{step}", *EVERY, again=True), whole)
+    lab.run(f"zero2-{step}", *EVERY, again=True).assert_same(whole)
 
 
 VARIANTS = {
@@ -44,11 +44,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resume_of_every_kind_of_run(lab: Any, same: Any, name: str) -> None:
+def test_resume_of_every_kind_of_run(lab: Any, name: str) -> None:
     settings = [*EVERY, *VARIANTS[name]]
     whole = lab.once(name, *settings)
     cut(lab, whole, f"{name}-cut", 3)
-    same(lab.run(f"{name}-cut", *settings, again=True), whole)
+    lab.run(f"{name}-cut", *settings, again=True).assert_same(whole)
 
 
 def test_without_the_moments_of_the_heads_optimizer_the_run_is_another(lab: Any) -> None:

@@ -50,6 +50,32 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in record.items() if not k.startswith(MACHINE_PREFIXES)} for record in records]
 
 
+class TestAStartThatFails:
+    def test_a_new_run_leaves_its_name_free(self, tmp_path: Path):
+        with pytest.raises(InputError), run_log(tmp_path / "run"):
+            raise InputError("rollout.engine_args: no such option")
+        assert list((tmp_path / "run").iterdir()) == []
+
+    def test_a_run_that_began_keeps_its_files(self, tmp_path: Path):
+        def dies() -> None:
+            with run_log(tmp_path / "run") as log:
+                log.rewind(0)
+                write(log, range(1, 2))
+                raise RunError("policy-0 died")
+
+        with pytest.raises(RunError):
+            dies()
+        assert [row["step"] for row in read_steps(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
+
+    def test_a_run_that_resumes_keeps_its_files(self, tmp_path: Path):
+        with run_log(tmp_path / "run") as log:
+            log.rewind(0)
+            write(log, range(1, 2))
+        with pytest.raises(InputError), run_log(tmp_path / "run", resume=True):
+            raise InputError("model.policy: gone")
+        assert (tmp_path / "run" / "config.yaml").exists()
+
+
 class TestFiles:
     def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(self, tmp_path: Path):
         with run_log(tmp_path / "uncut") as log:

@@ -7,12 +7,13 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from r2m_ray.config.schema import Config
-from r2m_ray.errors import ActorLost, RunError
+from r2m_ray.errors import ActorLost, Loss, RunError
 from r2m_ray.runtime import recovery
 from r2m_ray.runtime.device import Address
 from r2m_ray.runtime.placement import Placement
@@ -124,6 +125,19 @@ def test_work_that_ends_every_actor_is_named(group: WorkerGroup, tmp_path: Path)
     with pytest.raises(RunError, match=r"score: shard 1 ended 3 actors in a row.*max_recoveries=2"):
         asyncio.run(in_place(group, messages)("score", jobs(group, tmp_path, {1: 99})))
     assert len(messages) == 2
+
+
+def test_a_record_that_is_lost_is_no_loss_of_an_actor(group: WorkerGroup, tmp_path: Path) -> None:
+    """Nobody can be replaced for it; the run goes back to its last commit."""
+
+    async def gone(phase: str, calls: Sequence[Any]) -> list[Any]:
+        return [ActorLost("reference-0, score: its node is gone", (), Loss.record) for _ in calls]
+
+    group.actors.outcomes = gone  # type: ignore[method-assign, assignment]
+    messages: list[str] = []
+    with pytest.raises(ActorLost, match="its node is gone"):
+        asyncio.run(in_place(group, messages)("score", jobs(group, tmp_path, {})))
+    assert messages == []
 
 
 def test_an_actor_that_does_not_answer_is_replaced_at_the_deadline(

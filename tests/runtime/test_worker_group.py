@@ -86,6 +86,24 @@ class Rank:
         torch.ones(2) @ torch.ones(3)
 
 
+def test_a_lack_of_memory_inside_a_collective_is_no_loss_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same work would lack it again, so its own error must arrive."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    @raises_peers_lost
+    class Full:
+        def work(self, error: RuntimeError) -> None:
+            source = "def fail(error):\n    raise error\n"
+            scope = {"__name__": "torch.distributed.made_up"}
+            exec(source, scope)
+            scope["fail"](error)  # type: ignore[operator]
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Full().work(torch.OutOfMemoryError("no memory"))
+    with pytest.raises(PeersLost):
+        Full().work(RuntimeError("connection closed"))
+
+
 @pytest.fixture
 def ranks(local_cluster: None) -> Iterator[Actors]:
     with spawned(Rank, "policy") as actors:

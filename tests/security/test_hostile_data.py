@@ -5,12 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
+from ranks import run_python
 
 from r2m_ray.__main__ import COMMANDS, main
 from r2m_ray.cli.commands import Command
@@ -211,10 +210,7 @@ def test_a_line_of_a_gibibyte_costs_no_gibibyte(tmp_path: Path) -> None:
         sparse.truncate(2**30)
         sparse.seek(0, os.SEEK_END)
         sparse.write(b'\n{"a": 1}\n')
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True, timeout=120, check=True
-    )
-    is_right, peak_mib = done.stdout.split()
+    is_right, peak_mib = run_python("-c", MEASURE, file)[0].split()
     assert is_right == "True"
     # A piece of 16 MiB, the reader's copy of it, and the one before.
     assert int(peak_mib) < 64

@@ -6,12 +6,11 @@ import ast
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ranks import run_python
 
 PACKAGE = Path(__file__).resolve().parents[2] / "r2m_ray"
 SOURCES = [*sorted(PACKAGE.rglob("*.py")), *sorted((PACKAGE.parent / "launch").glob("*.py"))]
@@ -100,15 +99,7 @@ def test_nothing_of_a_model_or_a_data_file_is_unpickled(
             (directory / file).write_bytes(payload)
     for file in ("data.pkl", "data.jsonl", "data.parquet", "data.jsonl.gz"):
         (tmp_path / file).write_bytes(payload)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", LOAD, tmp_path)
 
 
 # The source

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from ranks import run_python
 from scripts import load_script
 
 from r2m_ray.config.schema import Config
@@ -41,18 +39,15 @@ with RunLog(Path(directory), config=config, resolved_yaml=text) as log:
 def test_no_canary_reaches_a_run_directory_or_the_screen(tmp_path: Path) -> None:
     # W&B's offline folder included; an override that carries a secret is kept without it.
     given = [f"+policy.deepspeed.note{n}={value}" for n, value in enumerate(CANARIES.values())]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path / "run"), "experiment=demo", *given],
-        env={**os.environ, **CANARIES, "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run = ["-c", RUN, tmp_path / "run", "experiment=demo", *given]
+    stdout, stderr = run_python(*run, **CANARIES, HOME=str(tmp_path / "home"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.yaml", "environment.json", "metrics.jsonl"} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
-    texts = {str(path): path.read_bytes() for path in files} | {"stdout": done.stdout, "stderr": done.stderr}
+    texts = {str(path): path.read_bytes() for path in files} | {
+        "stdout": stdout.encode(),
+        "stderr": stderr.encode(),
+    }
     held = [
         (place, name) for place, text in texts.items() for name in NAMES if CANARIES[name].encode() in text
     ]

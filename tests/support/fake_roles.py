@@ -216,24 +216,23 @@ class FakeRoles:
         self.version = version
         return {"bytes": 3.0}
 
-    def roles(self) -> Roles:
-        async def save(directory: Path, name: str, state: int) -> None:
+    def stored(self, name: str, counter: str) -> dict[str, Any]:
+        """How a role saves and loads its counter."""
+
+        async def save(directory: Path) -> None:
             (directory / name).mkdir()
-            (directory / name / "state.json").write_text(json.dumps(state))
+            (directory / name / "state.json").write_text(json.dumps(getattr(self, counter)))
 
-        async def load_policy(directory: Path) -> None:
-            self.updates = json.loads((directory / "policy" / "state.json").read_text())
+        async def load(directory: Path) -> None:
+            setattr(self, counter, json.loads((directory / name / "state.json").read_text()))
 
-        async def load_reward(directory: Path) -> None:
-            self.head_updates = json.loads((directory / "reward_head" / "state.json").read_text())
+        return {"save": save, "load": load}
 
+    def roles(self) -> Roles:
         return Roles(
             rollout=SimpleNamespace(sample=self.sample, texts=self.texts),
             policy=SimpleNamespace(
-                update=self.update_policy,
-                hidden=self.hidden,
-                save=lambda directory: save(directory, "policy", self.updates),
-                load=load_policy,
+                update=self.update_policy, hidden=self.hidden, **self.stored("policy", "updates")
             ),
             reference=SimpleNamespace(logprobs=self.logprobs),
             reward=SimpleNamespace(
@@ -241,8 +240,7 @@ class FakeRoles:
                 update=self.update_reward,
                 warm_up=self.warm_up,
                 attention=self.attention,
-                save=lambda directory: save(directory, "reward_head", self.head_updates),
-                load=load_reward,
+                **self.stored("reward_head", "head_updates"),
             ),
             sync=self.sync,
             share=Sealed,

@@ -1,4 +1,4 @@
-"""Programs of several ranks on this machine."""
+"""Python programs in processes of their own: one, or one per rank."""
 
 from __future__ import annotations
 
@@ -14,14 +14,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def inherited() -> dict[str, str]:
+    """The environment of a program that finds what this process finds, on one thread."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def run_python(*arguments: object, timeout_s: float = 240, **environment: str) -> tuple[str, str]:
+    """Run Python with these arguments, assert that it succeeds, and return what it wrote to both streams."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=inherited() | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout, done.stderr
+
+
 def run_ranks(program: str, *arguments: object, ranks: int = 2, timeout_s: float = 300) -> None:
     """Run a Python file once per rank, with the arguments and then the rank, and assert that all succeed."""
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+    environment = inherited() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, program, *map(str, arguments)]
     started = [
         subprocess.Popen(

@@ -32,8 +32,6 @@ OWNED = {
 }
 """Keys that would contradict a field of our own, and which one."""
 
-ADAM = ("adam", "adamw")
-
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``: ZeRO-2 and torch's AdamW, where nothing else is asked for.
@@ -47,7 +45,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
                 raise InputError(f"policy.deepspeed.{path}: {remedy}; remove the key")
     merged = _merge(_base(config), overrides)
     kind = str(merged["optimizer"]["type"])
-    if kind.lower() not in ADAM:
+    if kind.lower() not in ("adam", "adamw"):
         raise InputError(
             f"policy.deepspeed.optimizer.type={kind}: checkpoints hold Adam's state only; use Adam or AdamW"
         )

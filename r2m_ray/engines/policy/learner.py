@@ -167,7 +167,8 @@ class PolicyLearner:
 
         All ranks must ask for each bucket: with ZeRO-3 it is gathered by all of them.
         """
-        return pack_buckets(self.weights(), bucket_bytes, pack=pack)
+        # A generator of its own, so that what fails while it packs is seen here as well.
+        yield from pack_buckets(self.weights(), bucket_bytes, pack=pack)
 
     def weight_digests(self) -> dict[str, str]:
         """sha256 of each weight, alike on ranks that are equal to the last bit; all ranks must call it."""

@@ -29,9 +29,8 @@ class MiniBatch:
 
     order: which of the update's batches it holds. row_T: the row of each token. sampled_N: false for the
     greedy baselines of ReMax, which are no draw from the policy; rows counts the others. response_T:
-    response tokens of sampled rows. rollout_T, reference_T: log-probs at the sampling temperature;
-    reference_unit_T: at temperature 1.
-    old_T, old_unit_T: π_old's, written by the first pass.
+    response tokens of sampled rows. rollout_T, reference_T, old_T: log-probs at the sampling temperature;
+    …_unit_T: at temperature 1. Those of π_old are written by the first pass.
     """
 
     order: tuple[int, ...]

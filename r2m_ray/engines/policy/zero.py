@@ -77,7 +77,7 @@ def largest(value: Tensor) -> Tensor:
 class ZeroEngine:
     """A module, its AdamW and its learning-rate schedule; every method is called by all ranks alike.
 
-    model: holds the parameters, which keep their names. module: what runs forward, and contains the model.
+    model: holds the parameters, which keep their names. module: runs forward, and contains the model.
     """
 
     def __init__(self, module: nn.Module, model: nn.Module, *, config: Config) -> None:
@@ -91,7 +91,8 @@ class ZeroEngine:
         self.optimizer_steps = 0
         self._peak_rate = config.policy.learning_rate
         self._warmup_steps = config.policy.warmup_steps
-        self._norm = 0.0
+        self.grad_norm = 0.0
+        """Global gradient norm of the last applied step, before clipping."""
         self._awaits_backward = False
         self._deepspeed = deepspeed
         self._engine: Any = deepspeed.initialize(
@@ -108,11 +109,6 @@ class ZeroEngine:
     def learning_rate(self) -> float:
         """Of the next step: `peak · min(1, (applied steps + 1) / warm-up steps)`."""
         return self._peak_rate * min(1.0, (self.optimizer_steps + 1) / max(1, self._warmup_steps))
-
-    @property
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last applied step, before clipping."""
-        return self._norm
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the module returns for these inputs."""
@@ -149,13 +145,12 @@ class ZeroEngine:
             if not torch.isfinite(norm):
                 self._engine.zero_grad()
                 return False
-            self._engine.step()
-        else:
-            self._engine.step()
+        self._engine.step()
+        if self.stage:
             if not self._engine.was_step_applied():
                 return False
             norm = self._engine.get_global_grad_norm()
-        self._norm = float(norm)
+        self.grad_norm = float(norm)
         self.optimizer_steps += 1
         return True
 

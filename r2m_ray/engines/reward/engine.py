@@ -129,8 +129,8 @@ class RewardEngine:
     def warm_up(self, human: Sequence[RewardBatch], omega: float) -> dict[str, float]:
         """Take one optimizer step by Bradley–Terry alone on pairs in people's order, before the first update.
 
-        The learning rate is ``reward.warmup_learning_rate``; the moments are the warm-up's own, so that the
-        first update starts without any. Shards and statistics are as in `update`.
+        At ``reward.warmup_learning_rate``, with moments of its own: the first update starts without any.
+        Shards and statistics are as in `update`.
         """
         if self._warm_up is None:
             alone = replace(
@@ -152,19 +152,10 @@ class RewardEngine:
         `human` are shards of pairs, the row that people preferred first, which take the share
         ``reward.anchor_fraction`` of Bradley–Terry; without one they are not read.
 
-        Returns, from before the first optimizer step and equal on all replicas: loss, bradley_terry, entropy
-        (Eqs. 7, 5, 6); margin (winner − loser) and flip_rate (pairs with a negative one) under the current
-        head and h; valid_pairs and valid_groups, the fractions of groups with a valid pair and a valid
-        entropy; group_std (mean, ddof 0); feedback_ratio ‖Ĥ‖/‖H_last‖; attention_entropy over the log of
-        the row's length; gradient_norm before clipping; gradient_norm_bradley_terry and gradient_norm_entropy
-        of the two unweighted losses; nonfinite_rows, rows whose reward is not finite, now or when annotated.
-        With human pairs also theirs, under the current head and h: bradley_terry_human, gradient_norm_human
-        and human_accuracy, the share whose preferred row has the higher reward.
-        And skipped_steps, those not taken: nonfinite_steps, where a gradient or reward was not finite, and
-        those whose gradient was 0. Means over nothing are NaN.
-
-        Without update steps a head that reads h is measured and not changed; one that does not is not even
-        that, and the result is empty.
+        Returns statistics, equal on all replicas, by the names that the registry of metrics explains as
+        ``rm/…``: from before the first optimizer step, but skipped_steps and nonfinite_steps of all of them.
+        Those of human pairs only where they were read; means over nothing are NaN. Without update steps a
+        head that reads h is only measured, and one that does not has no statistics.
         """
         self._info = replace(self._info, omega=omega)
         self._warm_up = None

@@ -75,10 +75,9 @@ class HeadTrainer:
         """Take one optimizer step on the mean GREBT of all replicas' groups (Eqs. 5–7).
 
         The shards are read one at a time; a replica may have none. `human` are shards of pairs in people's
-        order, with the weight ``reward.anchor_fraction``, and are not read where that is 0. Returns
-        statistics from before the step, equal on all replicas (`RewardEngine.update` lists them). The step
-        is skipped, on all replicas alike, where the gradient or a row's reward is not finite, and where the
-        gradient is 0, so that momentum alone moves nothing.
+        order, not read where ``reward.anchor_fraction`` is 0. Returns statistics from before the step, equal
+        on all replicas. The step is skipped, on all replicas alike, where the gradient or a row's reward is
+        not finite, and where the gradient is 0, so that momentum alone moves nothing.
         """
         gradient_LX = torch.zeros(3 if self._anchor else 2, sum(self._sizes), device=self._device)
         total = self._totals(shards, omega, gradient_LX)

@@ -88,12 +88,9 @@ class RolloutEngine:
         self._quarantined = False
         self._totals = {"sampled_tokens": 0, "sample_seconds": 0.0, "regenerated_rows": 0, "sync_bytes": 0}
         self._vllm = VLLMEngine(
-            model_dir=model_dir,
-            dtype=dtype,
-            seed=seed,
-            max_model_len=max_model_len,
+            {"model": model_dir, "dtype": dtype, "seed": seed, "max_model_len": max_model_len},
+            engine_args,
             export_hidden=export_hidden,
-            engine_args=engine_args,
             weight_backend=weight_backend,
         )
         # The first batch compiles and allocates; it has random and greedy rows, as later ones may.
@@ -138,19 +135,13 @@ class RolloutEngine:
 
     def texts(self, trajectories: Trajectories, rows: int) -> list[RowText]:
         """The first ``rows`` rows of a shard in words, with the text of each input token."""
-        layout = trajectories.layout
         found = zip(trajectories.row_prompts, trajectories.responses, strict=True)
-        return [
-            RowText(
-                prompt=prompt,
-                response=response,
-                tokens=tuple(
-                    self._tokenizer.decode([token])
-                    for token in trajectories.input_T[layout.slice_of(n)].tolist()
-                ),
-            )
-            for n, (prompt, response) in enumerate(islice(found, rows))
-        ]
+        texts = []
+        for n, (prompt, response) in enumerate(islice(found, rows)):
+            ids = trajectories.input_T[trajectories.layout.slice_of(n)].tolist()
+            tokens = tuple(self._tokenizer.decode([token]) for token in ids)
+            texts.append(RowText(prompt=prompt, response=response, tokens=tokens))
+        return texts
 
     def init_weight_transfer(self, init_info: Mapping[str, Any]) -> None:
         """Join the trainer's transfer group, with the ``init_info`` of the weight backend."""
@@ -222,9 +213,11 @@ class RolloutEngine:
                 f"rollout engine: the weight update lacks {len(missing)} parameters, one is {missing[0]}; "
                 "send every parameter of the policy"
             )
-        if digest is not None and not update.verified:
+        if digest is None:
+            return
+        if not update.verified:
             raise RunError("rollout engine: a digest is compared only after begin_weight_update(verify=True)")
-        for receipt in receipts if digest is not None else ():
+        for receipt in receipts:
             if receipt.digest != digest:
                 raise RunError(
                     f"rollout engine: weights sent with sha256 {digest} arrived with {receipt.digest}; "
@@ -259,20 +252,16 @@ class RolloutEngine:
     def _generate(self, requests: Sequence[Request]) -> list[Sampled]:
         """Samples whose hidden states are proven to be theirs; a row that fails is sampled once more."""
         sampled = self._vllm.generate(requests)
-        if not self._exports:
-            return sampled
-        faulty = [n for n, fault in enumerate(_faults(requests, sampled)) if fault]
+        faulty = list(_faults(requests, sampled)) if self._exports else []
         if faulty:
             self._totals["regenerated_rows"] += len(faulty)
             # The fault may lie in a cached prefix, where it would be met again.
             self._vllm.forget_prefixes()
-            for n, row in zip(faulty, self._vllm.generate([requests[n] for n in faulty]), strict=True):
+            again = self._vllm.generate([requests[n] for n, _ in faulty])
+            for (n, _), row in zip(faulty, again, strict=True):
                 sampled[n] = row
-            for n, fault in enumerate(_faults(requests, sampled)):
-                if fault:
-                    raise RunError(
-                        f"rollout engine: hidden states of row {n} {fault}, twice; restart the engine"
-                    )
+            for n, fault in _faults(requests, sampled):
+                raise RunError(f"rollout engine: hidden states of row {n} {fault}, twice; restart the engine")
         return sampled
 
     def _pack(
@@ -323,17 +312,15 @@ def _parameter_shapes(model_dir: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _faults(requests: Sequence[Request], sampled: Sequence[Sampled]) -> Iterator[str]:
-    """What is wrong with the hidden states of each row; empty where nothing is."""
-    for request, row in zip(requests, sampled, strict=True):
+def _faults(requests: Sequence[Request], sampled: Sequence[Sampled]) -> Iterator[tuple[int, str]]:
+    """Rows whose hidden states are wrong, and what is wrong with them."""
+    for n, (request, row) in enumerate(zip(requests, sampled, strict=True)):
         input_T = torch.tensor([*request.prompt_ids, *row.token_ids][:-1])
         if row.export is None:
-            yield "are missing"
+            yield n, "are missing"
         elif len(row.export.hidden_TP) != len(input_T):
-            yield f"have {len(row.export.hidden_TP)} rows for {len(input_T)} tokens"
+            yield n, f"have {len(row.export.hidden_TP)} rows for {len(input_T)} tokens"
         elif not torch.equal(row.export.token_T, input_T):
-            yield "belong to other tokens"
+            yield n, "belong to other tokens"
         elif not torch.equal(row.export.position_T, torch.arange(len(input_T))):
-            yield "belong to other positions"
-        else:
-            yield ""
+            yield n, "belong to other positions"

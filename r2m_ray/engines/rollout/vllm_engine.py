@@ -91,8 +91,8 @@ class Sampled:
 class WeightReceipt:
     """What one worker received in a weight update.
 
-    digest: sha256 of the buckets in order of arrival, empty unless asked for. missing: names of vLLM's
-    own parameters that nothing was loaded into. nbytes: bytes received.
+    digest: sha256 of the buckets in order of arrival, empty unless asked for. missing: vLLM's own parameters
+    that nothing was loaded into. nbytes: bytes received.
     """
 
     digest: str
@@ -131,18 +131,16 @@ def prepare_environment(engine_args: Mapping[str, Any]) -> None:
 class VLLMEngine:
     """One in-process vLLM engine.
 
-    The other arguments are those of ``RolloutEngine``.
+    own_args: ``vllm.EngineArgs`` that the rollout engine sets. engine_args: those that the user adds. The
+    other arguments are those of ``RolloutEngine``.
     """
 
     def __init__(
         self,
-        *,
-        model_dir: str,
-        dtype: str,
-        seed: int,
-        max_model_len: int,
-        export_hidden: bool,
+        own_args: Mapping[str, Any],
         engine_args: Mapping[str, Any],
+        *,
+        export_hidden: bool,
         weight_backend: str,
     ) -> None:
         prepare_environment(engine_args)
@@ -163,12 +161,9 @@ class VLLMEngine:
         self._updating = False
         self._owns_process_group = not torch.distributed.is_initialized()
         self._llm = vllm.LLM(
-            model=model_dir,
-            dtype=dtype,
-            seed=seed,
+            **own_args,
             # By itself vLLM would fall back to pickled weights.
             load_format="safetensors",
-            max_model_len=max_model_len,
             logprobs_mode="processed_logprobs",
             worker_cls="r2m_ray.engines.rollout.vllm_worker.RolloutWorker",
             weight_transfer_config=WeightTransferConfig(backend=weight_backend),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
@@ -38,9 +37,7 @@ class ObjectStoreWeightEngine(WeightTransferEngine):  # type: ignore[misc]
     init_info_cls = ObjectStoreInit
     update_info_cls = ObjectStoreUpdate
 
-    def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
-        super().__init__(config, vllm_config, device, model)
-        self._open = False
+    _open = False
 
     def init_transfer_engine(self, init_info: ObjectStoreInit) -> None:
         return

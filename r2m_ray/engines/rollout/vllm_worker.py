@@ -1,14 +1,13 @@
 """What runs inside a vLLM worker: the export of hidden states, at no extra forward pass.
 
-Every token that vLLM computes owns a slot of the paged KV cache. A side buffer with the same slots
-keeps the token's hidden state, so paging, prefix sharing, chunked prefill and preemption are right
-for the hidden states whenever they are right for the keys and values. Three extension points of vLLM
-take part: the worker copies the model's output into the buffer after each forward pass; the
-KV connector learns from the scheduler which blocks a finished request owned, keeps them from being
-freed, and reads the request's rows in the step that follows; a worker call hands the rows out.
+Every token that vLLM computes owns a slot of the paged KV cache. A side buffer with the same slots keeps the
+token's hidden state, so paging, prefix sharing, chunked prefill and preemption are right for the hidden
+states whenever they are right for the keys and values. The worker copies the model's output into the buffer
+after each forward pass; the KV connector learns from the scheduler which blocks a finished request owned,
+keeps them until it has read the request's rows in the next step, and a worker call hands the rows out.
 
-Each slot also remembers which token at which position wrote it, so a reader can prove that a row is
-complete and its own.
+Each slot also remembers which token at which position wrote it, which proves that a row is complete and the
+request's own.
 
 Axes: T tokens of one forward pass or one request, P policy width.
 """

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_ray.errors import RunError
 from r2m_ray.report.compare.curves import Curve, read_comparison
 from r2m_ray.report.compare.matched import mean_peak
-from r2m_ray.report.compare.pictures import effects, frontiers, over_training, png, rewards
+from r2m_ray.report.compare.pictures import effects, frontiers, over_training, rewards
 from r2m_ray.report.compare.study import Study, study
 from r2m_ray.report.compare.tables import preface, tables, write_tables
-from r2m_ray.report.html import Figure, Section, comparison_page
+from r2m_ray.report.html import Figure, Section, comparison_page, write_pictures
+from r2m_ray.report.plots import png
 from r2m_ray.run.environment import environment
 from r2m_ray.run.files import replace_file
 from r2m_ray.run.vocabulary import metric
@@ -107,13 +107,3 @@ def effects_figure(found: Study) -> Figure | None:
         "nominal 95 % intervals over the seeds, absent with one."
     )
     return Figure("Primary endpoints", caption, png(figure))
-
-
-def write_pictures(figures: Mapping[str, Figure], directory: Path) -> None:
-    """Write every figure as ``<name>.png``; RunError names the file that cannot be written."""
-    for name, figure in figures.items():
-        path = directory / f"{name}.png"
-        try:
-            path.write_bytes(figure.png)
-        except OSError as error:
-            raise RunError(f"{path}: cannot write it: {error.strerror}.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from r2m_ray.config.fields import compared
+from r2m_ray.config.fields import compared, leaves
 from r2m_ray.config.schema import Compare
 from r2m_ray.errors import InputError, hint
 from r2m_ray.report.compare.statistics import MOST_FLIPPED
@@ -127,7 +127,7 @@ def read_curve(directory: Path, arm: str) -> Curve:
             f"{file}: the KL at step 0 is {kl[0]:.3g} nats, so this run did not start at its reference and "
             "its KL cannot be matched. Run it again with model.reference=null."
         )
-    settings = dict(flat(run.config))
+    settings = dict(leaves(run.config))
     return Curve(
         arm=arm,
         seed=int(settings["run.seed"]),
@@ -207,15 +207,6 @@ def require_same(curves: Sequence[Curve], matters: Callable[[str], bool], rule: 
                     f"{path} is {ours!r} in {first.source} and {theirs!r} in {curve.source}; {rule}. "
                     "Leave one of them out or run it again."
                 )
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a nested mapping with its dotted path."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _check_alike(arms: Mapping[str, tuple[Curve, ...]]) -> None:

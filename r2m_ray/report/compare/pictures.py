@@ -6,7 +6,6 @@ stretch. An empty picture is None.
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
 from r2m_ray.report.compare.curves import Curve
 from r2m_ray.report.compare.study import Contrast, Endpoint, Study
@@ -30,8 +28,6 @@ Arms = Mapping[str, Sequence[Curve]]
 COLUMNS = 4
 SEED: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.35}
 BAR_INCHES = 0.27
-COLOURS = 256
-"""Lines on white need no more, and a page of many panels is half to a third as large with a palette."""
 TITLE_LETTERS = 34
 WINDOW_SHARE = 15
 """A moving average over training steps spans one in so many of them, and five at least."""
@@ -97,19 +93,6 @@ def effects(study: Study) -> Figure | None:
             axes.set_yticks(range(len(arms)), arms if i == 0 else [""] * len(arms))
             axes.set_ylim(len(arms) - 0.4, -0.6)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a file's content, with a palette of colours; the same numbers give the same bytes."""
-    drawn, compressed = io.BytesIO(), io.BytesIO()
-    with rc_context(STYLE):
-        figure.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB")
-    # This method keeps the rarest colours, which are the thin lines'.
-    picture.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        compressed, "PNG", optimize=True
-    )
-    return compressed.getvalue()
 
 
 def mean_line(values: Sequence[Series | NDArray[np.int64]]) -> Series:

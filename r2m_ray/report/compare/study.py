@@ -11,7 +11,7 @@ never which one is good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -116,16 +116,30 @@ def study(comparison: Comparison, top: Peak | None) -> Study:
         InputError: there is no other arm, or only some runs have gold; or, without gold, runs of one seed
             have different reward models, whose scores have nothing in common.
     """
-    if not all(curve.knows_gold for curve in comparison.curves(comparison.baseline)):
-        return _contrasted(comparison, [*_proxy_endpoints(comparison)], top=None)
-    for curve in (curve for curves in comparison.arms.values() for curve in curves):
-        if not curve.knows_gold:
-            raise InputError(f"{curve.source}: no gold score to compare at matched KL.")
-    if top is None:
-        return _contrasted(comparison, UNMATCHED, top)
-    found = _contrasted(comparison, endpoints(top.kl), top)
-    shared = [_contrast(comparison, arm, _shared(comparison, arm, top.kl)) for arm in comparison.challengers]
-    return replace(found, contrasts={**found.contrasts, SHARED_NAME: _corrected(shared)})
+    if not comparison.challengers:
+        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
+    arms = comparison.arms.items()
+    gold = all(curve.knows_gold for curve in comparison.curves(comparison.baseline))
+    if gold:
+        for curve in (curve for _, curves in arms for curve in curves):
+            if not curve.knows_gold:
+                raise InputError(f"{curve.source}: no gold score to compare at matched KL.")
+        found = UNMATCHED if top is None else endpoints(top.kl)
+    else:
+        found, top = tuple(_proxy_endpoints(comparison)), None
+    contrasts = {e.name: _contrasts(comparison, dict.fromkeys(comparison.challengers, e)) for e in found}
+    if top:
+        shared = {arm: _shared(comparison, arm, top.kl) for arm in comparison.challengers}
+        contrasts[SHARED_NAME] = _contrasts(comparison, shared)
+    return Study(
+        baseline=comparison.baseline,
+        seeds=comparison.seeds,
+        gold=gold,
+        peak=top,
+        endpoints=found,
+        values={e.name: {arm: tuple(map(e.value, curves)) for arm, curves in arms} for e in found},
+        contrasts=contrasts,
+    )
 
 
 def endpoints(kl_star: float) -> tuple[Endpoint, ...]:
@@ -199,42 +213,22 @@ def _last(curve: Curve, name: str) -> float:
     return float(curve.evaluations.series(name)[-1])
 
 
-def _contrasted(comparison: Comparison, endpoints: Sequence[Endpoint], top: Peak | None) -> Study:
-    if not comparison.challengers:
-        raise InputError(f"only {comparison.baseline!r} to compare. Give the runs of another arm.")
-    arms = comparison.arms.items()
-    return Study(
-        baseline=comparison.baseline,
-        seeds=comparison.seeds,
-        gold=all(curve.knows_gold for curve in comparison.curves(comparison.baseline)),
-        peak=top,
-        endpoints=tuple(endpoints),
-        values={e.name: {arm: tuple(map(e.value, curves)) for arm, curves in arms} for e in endpoints},
-        contrasts={
-            e.name: _corrected([_contrast(comparison, arm, e) for arm in comparison.challengers])
-            for e in endpoints
-        },
-    )
-
-
-def _contrast(comparison: Comparison, arm: str, endpoint: Endpoint) -> Contrast:
-    pairs = zip(comparison.curves(arm), comparison.curves(comparison.baseline), strict=True)
-    differences = tuple(
-        None if ours is None or theirs is None else ours - theirs
-        for ours, theirs in ((endpoint.value(a), endpoint.value(b)) for a, b in pairs)
-    )
-    known = [difference for difference in differences if difference is not None]
-    return Contrast(
-        arm=arm,
-        endpoint=endpoint.name,
-        differences=differences,
-        interval=paired_interval(known) if len(known) > 1 else None,
-        p=sign_flip_p(known) if len(known) == len(differences) > 1 else None,
-        p_holm=None,
-        kl=endpoint.kl,
-    )
-
-
-def _corrected(contrasts: Sequence[Contrast]) -> Mapping[str, Contrast]:
-    adjusted = holm({contrast.arm: contrast.p for contrast in contrasts})
-    return {c.arm: replace(c, p_holm=adjusted[c.arm]) for c in contrasts}
+def _contrasts(comparison: Comparison, endpoints: Mapping[str, Endpoint]) -> dict[str, Contrast]:
+    """Each arm minus the baseline in the arm's endpoint; p adjusted over all of these arms."""
+    found = {}
+    for arm, endpoint in endpoints.items():
+        pairs = zip(comparison.curves(arm), comparison.curves(comparison.baseline), strict=True)
+        values = [(endpoint.value(ours), endpoint.value(theirs)) for ours, theirs in pairs]
+        differences = tuple(None if a is None or b is None else a - b for a, b in values)
+        known = [difference for difference in differences if difference is not None]
+        found[arm] = Contrast(
+            arm=arm,
+            endpoint=endpoint.name,
+            differences=differences,
+            interval=paired_interval(known) if len(known) > 1 else None,
+            p=sign_flip_p(known) if len(known) == len(differences) > 1 else None,
+            p_holm=None,
+            kl=endpoint.kl,
+        )
+    adjusted = holm({arm: contrast.p for arm, contrast in found.items()})
+    return {arm: replace(contrast, p_holm=adjusted[arm]) for arm, contrast in found.items()}

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r2m_ray.errors import RunError
 from r2m_ray.report.compare.statistics import LEVEL, limits
 from r2m_ray.report.compare.study import SHARED_NAME, Contrast, Study, Values
 from r2m_ray.report.html import Table, markdown_text
@@ -19,17 +18,8 @@ CENSORED = "censored"
 
 
 def write_tables(study: Study, directory: Path) -> tuple[Path, Path]:
-    """Write ``comparison.md`` and ``comparison.json`` into a directory and return their paths.
-
-    Raises RunError naming what cannot be written.
-    """
+    """Write ``comparison.md`` and ``comparison.json`` into a directory and return their paths."""
     paths = directory / MARKDOWN_FILE, directory / JSON_FILE
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{directory}: cannot make this directory: {error.strerror}. Choose another."
-        ) from error
     replace_file(paths[0], markdown(study))
     replace_file(paths[1], json.dumps(record(study), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return paths

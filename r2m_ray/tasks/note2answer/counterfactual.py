@@ -14,7 +14,7 @@ from random import Random
 from r2m_ray.config.schema import Config
 from r2m_ray.tasks.data import PreferencePair
 from r2m_ray.tasks.note2answer.gold import gold
-from r2m_ray.tasks.note2answer.world import COURTESY, VALUES, Fact, Note, source
+from r2m_ray.tasks.note2answer.world import COURTESY, Fact, Note, source
 
 MOST_COURTESIES = 3
 MOST_INTENSIFIERS = 4
@@ -39,7 +39,7 @@ def _style_pair(config: Config, random: Random) -> PreferencePair:
     while True:
         note = Note.draw(random, config.task.values_per_attribute)
         facts = [
-            fact if random.random() < TRUE else _made_up(config, fact, random)
+            fact if random.random() < TRUE else fact.made_up(random, config.task.values_per_attribute)
             for fact in _facts(note, random)
         ]
         courtesies, intensifiers = random.randint(0, 1), random.randint(0, 1)
@@ -60,7 +60,8 @@ def _value_pair(config: Config, random: Random) -> PreferencePair:
         note = Note.draw(random, config.task.values_per_attribute)
         facts = _facts(note, random)
         replaced = random.randrange(len(facts))
-        false = [_made_up(config, fact, random) if i == replaced else fact for i, fact in enumerate(facts)]
+        lie = facts[replaced].made_up(random, config.task.values_per_attribute)
+        false = [lie if i == replaced else fact for i, fact in enumerate(facts)]
         places = [random.randrange(len(facts)) for _ in range(random.randint(0, 1))]
         courtesies = random.randint(0, 1)
         better, worse = (_response(variant, places, courtesies) for variant in (facts, false))
@@ -72,13 +73,6 @@ def _facts(note: Note, random: Random) -> list[Fact]:
     """One to three true facts about the one who is asked about, in any order."""
     truths = random.sample(list(note.truths.items()), random.randint(1, 3))
     return [Fact(note.asked, verb, value) for verb, value in truths]
-
-
-def _made_up(config: Config, fact: Fact, random: Random) -> Fact:
-    """The fact with another value, which the note does not mention: each attribute is in it once."""
-    values = VALUES[fact.verb][: config.task.values_per_attribute]
-    value = random.choice([value for value in values if value != fact.value])
-    return Fact(fact.subject, fact.verb, value)
 
 
 def _response(facts: Sequence[Fact], places: Sequence[int], courtesies: int) -> str:

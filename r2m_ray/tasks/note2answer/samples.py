@@ -13,7 +13,7 @@ from r2m_ray.config.schema import Config, TaskConfig
 from r2m_ray.errors import InputError
 from r2m_ray.tasks.data import PreferencePair
 from r2m_ray.tasks.note2answer.gold import gold
-from r2m_ray.tasks.note2answer.world import COURTESY, PROMPT_TOKENS, VALUES, Fact, Note, source
+from r2m_ray.tasks.note2answer.world import COURTESY, PROMPT_TOKENS, Fact, Note, source
 
 SLOTS = 6
 """Sentences of a demonstration at most, corrections not counted."""
@@ -177,8 +177,7 @@ def _wrong(note: Note, task: TaskConfig, random: Random) -> list[str]:
         other = random.choice(note.others)
         return Fact(note.asked, other.verb, other.value).words(_intensifiers(random))
     verb, truth = random.choice(list(note.truths.items()))
-    values = VALUES[verb][: task.values_per_attribute]
-    value = random.choice([value for value in values if value != truth])
+    lie = Fact(note.asked, verb, truth).made_up(random, task.values_per_attribute)
     intensifiers = _intensifiers(random)
     corrected = truth if random.random() < task.self_correct_prob else None
-    return Fact(note.asked, verb, value).words(intensifiers, corrected=corrected)
+    return lie.words(intensifiers, corrected=corrected)

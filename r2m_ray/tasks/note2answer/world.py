@@ -79,6 +79,11 @@ class Fact:
         said = ["the", self.subject, *[INTENSIFIER] * intensifiers, self.verb, self.value]
         return [*said, *(correction(self.verb, corrected) if corrected else ()), "."]
 
+    def made_up(self, random: Random, values: int) -> Fact:
+        """The fact with another value of its attribute's first ``values``."""
+        others = [value for value in VALUES[self.verb][:values] if value != self.value]
+        return Fact(self.subject, self.verb, random.choice(others))
+
 
 def correction(verb: str, value: str) -> list[str]:
     """The words that replace the value just said, before the full stop: ``sorry , i mean <verb> <value>``.

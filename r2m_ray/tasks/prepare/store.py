@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from r2m_ray.config.fields import names_of
@@ -41,7 +40,6 @@ COMMAND_FIELDS: dict[str, tuple[str, ...]] = {
 
 Build = Callable[[Config, Path], dict[str, Any]]
 """Makes the models of a configuration in a directory and returns the facts about them."""
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,9 @@ class Prepared:
         return self.directory / "reward"
 
 
-def prepare(config: Config, *, added: Mapping[str, Any] = NOTHING, build: Build | None = None) -> Prepared:
+def prepare(
+    config: Config, *, added: Mapping[str, Any] | None = None, build: Build | None = None
+) -> Prepared:
     """Train policy and reward model for ``config``, unless they are there already.
 
     Several processes may prepare at once: one trains, the others wait and find its result.
@@ -87,7 +87,7 @@ def prepare(config: Config, *, added: Mapping[str, Any] = NOTHING, build: Build 
     raise RunError(f"{directory}: its files changed while they were written; prepare again")
 
 
-def find(config: Config, *, added: Mapping[str, Any] = NOTHING) -> Prepared | None:
+def find(config: Config, *, added: Mapping[str, Any] | None = None) -> Prepared | None:
     """What `prepare` made of the same arguments, None where it did not; InputError for unreadable facts."""
     return _complete(_directory(config, added))
 
@@ -97,7 +97,7 @@ def locate(config: Config) -> Prepared:
     prepared = find(config)
     if prepared is None:
         raise InputError(
-            f"{_directory(config, NOTHING)}: no prepared models for this configuration; make them by: "
+            f"{_directory(config, None)}: no prepared models for this configuration; make them by: "
             f"{_command(config)}"
         )
     return prepared
@@ -125,7 +125,7 @@ def source_digest(source: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _settings(config: Config, added: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(config: Config, added: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything that prepared models depend on; the digest is that of its JSON."""
     task, name = asdict(config.task), config.task.name
     settings = {field: task[field] for field in (*SHARED_FIELDS, *TASK_FIELDS[name])}
@@ -139,11 +139,11 @@ def _settings(config: Config, added: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config.run.seed,
         "reward.max_length": config.reward.max_length,
         "task": settings,
-        "prepare": prepare | dict(added),
+        "prepare": prepare | dict(added or {}),
     }
 
 
-def _directory(config: Config, added: Mapping[str, Any]) -> Path:
+def _directory(config: Config, added: Mapping[str, Any] | None) -> Path:
     settings = json.dumps(_settings(config, added), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
     return Path(config.prepare.root) / f"{config.task.name.value}-{digest[:12]}"
@@ -184,7 +184,7 @@ def _train(config: Config, directory: Path) -> dict[str, Any]:
     return build(config, directory)
 
 
-def _build(config: Config, added: Mapping[str, Any], build: Build, directory: Path) -> None:
+def _build(config: Config, added: Mapping[str, Any] | None, build: Build, directory: Path) -> None:
     building = directory.with_name(f".tmp-{directory.name}")
     start = time.monotonic()
     try:

@@ -130,13 +130,13 @@ def identity(config: Config) -> dict[str, Any]:
 def order(tmp_path: Path) -> Callable[[], list[str]]:
     """The runs that were started since the last call, in order."""
 
-    def told() -> list[str]:
+    def started() -> list[str]:
         file = tmp_path / "fake" / "order"
         names = file.read_text().splitlines() if file.is_file() else []
         file.unlink(missing_ok=True)
         return names
 
-    return told
+    return started
 
 
 @pytest.fixture(scope="package")

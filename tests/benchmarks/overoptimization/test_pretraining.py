@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -25,7 +25,6 @@ from benchmarks.overoptimization.pretraining import learn_counts, standardised
 from benchmarks.overoptimization.worlds import find, prepare, recipe, run_overrides
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError
-from r2m_ray.tasks.prepare import measurement
 from r2m_ray.tasks.prepare.store import Prepared
 from r2m_ray.tasks.prepare.trainers import Training
 
@@ -107,16 +106,8 @@ GOOD = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_prompts() -> Iterator[None]:
-    """No test here asks whether a policy is good, and asking takes most of a small preparation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurement, "GOLD_PROMPTS", 64)
-        yield
-
-
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory, few_measures: None) -> Prepared:
     return prepare(world(tmp_path_factory.mktemp("prepared"), "lab.reward_auxiliary_steps=6"))
 
 

@@ -254,8 +254,8 @@ def test_readable_files_and_dataset_ids_pass(tmp_path: Path) -> None:
         ("a.jsonl", None, "no such file"),
         ("a.jsonl", b"", "empty; give a file with rows"),
         ("a.jsonl.gz", b"not gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(PAIR.encode())[:12], "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b""), "empty; give a file with rows"),
+        ("a.jsonl.gz", gzip.compress(PAIR.encode(), mtime=0)[:12], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "empty; give a file with rows"),
         ("a.parquet", PAIR.encode(), "not a Parquet file"),
     ],
 )

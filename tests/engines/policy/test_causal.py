@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from learner_rows import trajectories
-from models import save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     CohereForCausalLM,
+    Gemma2Config,
     Gemma2ForCausalLM,
+    GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -34,13 +37,29 @@ TEMPERATURE = 0.7
 @pytest.fixture(scope="module")
 def neox_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-NeoX: fused queries, parallel residual, partly rotated positions, another name for its head."""
-    return save_model(tmp_path_factory.mktemp("neox"), GPTNeoXForCausalLM, seed=5, width=32, heads=4)
+    torch.manual_seed(5)
+    config = GPTNeoXConfig(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    directory = tmp_path_factory.mktemp("neox")
+    GPTNeoXForCausalLM(config).save_pretrained(directory)
+    return directory
 
 
 def load(directory: Path) -> PreTrainedModel:
     return load_causal(
         str(directory), field="model.policy", dtype=torch.float32, attention="sdpa", device=CPU
     )
+
+
+def scorer_of(directory: Path, temperature: float) -> CausalScorer:
+    return CausalScorer(load(directory), attention="sdpa", temperature=temperature, token_budget=64)
 
 
 def score(
@@ -81,11 +100,7 @@ def test_packed_rows_equal_rows_alone(
     model_dir: str, budget: int, packed: bool, request: pytest.FixtureRequest
 ) -> None:
     records = [trajectories(0), trajectories(1)]
-    scorer = CausalScorer(
-        load(request.getfixturevalue(model_dir)),
-        temperature=TEMPERATURE,
-        token_budget=64,
-    )
+    scorer = scorer_of(request.getfixturevalue(model_dir), TEMPERATURE)
     weight_T = torch.randn(records[0].layout.tokens + records[1].layout.tokens)
 
     expected_hidden, expected, expected_unit = row_by_row(scorer.model, records)
@@ -105,7 +120,7 @@ def test_packed_rows_equal_rows_alone(
 
 def test_rows_on_a_line_leak_with_a_cache_and_not_without(tiny_policy_dir: Path) -> None:
     """Why `use_cache=False` stands in the forward pass: transformers' default lets rows read each other."""
-    scorer = CausalScorer(load(tiny_policy_dir), temperature=1.0, token_budget=64)
+    scorer = scorer_of(tiny_policy_dir, 1.0)
     records = [trajectories(0)]
     (block,) = blocks(Rows.of(records), token_budget=10_000, packed=True, device=CPU)
     with torch.no_grad():
@@ -123,7 +138,7 @@ def test_scoring_in_chunks_changes_nothing(tiny_policy_dir: Path, monkeypatch: p
     found = []
     for chunks in (1, 50):
         monkeypatch.setattr(causal, "LOGITS_AT_ONCE", 64 * 160 // chunks)
-        scorer = CausalScorer(load(tiny_policy_dir), temperature=TEMPERATURE, token_budget=64)
+        scorer = scorer_of(tiny_policy_dir, TEMPERATURE)
         _, logp_T, unit_T = score(scorer, records, budget=10_000, packed=False)
         logp_T.sum().backward()
         found.append((logp_T.detach(), unit_T, scorer.model.lm_head.weight.grad.clone()))
@@ -153,7 +168,7 @@ def test_dropout_is_off_in_training(tmp_path: Path, tiny_policy_dir: Path) -> No
 
 
 def test_an_idle_block_reaches_every_parameter(tied_policy_dir: Path) -> None:
-    scorer = CausalScorer(load(tied_policy_dir), temperature=1.0, token_budget=64)
+    scorer = scorer_of(tied_policy_dir, 1.0)
     block = idle_block(CPU)
     hidden_SP, logp_A, _ = scorer(block.input_BL, block.position_BL, block.pick_A, block.label_A)
     (0 * logp_A.sum()).backward()
@@ -170,21 +185,30 @@ def test_grids_hold_every_row_once_within_the_budget(lengths: list[int], budget:
         assert padded <= budget or len(batch) == 1
 
 
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "field", "sizes"),
+    ("model", "field"),
     [
-        (Gemma2ForCausalLM, "final_logit_softcapping=30.0", {"head_dim": 8}),
-        (CohereForCausalLM, "logit_scale=0.0625", {}),
+        (lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=8, **SMALL)), "final_logit_softcapping=30.0"),
+        (lambda: CohereForCausalLM(CohereConfig(**SMALL)), "logit_scale=0.0625"),
     ],
 )
 def test_transformed_logits_are_refused(
-    kind: type[PreTrainedModel],
-    field: str,
-    sizes: dict[str, int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Callable[[], PreTrainedModel], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(tmp_path, kind, width=16, num_key_value_heads=2, **sizes)
+    model().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"model.policy=.*{field} in config.json"):
         load(tmp_path)
     monkeypatch.setattr(causal, "TRANSFORMED_LOGITS", ())

@@ -21,6 +21,8 @@ from torch import Tensor
 from r2m_ray.config.schema import Config, Dtype
 from r2m_ray.engines.policy import causal
 
+pytestmark = pytest.mark.engine
+
 Stats = dict[str, float]
 
 VARIANTS = {

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reward_rows import K, random_batch
-from torch import Tensor
+from reward_rows import K, random_batch, with_annotation
 
 from r2m_ray.config.schema import PairSource
 from r2m_ray.core.batch import Annotation, Hidden, RewardBatch, Trajectories
@@ -24,11 +23,6 @@ def words(prompt: str, response: str, truncated: bool) -> dict[str, float]:
     """A gold score: the response's words minus the prompt's, and 10 less if truncated."""
     longer = float(len(response.split()) - len(prompt.split()))
     return {"longer": longer, "cut": float(truncated), "total": longer - 10.0 * truncated}
-
-
-def with_pairs(batch: RewardBatch, reward_N: Tensor) -> RewardBatch:
-    """The batch as if these rewards had annotated it, so that they pick its pairs."""
-    return replace(batch, annotation=replace(batch.annotation, reward_N=reward_N))
 
 
 def test_annotation_carries_gold_of_every_row(
@@ -66,7 +60,7 @@ def test_gold_picks_the_pairs_that_it_orders(make_engine: EngineFactory) -> None
     batch = random_batch(1)
     by_gold, by_reward = make_engine(pair_source=PairSource.gold), make_engine()
     stats = by_gold.update([batch], 0.6, 1)
-    assert stats == by_reward.update([with_pairs(batch, batch.annotation.gold_N)], 0.6, 1)
+    assert stats == by_reward.update([with_annotation(batch, reward_N=batch.annotation.gold_N)], 0.6, 1)
     assert by_gold.digests() == by_reward.digests()
     own = make_engine()
     own.update([batch], 0.6, 1)
@@ -75,8 +69,8 @@ def test_gold_picks_the_pairs_that_it_orders(make_engine: EngineFactory) -> None
 
 def test_without_gold_there_is_no_pair(make_engine: EngineFactory) -> None:
     batch = random_batch(1)
-    unknown = replace(batch.annotation, gold_N=torch.full_like(batch.annotation.gold_N, math.nan))
-    stats = make_engine(pair_source=PairSource.gold).update([replace(batch, annotation=unknown)], 0.6, 1)
+    unknown = with_annotation(batch, gold_N=batch.annotation.gold_N * math.nan)
+    stats = make_engine(pair_source=PairSource.gold).update([unknown], 0.6, 1)
     assert (stats["valid_pairs"], stats["valid_groups"], stats["nonfinite_steps"]) == (0, 1, 0)
 
 
@@ -96,7 +90,7 @@ def test_random_pairs_are_the_same_in_every_optimizer_step_of_a_training_step(
     batch = random_batch(1)
     ranks_N = random_ranks(batch.annotation, content_seed("0 7 pairs", batch.annotation.rte_ND))
     drawn, given = make_engine(pair_source=PairSource.random, update_steps=3), make_engine(update_steps=3)
-    assert drawn.update([batch], 0.6, 7) == given.update([with_pairs(batch, ranks_N)], 0.6, 7)
+    assert drawn.update([batch], 0.6, 7) == given.update([with_annotation(batch, reward_N=ranks_N)], 0.6, 7)
     assert drawn.digests() == given.digests()
 
 
@@ -116,10 +110,10 @@ def test_every_ordered_pair_of_distinct_rows_is_drawn_as_often() -> None:
 def test_pairs_below_the_margin_are_not_learned_from(make_engine: EngineFactory) -> None:
     batch = random_batch(1, groups=3)
     reward_N = torch.tensor([0, 1, 2, 3, 0, 0.5, 0.2, 0, 0, 0, 0, 2.0])
-    wide = with_pairs(batch, reward_N)
+    wide = with_annotation(batch, reward_N=reward_N)
     found = make_engine(pair_min_margin=2.0).update([wide], 0.6, 1)
     assert (found["valid_pairs"], found["valid_groups"]) == (pytest.approx(2 / 3), 1.0)
-    tied = with_pairs(batch, torch.where(torch.arange(12) // K == 1, 0.0, reward_N))
+    tied = with_annotation(batch, reward_N=torch.where(torch.arange(12) // K == 1, 0.0, reward_N))
     expected = make_engine().update([tied], 0.6, 1)
     assert found == expected
     assert make_engine(pair_min_margin=3.5).update([wide], 0.6, 1)["valid_pairs"] == 0.0

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from heads import grebt
-from reward_rows import K, random_batch
+from reward_rows import K, broken_at, parameters, random_batch, with_annotation, with_hidden
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -113,9 +113,7 @@ def test_the_statistics_of_the_groups_are_what_they_are_without_human_pairs(
 def test_the_chosen_row_wins_whatever_its_annotation_says(
     groups: list[RewardBatch], human: list[RewardBatch], make_engine: EngineFactory
 ) -> None:
-    reversed_rewards = [
-        replace(b, annotation=replace(b.annotation, reward_N=-b.annotation.reward_N)) for b in human
-    ]
+    reversed_rewards = [with_annotation(b, reward_N=-b.annotation.reward_N) for b in human]
     one, other = make_engine(anchor_fraction=1.0), make_engine(anchor_fraction=1.0)
     one.update(groups, 0.6, 1, human)
     other.update(groups, 0.6, 1, reversed_rewards)
@@ -126,9 +124,7 @@ def test_a_broken_human_row_skips_the_step_and_is_counted(
     groups: list[RewardBatch], human: list[RewardBatch], make_engine: EngineFactory
 ) -> None:
     engine = make_engine(anchor_fraction=0.5)
-    broken_TP = human[0].hidden.hidden_TP.clone()
-    broken_TP[0, 0] = math.nan
-    broken = replace(human[0], hidden=replace(human[0].hidden, hidden_TP=broken_TP))
+    broken = replace(human[0], hidden=broken_at(human[0].hidden, 0))
     before = engine.digests()
     stats = engine.update(groups, 0.6, 1, [broken, human[1]])
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (1, 1, 1)
@@ -172,15 +168,14 @@ def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(make_engine: En
         batch = random_batch(seed, groups=16, size=2)
         hidden_TP = batch.hidden.hidden_TP.clone()
         hidden_TP[:, 0] += 2.0 * (batch.hidden.layout.row_T % 2 == 0)
-        return replace(batch, hidden=replace(batch.hidden, hidden_TP=hidden_TP))
+        return with_hidden(batch, hidden_TP)
 
     rate = {"warmup_learning_rate": 3e-3}
     reads, blind = make_engine(**rate), make_engine(omega_floor=1.0, **rate)
     for seed in range(60):
         batch = informative(seed)
-        nothing = replace(batch, hidden=replace(batch.hidden, hidden_TP=batch.hidden.hidden_TP[:, :0]))
         reads.warm_up([batch], 0.6)
-        blind.warm_up([nothing], 1.0)
+        blind.warm_up([with_hidden(batch, batch.hidden.hidden_TP[:, :0])], 1.0)
     unseen = [informative(seed) for seed in range(100, 110)]
     found = float((rewards(reads.head, unseen, 2).diff() < 0).double().mean())
     embeddings = torch.cat([batch.annotation.rte_ND for batch in unseen])
@@ -192,8 +187,8 @@ def test_a_warm_up_learns_from_h_what_the_embeddings_do_not_tell(make_engine: En
 def test_without_feedback_the_same_pairs_refit_the_scoring_head_alone(make_engine: EngineFactory) -> None:
     engine = make_engine(omega_floor=1.0)
     human = [random_batch(11, groups=4, size=2, width=0)]
-    before = {name: value.detach().clone() for name, value in engine.head.named_parameters()}
+    before = parameters(engine.head)
     losses = [engine.warm_up(human, 1.0)["bradley_terry_human"] for _ in range(20)]
-    moved = {name for name, value in engine.head.named_parameters() if not torch.equal(value, before[name])}
+    moved = {name for name, value in parameters(engine.head).items() if not torch.equal(value, before[name])}
     assert moved == {"score_weight"}
     assert losses[-1] < losses[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reward_rows import random_batch, states
+from reward_rows import broken_at, parameters, random_batch, states, with_annotation
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import PairSource
@@ -24,10 +24,8 @@ EngineFactory = Callable[..., RewardEngine]
 def test_update_that_is_not_finite_is_skipped_and_counted(make_engine: EngineFactory) -> None:
     engine, clean = make_engine(update_steps=2), make_engine(update_steps=2)
     batch = random_batch(1)
-    broken_TP = batch.hidden.hidden_TP.clone()
-    broken_TP[3, 5] = float("nan")
     before = engine.digests()
-    stats = engine.update([replace(batch, hidden=replace(batch.hidden, hidden_TP=broken_TP))], 0.6, 1)
+    stats = engine.update([replace(batch, hidden=broken_at(batch.hidden, 3))], 0.6, 1)
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (2, 2, 1)
     assert not math.isfinite(stats["gradient_norm"])
     assert engine.digests() == before
@@ -41,10 +39,9 @@ def test_a_broken_row_of_h_breaks_its_own_reward_alone(
     value: float, make_engine: EngineFactory, trajectories: Trajectories, hidden: Hidden
 ) -> None:
     engine = make_engine()
-    broken_TP = hidden.hidden_TP.clone()
-    broken_TP[hidden.layout.slice_of(2).start, 7] = value
+    broken = broken_at(hidden, hidden.layout.slice_of(2).start, value)
     _, clean = engine.annotate(trajectories, hidden, 0.6, 1)
-    _, found = engine.annotate(trajectories, replace(hidden, hidden_TP=broken_TP), 0.6, 1)
+    _, found = engine.annotate(trajectories, broken, 0.6, 1)
     assert torch.isfinite(found.reward_N).tolist() == [n != 2 for n in range(8)]
     others = torch.arange(8) != 2
     assert torch.equal(found.reward_N[others], clean.reward_N[others])
@@ -59,9 +56,8 @@ def test_a_broken_annotation_is_not_learnt_from_though_h_is_fine_by_now(
     engine, batch = make_engine(pair_source=source), random_batch(1)
     scores_N = getattr(batch.annotation, field).clone()
     scores_N[3] = math.nan
-    annotation = replace(batch.annotation, **{field: scores_N})
     before = engine.digests()
-    stats = engine.update([random_batch(2), replace(batch, annotation=annotation)], 0.6, 1)
+    stats = engine.update([random_batch(2), with_annotation(batch, **{field: scores_N})], 0.6, 1)
     assert (stats["skipped_steps"], stats["nonfinite_steps"], stats["nonfinite_rows"]) == (1, 1, 1)
     assert engine.digests() == before
     assert math.isfinite(stats["feedback_ratio"])
@@ -83,8 +79,8 @@ def test_a_reward_spike_moves_the_head_by_one_bounded_step(make_engine: EngineFa
     engine, batch = make_engine(learning_rate=1e-2), random_batch(1)
     spike_N = batch.annotation.reward_N.clone()
     spike_N[5] = 1e30
-    before = {name: value.detach().clone() for name, value in engine.head.named_parameters()}
-    stats = engine.update([replace(batch, annotation=replace(batch.annotation, reward_N=spike_N))], 0.6, 1)
+    before = parameters(engine.head)
+    stats = engine.update([with_annotation(batch, reward_N=spike_N)], 0.6, 1)
     assert stats["skipped_steps"] == 0
     assert all(math.isfinite(value) for value in stats.values())
     for name, value in engine.head.named_parameters():

@@ -20,6 +20,8 @@ from r2m_ray.config.schema import Config, RewardConfig
 from r2m_ray.core.batch import RewardBatch
 from r2m_ray.engines.reward.engine import RewardEngine
 
+pytestmark = pytest.mark.engine
+
 
 def pairs(seed: int, count: int) -> RewardBatch:
     """Human pairs."""

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 import torch
 from heads import grebt
-from reward_rows import K, literal_rewards, random_batch, states
-from torch import Tensor
+from reward_rows import K, literal_rewards, parameters, random_batch, states, with_hidden
 
 from r2m_ray.config.schema import PairSource, WoInit
 from r2m_ray.core.batch import Annotation, Hidden, Layout, RewardBatch, Trajectories
 from r2m_ray.engines.reward.engine import RewardEngine
 
 EngineFactory = Callable[..., RewardEngine]
-
-
-def parameters(engine: RewardEngine) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in engine.head.named_parameters()}
 
 
 @pytest.mark.parametrize("entropy_weight", [0.0, 0.3, 1.0])
@@ -86,7 +81,7 @@ def test_gradient_norms_are_those_of_the_single_losses(make_engine: EngineFactor
 
 def test_attention_statistics_of_known_cases(make_engine: EngineFactory) -> None:
     batch = random_batch(1)
-    equal = replace(batch, hidden=replace(batch.hidden, hidden_TP=torch.ones_like(batch.hidden.hidden_TP)))
+    equal = with_hidden(batch, torch.ones_like(batch.hidden.hidden_TP))
     lengths = batch.hidden.layout.lengths
     stats = make_engine(wo_init=WoInit.zero).update([equal], 0.6, 1)
     # Equal states share the attention equally: the entropy of a row is log of its length, 0 for one token.
@@ -110,7 +105,7 @@ def test_update_never_runs_the_trunk_and_moves_the_head_alone(
     trunk_before = {name: value.clone() for name, value in engine.trunk.model.state_dict().items()}
     calls: list[object] = []
     engine.trunk.model.register_forward_pre_hook(lambda *args: calls.append(args))
-    head_before = parameters(engine)
+    head_before = parameters(engine.head)
     hidden_before = hidden.hidden_TP.clone()
     engine.update([RewardBatch(hidden=hidden, annotation=annotation)], 0.6, 1)
     assert not calls
@@ -118,7 +113,7 @@ def test_update_never_runs_the_trunk_and_moves_the_head_alone(
         torch.equal(value, trunk_before[name]) for name, value in engine.trunk.model.state_dict().items()
     )
     assert not any(parameter.requires_grad for parameter in engine.trunk.model.parameters())
-    assert all(not torch.equal(value, head_before[name]) for name, value in parameters(engine).items())
+    assert all(not torch.equal(value, head_before[name]) for name, value in parameters(engine.head).items())
     assert torch.equal(hidden.hidden_TP, hidden_before)
     # The frozen reward stays the original model's, though φ has moved.
     _, again = engine.annotate(trajectories, hidden, 1.0, 2)
@@ -129,9 +124,9 @@ def test_update_never_runs_the_trunk_and_moves_the_head_alone(
 def test_paper_learning_rate_moves_nearly_all_weights(make_engine: EngineFactory) -> None:
     # At the paper's 0.02, where a float32 step of 1e-6 is not lost.
     engine = make_engine(learning_rate=1e-6, init_std=0.02)
-    before = parameters(engine)
+    before = parameters(engine.head)
     engine.update([random_batch(1)], 0.6, 1)
-    after = parameters(engine)
+    after = parameters(engine.head)
     moved = torch.cat([(after[name] != before[name]).flatten() for name in before])
     assert moved.double().mean() > 0.99
 
@@ -162,9 +157,9 @@ def test_without_feedback_only_the_scoring_head_moves(
     engine = make_engine(omega_floor=1.0)
     empty = states(trajectories.layout, seed=0, width=0)
     _, annotation = engine.annotate(trajectories, empty, 1.0, 1)
-    before = parameters(engine)
+    before = parameters(engine.head)
     stats = engine.update([RewardBatch(hidden=empty, annotation=annotation)], 1.0, 1)
-    moved = {name for name, value in parameters(engine).items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in parameters(engine.head).items() if not torch.equal(value, before[name])}
     assert moved == {"score_weight"}
     assert stats["feedback_ratio"] == 0.0
 
@@ -181,41 +176,27 @@ def test_several_update_steps_are_repeated_single_ones(make_engine: EngineFactor
 def test_update_does_not_depend_on_the_cut_into_shards(make_engine: EngineFactory) -> None:
     one, other = random_batch(1), random_batch(2)
     notes = (one.annotation, other.annotation)
+    tensors = [field.name for field in fields(Annotation) if field.name != "layout"]
     layout = Layout.from_lengths([*one.hidden.layout.lengths, *other.hidden.layout.lengths], K)
     joined = RewardBatch(
         hidden=Hidden(layout=layout, hidden_TP=torch.cat([one.hidden.hidden_TP, other.hidden.hidden_TP])),
         annotation=Annotation(
             layout=layout,
-            reward_N=torch.cat([note.reward_N for note in notes]),
-            frozen_reward_N=torch.cat([note.frozen_reward_N for note in notes]),
-            gold_N=torch.cat([note.gold_N for note in notes]),
-            rte_ND=torch.cat([note.rte_ND for note in notes]),
-            response_id_N=torch.cat([note.response_id_N for note in notes]),
+            **{name: torch.cat([getattr(note, name) for note in notes]) for name in tensors},
         ),
     )
     whole, cut = make_engine(), make_engine()
     whole_stats, cut_stats = whole.update([joined], 0.6, 1), cut.update([one, other], 0.6, 1)
     assert whole_stats == pytest.approx(cut_stats, abs=1e-5)
-    for name, value in parameters(cut).items():
-        torch.testing.assert_close(parameters(whole)[name], value, atol=1e-6, rtol=0)
+    for name, value in parameters(cut.head).items():
+        torch.testing.assert_close(parameters(whole.head)[name], value, atol=1e-6, rtol=0)
 
 
 def test_groups_that_teach_nothing_move_nothing_even_by_momentum(make_engine: EngineFactory) -> None:
     engine = make_engine()
     engine.update([random_batch(1)], 0.6, 1)
     before = engine.digests()
-    batch = random_batch(2)
-    layout = Layout.from_lengths([5] * 2 * K, K)
-    tied = RewardBatch(
-        hidden=Hidden(layout=layout, hidden_TP=states(layout, seed=0).hidden_TP[:5].repeat(2 * K, 1)),
-        annotation=replace(
-            batch.annotation,
-            layout=layout,
-            rte_ND=batch.annotation.rte_ND[:1].repeat(2 * K, 1),
-            response_id_N=torch.zeros(2 * K, dtype=torch.int64),
-        ),
-    )
-    stats = engine.update([tied], 0.6, 2)
+    stats = engine.update([random_batch(2, tied=2)], 0.6, 2)
     assert engine.digests() == before
     assert (stats["skipped_steps"], stats["nonfinite_steps"]) == (1, 0)
     assert stats["valid_pairs"] == stats["loss"] == 0.0

@@ -6,14 +6,13 @@ vLLM rewrites such a model class for the whole process, so this runs in a proces
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import save_model
+from ranks import run_python
 from rollout_rows import moved
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
@@ -25,16 +24,8 @@ from r2m_ray.engines.weights import WeightDigest, pack_buckets
 @pytest.mark.slow
 def test_gpt_neox_exports_and_updates(tmp_path: Path) -> None:
     save_model(tmp_path, GPTNeoXForCausalLM)
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    printed, _ = run_python(__file__, tmp_path, timeout_s=300)
+    report = json.loads(printed.splitlines()[-1])
     assert report["rows"] == 12
     assert report["hidden_error"] < 1e-4
     assert report["logp_error"] < 1e-4

@@ -13,7 +13,6 @@ from r2m_ray.errors import InputError
 from r2m_ray.report.compare.curves import (
     Comparison,
     comparison,
-    flat,
     read_comparison,
     read_curve,
     require_gold,
@@ -36,10 +35,6 @@ def test_a_curve_is_what_the_run_logged(make_run: MakeRun) -> None:
     assert curve.training.steps.tolist() == list(range(1, 11))
     assert curve.training.series("x") == pytest.approx([step / 2 for step in range(1, 11)])
     assert np.isnan(curve.training.series("y")).all()
-
-
-def test_flat_names_every_value() -> None:
-    assert dict(flat({"a": {"b": 1, "c": {"d": None}}, "e": [2]})) == {"a.b": 1, "a.c.d": None, "e": [2]}
 
 
 def test_a_half_finished_run_is_refused(make_run: MakeRun) -> None:

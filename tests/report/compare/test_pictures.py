@@ -20,10 +20,10 @@ from r2m_ray.report.compare.pictures import (
     frontiers,
     mean_line,
     over_training,
-    png,
     rewards,
 )
 from r2m_ray.report.compare.study import study
+from r2m_ray.report.plots import png
 
 KL = np.array([0.0, 1.0, 4.0, 9.0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import Config
 from r2m_ray.engines.text import conversation_ids
 from r2m_ray.errors import InputError
-from r2m_ray.tasks.prepare import measurement
 from r2m_ray.tasks.prepare.store import Prepared, locate, prepare
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("few_measures")]
 
 WORDS = ["apple", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey"]
 
@@ -32,16 +33,8 @@ def note2answer(root: Path, *overrides: str) -> Config:
     return load_config(["experiment=demo", f"prepare.root={root}", *small, *overrides])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_prompts() -> Iterator[None]:
-    """Whether a policy is good is not asked here, and asking takes most of a small preparation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurement, "GOLD_PROMPTS", 64)
-        yield
-
-
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory, few_measures: None) -> Prepared:
     return prepare(note2answer(tmp_path_factory.mktemp("prepared")))
 
 
@@ -91,21 +84,18 @@ def test_the_command_that_is_missing_is_named(prepared: Prepared) -> None:
     assert str(again.value) == str(found.value)
 
 
-def test_the_same_settings_elsewhere_give_the_same_weights(prepared: Prepared, tmp_path: Path) -> None:
-    again = prepare(note2answer(tmp_path))
-    for name in ("policy/model.safetensors", "reward/model.safetensors"):
-        digests = {hashlib.sha256((p.directory / name).read_bytes()).hexdigest() for p in (prepared, again)}
-        assert len(digests) == 1, name
-
-
-def test_a_missing_file_means_preparing_again(tmp_path: Path) -> None:
-    config = note2answer(tmp_path, "prepare.sft_steps=1", "prepare.reward_steps=1")
-    made = prepare(config)
-    (made.reward_dir / "model.safetensors").unlink()
+def test_a_missing_file_means_preparing_again_with_the_same_weights(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    config = note2answer(tmp_path)
+    damaged = shutil.copytree(prepared.directory, tmp_path / prepared.directory.name)
+    (damaged / "reward" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no prepared models"):
         locate(config)
-    prepare(config)
-    assert locate(config).directory == made.directory
+    assert prepare(config).directory == locate(config).directory == damaged
+    for name in ("policy/model.safetensors", "reward/model.safetensors"):
+        digests = {hashlib.sha256((d / name).read_bytes()).hexdigest() for d in (prepared.directory, damaged)}
+        assert len(digests) == 1, name
 
 
 def test_of_two_at_once_one_trains_and_both_find_the_result(
