@@ -16,7 +16,6 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
-from spawned import calls, spawned
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from r2m_ray.config.schema import Config
@@ -27,6 +26,7 @@ from r2m_ray.runtime.actors import PolicyActor, RewardActor
 from r2m_ray.runtime.device import free_address
 from r2m_ray.runtime.weight_sync import ObjectStoreSync
 from r2m_ray.runtime.worker_group import Actors, first_difference, require_agreement
+from tests.support.spawned import calls, spawned
 
 FLIPPED = "model.layers.1.mlp.down_proj.weight"
 

@@ -11,12 +11,12 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
-from spawned import calls, spawned
 
 from r2m_ray.errors import ActorLost, DeviceLost, InputError, Loss, PeersLost, RunError
 from r2m_ray.runtime.device import Address, free_address, interface_of, join_environment
 from r2m_ray.runtime.weight_sync import EngineClient
 from r2m_ray.runtime.worker_group import Actors, raises_peers_lost
+from tests.support.spawned import calls, spawned
 
 
 class Worker:
