@@ -31,6 +31,7 @@ _SUBJECT = "the configuration"
 _UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError)
 
 
+@cache
 def store_defaults() -> None:
     """Let hydra know every field with its default, for overrides, ``--cfg`` and tab completion."""
     plain = OmegaConf.to_container(OmegaConf.structured(Config()), enum_to_str=True)
