@@ -38,7 +38,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from r2m_ray.config.compose import load_config
 from r2m_ray.config.schema import PREPARED, ClusterConfig, Config
-from r2m_ray.config.sweep import sweep
+from r2m_ray.config.sweep import planned
 from r2m_ray.errors import (
     InputError,
     Preempted,
@@ -106,7 +106,7 @@ def checked(command: Sequence[str]) -> list[Config]:
     configs = []
     if command[0] in ("train", "prepare"):
         swept = len(overrides) < len(command) - 1
-        configs = sweep(overrides) if swept else [load_config(overrides)]
+        configs = planned(overrides)[1] if swept else [load_config(overrides)]
     problems = [
         problem for config in configs for problem in path_problems(config, trains=command[0] == "train")
     ]

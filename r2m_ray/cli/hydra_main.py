@@ -31,11 +31,10 @@ from r2m_ray.config.compose import (
     load_config,
     parse_overrides,
     store_defaults,
-    sweep_plugins,
 )
 from r2m_ray.config.rules import validate
 from r2m_ray.config.schema import Config
-from r2m_ray.config.sweep import fixed_overrides, named, sweep
+from r2m_ray.config.sweep import fixed_overrides, named, planned
 from r2m_ray.errors import (
     ActorLost,
     InputError,
@@ -102,13 +101,10 @@ def through_hydra(command: str, arguments: Sequence[str], work: Work) -> int:
     flags = [word for word in arguments if word not in overrides]
     fixed, plugins = fixed_overrides(parse_overrides(overrides)[0]), SweepPlugins()
     if parsed.multirun:
-        plugins = sweep_plugins(fixed)
+        plugins, jobs = planned(overrides)
         if plugins.sweeper == "basic":
-            jobs = sweep([*plugins.overrides, *overrides])
             check(jobs, work.problems, work.subject)
-            _refuse_one_process(command, jobs)
-        else:
-            _refuse_one_process(command, [load_config(fixed)])
+        _refuse_one_process(command, jobs)
     elif not any(vars(parsed)[flag] for flag in SHOWING):
         check([load_config(overrides)], work.problems, work.subject)
     ended: list[Exception] = []

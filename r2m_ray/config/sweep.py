@@ -10,12 +10,23 @@ from dataclasses import replace
 
 from hydra.core.override_parser.types import Glob, Override
 
-from r2m_ray.config.compose import groups, load_config, parse_overrides
+from r2m_ray.config.compose import SweepPlugins, groups, load_config, parse_overrides, sweep_plugins
 from r2m_ray.config.schema import Config
 from r2m_ray.errors import InputError, Problem, refuse
 
 NAME_LENGTH = 100
 _DIGEST_LENGTH = 8
+
+
+def planned(overrides: Sequence[str]) -> tuple[SweepPlugins, list[Config]]:
+    """hydra's plug-ins of a sweep, and what is known of its jobs: those of a grid, what a search starts from.
+
+    Raises InputError with every problem.
+    """
+    fixed = fixed_overrides(parse_overrides(overrides)[0])
+    plugins = sweep_plugins(fixed)
+    grid = plugins.sweeper == "basic"
+    return plugins, sweep([*plugins.overrides, *overrides]) if grid else [load_config(fixed)]
 
 
 def sweep(overrides: Sequence[str]) -> list[Config]:

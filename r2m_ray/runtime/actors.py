@@ -8,12 +8,14 @@ through its own node. A worker does not know whether it is a Ray actor or an obj
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from torch import Tensor
 
 from r2m_ray.config.schema import Config
@@ -33,6 +35,7 @@ from r2m_ray.core.batch import (
 from r2m_ray.core.roles import Ref, Shards
 from r2m_ray.engines.faults import reach
 from r2m_ray.engines.weights import WeightBucket, WeightDigest
+from r2m_ray.errors import DeviceLost
 from r2m_ray.runtime.device import device_of, free_address, join_environment
 from r2m_ray.runtime.weight_sync import EngineClient
 from r2m_ray.runtime.worker_group import raises_peers_lost
@@ -107,6 +110,17 @@ class PolicyWork:
     reference: Shards[ReferenceLogprobs]
 
 
+@contextmanager
+def _transfer() -> Iterator[None]:
+    """Raise DeviceLost where vLLM's transfer fails: its NCCL errors are RuntimeErrors without a type."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise DeviceLost(f"weight transfer: {error}; the process is replaced") from error
+
+
 @raises_peers_lost
 class PolicyActor:
     """One rank of the DeepSpeed learner."""
@@ -175,19 +189,21 @@ class PolicyActor:
         self._client = EngineClient(
             engines, ranks_per_engine=ranks, timeout_s=0.9 * config.cluster.phase_timeout_s
         )
-        self._sender = weight_sender(
-            self._learner,
-            self._client,
-            backend=config.sync.backend.value,
-            rank=self._rank,
-            address=address,
-            world_size=1 + ranks * len(engines),
-            bucket_bytes=config.sync.bucket_mb * 2**20,
-        )
+        with _transfer():
+            self._sender = weight_sender(
+                self._learner,
+                self._client,
+                backend=config.sync.backend.value,
+                rank=self._rank,
+                address=address,
+                world_size=1 + ranks * len(engines),
+                bucket_bytes=config.sync.bucket_mb * 2**20,
+            )
 
     def send_weights(self, version: int) -> None:
         self._client.version = version
-        self._sender.send_weights()
+        with _transfer():
+            self._sender.send_weights()
 
     def save(self, directory: Path) -> None:
         reach("save")

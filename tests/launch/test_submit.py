@@ -111,6 +111,15 @@ def test_what_is_right_on_the_cluster_is_not_refused_for_this_machine(submit: Mo
     assert submit.main(["--dry-run", "--", *many, "cluster.address=local"]) == 2
 
 
+def test_a_search_is_checked_by_what_it_starts_from(submit: ModuleType) -> None:
+    roots = ["run.root=/s", "prepare.root=/p", "cluster.address=auto"]
+    search = ["hydra/sweeper=optuna", "policy.learning_rate=interval(1e-5,1e-3)"]
+    (config,) = submit.checked(["train", "-m", "experiment=demo", *roots, *search])
+    assert config.run.root == "/s"
+    with pytest.raises(InputError, match=r"run\.root"):
+        submit.checked(["train", "-m", "experiment=demo", "prepare.root=/p", *search])
+
+
 @pytest.mark.parametrize(
     ("command", "fields"),
     [

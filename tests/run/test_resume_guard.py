@@ -93,6 +93,10 @@ RESHARDING: list[tuple[Change, str]] = [
     (set_field("reference.tokens_per_microbatch", 512), "reference.tokens_per_microbatch: 4096 -> 512"),
     (set_field("reward.tokens_per_microbatch", 512), "reward.tokens_per_microbatch: 4096 -> 512"),
     (set_field("cluster.threads_per_actor", 2), "cluster.threads_per_actor: 1 -> 2"),
+    (set_field("cluster.gpus_per_learner", 1.0), "cluster.gpus_per_learner: 0.0 -> 1.0"),
+    (set_field("cluster.gpus_per_rollout", 1.0), "cluster.gpus_per_rollout: 0.0 -> 1.0"),
+    (set_field("cluster.gpus_per_reference", 1.0), "cluster.gpus_per_reference: 0.0 -> 1.0"),
+    (set_field("cluster.gpus_per_reward", 1.0), "cluster.gpus_per_reward: 0.0 -> 1.0"),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from r2m_ray.errors import ActorLost, DeviceLost, InputError, Loss, PeersLost, RunError
+from r2m_ray.runtime.actors import PolicyActor
 from r2m_ray.runtime.device import Address, free_address, interface_of, join_environment
 from r2m_ray.runtime.weight_sync import EngineClient
 from r2m_ray.runtime.worker_group import Actors, raises_peers_lost
@@ -226,3 +227,26 @@ def test_a_dead_actor_is_named(workers: Actors) -> None:
     # Last, because it ends the actors that the tests share.
     with pytest.raises(RunError, match=r"reward-\d died during annotate"):
         asyncio.run(workers.all("annotate", "die"))
+
+
+def test_a_transfer_that_fails_is_a_loss_of_the_device() -> None:
+    """vLLM raises NCCL's errors as RuntimeErrors."""
+
+    class Sender:
+        def __init__(self, error: Exception) -> None:
+            self._error = error
+            self.version = 0
+
+        def send_weights(self) -> None:
+            raise self._error
+
+    actor = PolicyActor()
+    actor._client = Sender(RuntimeError())  # type: ignore[assignment]
+    for error, raised in (
+        (RuntimeError("NCCL error: unhandled cuda error"), DeviceLost),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError),
+        (InputError("sync.backend: no such engine"), InputError),
+    ):
+        actor._sender = Sender(error)
+        with pytest.raises(raised):
+            actor.send_weights(3)
