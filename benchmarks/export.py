@@ -20,6 +20,7 @@ from typing import Any
 
 import measure
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -169,7 +170,7 @@ def serve(side: str, model_dir: str, arguments: argparse.Namespace) -> None:
     for step, line in enumerate(sys.stdin):
         if line.strip():
             rows, hidden = engine.rows, engine.hidden
-            torch.save(
+            save_file(
                 {"input_T": rows.input_T, "offsets": rows.layout.offsets, "hidden_TP": hidden.hidden_TP},
                 line.strip(),
             )

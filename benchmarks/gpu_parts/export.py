@@ -15,12 +15,13 @@ from typing import Any
 import export as benchmark
 import torch
 from gpu_parts import setup
+from safetensors.torch import load_file
 from torch import Tensor
 
 
 def run(sizes: setup.Sizes, scratch: Path) -> dict[str, Any]:
     """Throughput of the export, of the engine without it, and of raw vLLM; errors of the exported states."""
-    policy, states = setup.policy_dir(scratch, sizes), scratch / "states.pt"
+    policy, states = setup.policy_dir(scratch, sizes), scratch / "states.safetensors"
     arguments = argparse.Namespace(
         rows=sizes.prompts * sizes.group_size,
         group=sizes.group_size,
@@ -32,7 +33,7 @@ def run(sizes: setup.Sizes, scratch: Path) -> dict[str, Any]:
     )
     sides = (*benchmark.SIDES, benchmark.RAW)
     found = benchmark.compared(str(policy), arguments, sides, states=str(states))
-    exactness = compared_states(policy, sizes, torch.load(states, weights_only=True))
+    exactness = compared_states(policy, sizes, load_file(states))
     return {"passed": exactness["within_rounding"], **found, "exactness": exactness}
 
 
