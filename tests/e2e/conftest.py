@@ -23,11 +23,10 @@ SETTINGS = (
 Train = Callable[..., Path]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of a small run whose models are prepared."""
-    root = tmp_path_factory.mktemp("e2e")
-    found = [*SETTINGS, f"prepare.root={root / 'prepared'}", f"run.root={root / 'runs'}"]
+    found = [*SETTINGS, f"prepare.root={tmp_path_factory.mktemp('prepared')}"]
     with pytest.MonkeyPatch.context() as patch:
         # Whether these models are good is not asked, and asking takes most of so small a preparation.
         patch.setattr(measurement, "GOLD_PROMPTS", 64)
@@ -35,22 +34,23 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="package")
-def train(settings: list[str]) -> Iterator[Train]:
-    """Trains by the small settings and some overrides; all runs share one cluster."""
+@pytest.fixture(scope="module")
+def train(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """Trains by the small settings and some overrides; all runs of a file of tests share one cluster."""
+    common = [*settings, f"run.root={tmp_path_factory.mktemp('runs')}"]
 
     def run(name: str, *overrides: str) -> Path:
-        return run_training(load_config([*settings, f"run.name={name}", *overrides]))
+        return run_training(load_config([*common, f"run.name={name}", *overrides]))
 
     with cluster(ClusterConfig(cpus=4, object_store_gb=0.3)):
         yield run
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def r2m(train: Train) -> Path:
     return train("r2m")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def vanilla(train: Train) -> Path:
     return train("vanilla", "reward=vanilla")

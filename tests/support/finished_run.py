@@ -37,5 +37,5 @@ def same_run(one: Path, other: Path, step: int) -> None:
     checkpoint = Path("checkpoints") / f"step-{step:06d}"
     found = digests(one / checkpoint)
     assert found == digests(other / checkpoint)
-    assert {name.split("/")[0] for name in found} == {"policy", "reward_head"}
+    assert {name.split("/")[0] for name in found} == {"policy", "policy_state", "reward_head"}
     assert any("optim" in name for name in found), sorted(found)
